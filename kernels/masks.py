@@ -1,0 +1,58 @@
+"""Which weights are kept: random, by magnitude, or as the weight already is.
+
+Every function returns a ``keep_mask`` (True = kept), bool ``[N, K]``, with exactly ``keep`` of every ``group``
+consecutive entries of a row kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from slope_compile.pattern import Pattern
+
+
+def magnitude_mask(weight: Tensor, nm: Pattern) -> Tensor:
+    """Keep the largest magnitudes of each group; of equal ones the first (deterministic on every device)."""
+    N, K = weight.shape
+    groups = weight.detach().abs().view(N, K // nm.group, nm.group)
+    order = groups.sort(dim=-1, descending=True, stable=True).indices[..., : nm.keep]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).view(N, K)
+
+
+def random_mask(N: int, K: int, nm: Pattern, seed: int, path: str) -> Tensor:
+    """Keep a uniformly random choice of each group, on the CPU.
+
+    It depends on seed, module path and shape only, not on any global generator, device, rank or order of calls.
+    """
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    scores = torch.rand(N, K, generator=generator, dtype=torch.float64, device="cpu")
+    return magnitude_mask(scores, nm)
+
+
+def has_pattern(weight: Tensor, nm: Pattern) -> bool:
+    """Whether no group of the weight has more than ``keep`` entries that are not zero."""
+    N, K = weight.shape
+    nonzero = (weight.detach() != 0).view(N, K // nm.group, nm.group).sum(-1)
+    return bool((nonzero <= nm.keep).all())
+
+
+def choose_mask(weight: Tensor, nm: Pattern, kind: str, seed: int, path: str) -> Tensor:
+    """The static forward mask of a weight ``[N, K]``.
+
+    A weight that is N:M already keeps exactly its pattern: every entry that is not zero is kept.  Where a group has
+    fewer than ``keep`` of those, the rest is filled up from the mask that the configuration would have chosen, so
+    that a weight pruned earlier with the same seed and path finds the same mask again even where a kept entry has
+    become exactly 0.
+    """
+    if kind == "random":
+        chosen = random_mask(*weight.shape, nm, seed, path).to(weight.device)
+    else:
+        chosen = magnitude_mask(weight, nm)
+    if not has_pattern(weight, nm):
+        return chosen
+    # 2 for an entry that is in use, 1 for one that would have been chosen, 0 else: the top ``keep`` of these.
+    return magnitude_mask((weight.detach() != 0).to(torch.int8) * 2 + chosen.to(torch.int8), nm)

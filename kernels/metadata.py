@@ -1,0 +1,99 @@
+"""Where the kept weights are: the packed metadata, one bit per dense element.
+
+Layout of ``pattern``: ``uint8 [N, ceil(K / 8)]``; bit ``i`` (least significant first) of byte ``[n, j]`` is 1 when
+the dense element ``[n, 8 j + i]`` is kept.  Bits past ``K`` are 0.  A 2:4 group is thus one nibble with exactly two
+bits set (six legal values), and every supported group size divides a byte.
+
+The kept values of a row are stored in the order of their columns: ``values [N, K * keep / group]``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from slope_compile.errors import PatternError
+from slope_compile.pattern import Pattern
+
+
+def packed_width(K: int) -> int:
+    """Bytes of metadata in one row of ``K`` dense elements."""
+    return (K + 7) // 8
+
+
+def pack_mask(keep_mask: Tensor) -> Tensor:
+    """Pack a keep mask (True = kept).
+
+    Args:
+        keep_mask: bool ``[N, K]``.
+
+    Returns:
+        uint8 ``[N, ceil(K / 8)]``.
+    """
+    N, K = keep_mask.shape
+    padded = torch.nn.functional.pad(keep_mask.to(torch.uint8), (0, packed_width(K) * 8 - K))
+    bits = padded.view(N, packed_width(K), 8)
+    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=keep_mask.device)
+    return (bits * weights).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_mask(pattern: Tensor, K: int) -> Tensor:
+    """Inverse of :func:`pack_mask`: bool ``[N, K]``."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=pattern.device)
+    bits = (pattern.unsqueeze(-1) >> shifts) & 1  # [N, ceil(K/8), 8]
+    return bits.flatten(1)[:, :K].to(torch.bool)
+
+
+def kept_columns(pattern: Tensor, K: int, keep: int, group: int) -> Tensor:
+    """Position of each kept element inside its group.
+
+    Args:
+        pattern: uint8 ``[N, ceil(K / 8)]``, legal for ``keep:group``.
+        K: dense length of a row, a multiple of ``group``.
+
+    Returns:
+        int64 ``[N, K / group, keep]``, ascending along the last dimension, ready for ``gather`` and ``scatter``.
+    """
+    N = pattern.shape[0]
+    if group == 8:
+        codes = pattern
+    else:  # 8 / group codes a byte, the lowest bits first
+        shifts = torch.arange(0, 8, group, dtype=torch.uint8, device=pattern.device)
+        codes = ((pattern.unsqueeze(-1) >> shifts) & ((1 << group) - 1)).view(N, -1)
+    codes = codes[:, : K // group]
+    table = _kept_table(keep, group, pattern.device)
+    return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(N, K // group, keep)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_table(keep: int, group: int, device: torch.device) -> Tensor:
+    """``[2^group, keep]``: positions of the first ``keep`` set bits of a group's code.  A constant, made once."""
+    rows = []
+    for code in range(1 << group):
+        kept = [i for i in range(group) if code >> i & 1][:keep]
+        rows.append(kept + [0] * (keep - len(kept)))
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def check_pattern(pattern: Tensor, K: int, nm: Pattern, name: str) -> None:
+    """Refuse metadata that is not legal for ``nm``, before anything computes with it.
+
+    Raises:
+        PatternError: wrong dtype or shape, a group without exactly ``nm.keep`` bits, or bits past ``K``.
+    """
+    if pattern.dtype != torch.uint8 or pattern.dim() != 2 or pattern.shape[1] != packed_width(K):
+        raise PatternError(
+            f"{name}: the pattern must be uint8 [N, {packed_width(K)}] for K = {K}, "
+            f"got {pattern.dtype} {list(pattern.shape)}"
+        )
+    bits = unpack_mask(pattern, packed_width(K) * 8)
+    kept = bits[:, :K].view(pattern.shape[0], K // nm.group, nm.group).sum(-1)
+    wrong = int((kept != nm.keep).sum())
+    if wrong or bool(bits[:, K:].any()):
+        raise PatternError(
+            f"{name}: {wrong} of {kept.numel()} groups do not keep exactly {nm.keep} of {nm.group}; "
+            "the metadata is corrupt or belongs to another pattern"
+        )

@@ -1,0 +1,91 @@
+"""What was decided for each linear, and why: the record that conversions and passes fill in."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterator
+
+from tabulate import tabulate
+
+
+class Reason(enum.Enum):
+    """Why a linear is sparse, or why it was left dense.  The value is the text a reader sees."""
+
+    SELECTED = "selected"
+    PREPARED = "prepared by sparsify_"
+    ALREADY_SPARSE = "already rewritten"
+    FIRST = "first linear after the input"
+    HEAD = "output head"
+    EXCLUDED = "excluded by the configuration"
+    TIED = "weight is tied to another parameter or module"
+    SHARED = "module or weight is used more than once"
+    SHAPE = "shape does not divide"
+    DTYPE = "dtype is not supported"
+    COMPUTED = "weight is computed, not a parameter"
+    NOT_CONSTANT = "weight is a graph input without a parameter behind it"
+    PARAMETRIZED = "weight has a parametrization that is not ours"
+    SUBCLASS = "weight is a tensor subclass"
+    FORWARD_REPLACED = "module's forward is not that of a known linear"
+    HIGHER_ORDER = "inside a higher-order operator that passes do not enter"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """One linear: ``weight`` is its module path where known, else the graph's name for the weight."""
+
+    weight: str
+    sparse: bool
+    reason: Reason
+    shape: tuple[int, ...] = ()
+    """``(N, K)`` = (out_features, in_features)."""
+    pattern: str = ""
+    backward: str = ""
+    node: str = ""
+    """Name of the graph node, when the decision was made on a graph."""
+    detail: str = ""
+    """What exactly, and the way out: "K = 30 is not a multiple of 4"."""
+
+    @property
+    def why(self) -> str:
+        """Reason and detail as one text."""
+        return f"{self.reason.value}: {self.detail}" if self.detail else self.reason.value
+
+
+@dataclasses.dataclass
+class Report:
+    """Decisions in order, and the number of changes each pass made."""
+
+    decisions: list[Decision] = dataclasses.field(default_factory=list)
+    changes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def add(self, decision: Decision) -> None:
+        self.decisions.append(decision)
+
+    def count(self, name: str, changes: int) -> None:
+        """Note that the pass of that name made so many changes."""
+        self.changes[name] = self.changes.get(name, 0) + changes
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self.decisions)
+
+    def __len__(self) -> int:
+        return len(self.decisions)
+
+    @property
+    def sparse(self) -> list[Decision]:
+        """Decisions for the linears that are sparse."""
+        return [d for d in self.decisions if d.sparse]
+
+    @property
+    def dense(self) -> list[Decision]:
+        """Decisions for the linears that were left dense."""
+        return [d for d in self.decisions if not d.sparse]
+
+    def __str__(self) -> str:
+        rows = [
+            (d.weight, "x".join(map(str, d.shape)), d.pattern if d.sparse else "dense", d.backward, d.why)
+            for d in self.decisions
+        ]
+        table = tabulate(rows, headers=("weight", "N x K", "pattern", "backward", "reason"), disable_numparse=True)
+        return f"{table}\n{len(self.sparse)} of {len(self)} linears sparse"
