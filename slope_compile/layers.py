@@ -1,0 +1,154 @@
+"""Finding linear layers in a model tree: stock ones, prepared ones, and why some cannot be converted."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from slope_compile.config import SlopeConfig
+from slope_compile.parametrizations import LowRank, SparseWeight
+from slope_compile.report import Decision, Reason
+from slope_compile.rules import first_linears, is_head
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearLayer:
+    """A module that computes ``x W^T + b``; ``weight`` is ``[N, K]``, or ``[K, N]`` if ``transposed``."""
+
+    path: str
+    module: nn.Module
+    transposed: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The tensor that is trained: the stored one, whatever parametrizations stand on it."""
+        if parametrize.is_parametrized(self.module, "weight"):
+            original = self.module.parametrizations["weight"].original  # type: ignore[union-attr, index]
+            assert isinstance(original, Tensor)
+            return original
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, K)``."""
+        sparse = self.sparse
+        if sparse is not None:
+            return sparse.shape
+        rows, columns = self.weight.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def parametrizations(self) -> list[nn.Module]:
+        """Parametrizations on the weight, in the order in which they apply."""
+        if not parametrize.is_parametrized(self.module, "weight"):
+            return []
+        return list(self.module.parametrizations["weight"])  # type: ignore[union-attr, index, arg-type]
+
+    @property
+    def sparse(self) -> SparseWeight | None:
+        """Our compressed storage, if the layer is prepared."""
+        return next((p for p in self.parametrizations if isinstance(p, SparseWeight)), None)
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """Our adapter, if the layer has one."""
+        return next((p for p in self.parametrizations if isinstance(p, LowRank)), None)
+
+
+def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
+    """Every linear layer under its first path, in order of registration."""
+    conv1d = _conv1d_class()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield LinearLayer(path, module, transposed=False)
+        elif conv1d is not None and isinstance(module, conv1d):
+            yield LinearLayer(path, module, transposed=True)
+
+
+def decide(model: nn.Module, config: SlopeConfig) -> list[tuple[LinearLayer, Decision]]:
+    """Which layers become sparse, by the rules of the method and the configuration; nothing is changed."""
+    layers = list(linear_layers(model))
+    users = _weight_users(model)
+    paths = collections.Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    first = first_linears([layer.path for layer in layers]) if config.first_dense else set()
+    vocabularies = frozenset(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+
+    def judge(layer: LinearLayer) -> tuple[Reason, str]:
+        N, K = layer.shape
+        settings = config.layer(layer.path)
+        weight = layer.weight
+        if layer.parametrizations:
+            names = ", ".join(type(p).__name__ for p in layer.parametrizations)
+            return Reason.PARAMETRIZED, f"{names}; remove it before converting"
+        if type(weight) is not nn.Parameter:
+            return Reason.SUBCLASS, type(weight).__name__
+        if paths[id(layer.module)] > 1:
+            return Reason.SHARED, f"the module has {paths[id(layer.module)]} paths"
+        if len(users[weight.untyped_storage()._cdata]) > 1:
+            return Reason.TIED, " and ".join(users[weight.untyped_storage()._cdata])
+        if not config.selects(layer.path):
+            return Reason.EXCLUDED, ""
+        if layer.path in first:
+            return Reason.FIRST, ""
+        if config.heads_dense and is_head(layer.path, N, vocabularies, layer is layers[-1]):
+            return Reason.HEAD, ""
+        if layer.module.forward.__func__ not in _known_forwards():  # type: ignore[attr-defined]
+            return Reason.FORWARD_REPLACED, type(layer.module).__name__
+        if weight.dtype not in DTYPES:
+            return Reason.DTYPE, str(weight.dtype)
+        if K % settings.pattern.group or not N or not K:
+            return Reason.SHAPE, f"K = {K} is not a positive multiple of {settings.pattern.group}"
+        if settings.double_pruned and N % settings.pattern.group:
+            return Reason.SELECTED, f"exact backward, as N = {N} is not a multiple of {settings.pattern.group}"
+        return Reason.SELECTED, ""
+
+    decisions = []
+    for layer in layers:
+        reason, detail = judge(layer)
+        settings = config.layer(layer.path)
+        sparse = reason is Reason.SELECTED
+        exact = not settings.double_pruned or layer.shape[0] % settings.pattern.group
+        decision = Decision(
+            weight=layer.path,
+            sparse=sparse,
+            reason=reason,
+            shape=layer.shape,
+            pattern=str(settings.pattern) if sparse else "",
+            backward=("exact" if exact else "double_pruned") if sparse else "",
+            detail=detail,
+        )
+        decisions.append((layer, decision))
+    return decisions
+
+
+def _weight_users(model: nn.Module) -> dict[int, list[str]]:
+    """Storage -> the names under which parameters with that storage are registered."""
+    users: dict[int, list[str]] = collections.defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.is_meta:
+            users[parameter.untyped_storage()._cdata].append(name)
+        else:
+            users[id(parameter)].append(name)
+    return users
+
+
+def _conv1d_class() -> type[nn.Module] | None:
+    """Hugging Face's Conv1D, if transformers has been imported (a model that contains one has done so)."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return getattr(module, "Conv1D", None)
+
+
+def _known_forwards() -> tuple[object, ...]:
+    """Forward functions that read ``self.weight`` as a linear does."""
+    conv1d = _conv1d_class()
+    return (nn.Linear.forward,) + ((conv1d.forward,) if conv1d is not None else ())

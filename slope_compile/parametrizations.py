@@ -1,0 +1,144 @@
+"""A prepared weight: ``torch.nn.utils.parametrize`` parametrizations on a stock linear layer.
+
+    values --SparseWeight--> dense W^R --LowRank (while enabled)--> W^R + scale * B @ A --> the layer's own forward
+
+Eager mode, other backends, ``state_dict``, optimizers and autocast see ordinary tensors.  Eager computes the exact
+input gradient; the double-pruned one is what ``torch.compile(..., backend="slope")`` adds.
+
+A Conv1D (Hugging Face's transposed linear) stores its weight as ``[K, N]``: ``transposed=True``.  ``values`` are
+``[N, K * keep / group]`` all the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slope_compile.config import LayerConfig
+from slope_compile.kernels import ops
+from slope_compile.kernels.metadata import check_pattern
+
+
+class SparseWeight(nn.Module):
+    """``values [N, K keep/group]`` (the Parameter, held by the parametrization list) -> dense ``[N, K]``.
+
+    Buffers, all in ``state_dict``:
+        pattern: uint8 ``[N, ceil(K/8)]``, static.
+        column_pattern: uint8 ``[K, ceil(N/8)]``, only if the configuration stores it.
+        column_age: int64 ``[1]`` on the CPU, optimizer steps since the column pattern was picked.
+    """
+
+    pattern: Tensor
+    column_pattern: Tensor | None
+    column_age: Tensor | None
+
+    def __init__(
+        self, pattern: Tensor, shape: tuple[int, int], layer: LayerConfig, transposed: bool = False
+    ) -> None:
+        super().__init__()
+        self.nm = layer.pattern
+        self.shape = shape  # (N, K)
+        self.transposed = transposed
+        # A column group needs N to divide; where it does not, the exact gradient is used (and reported).
+        self.double_pruned = layer.double_pruned and shape[0] % layer.pattern.group == 0
+        self.interval = layer.interval if self.double_pruned else 0
+        self.stores_columns = layer.stores_columns and self.double_pruned
+        self.register_buffer("pattern", pattern)
+        self.register_buffer("column_pattern", None)
+        self.register_buffer("column_age", None)
+
+    def pick_columns(self, values: Tensor) -> None:
+        """Pick the column pattern of these values, if it is stored."""
+        if self.stores_columns:
+            _, self.column_pattern = ops.compress_columns(
+                values.detach(), self.pattern, self.nm.keep, self.nm.group
+            )
+            self.column_age = torch.full((1,), -1, dtype=torch.int64)
+
+    def forward(self, values: Tensor) -> Tensor:
+        weight = ops.expand(
+            values,
+            self.pattern,
+            self.nm.keep,
+            self.nm.group,
+            self.double_pruned,
+            self.column_pattern,
+            self.column_age,
+            self.interval,
+        )
+        return weight.t() if self.transposed else weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Dense weight (in the layer's own orientation) -> its values at the kept positions."""
+        weight = weight.t() if self.transposed else weight
+        return ops.compress(weight.detach(), self.pattern, self.nm.keep, self.nm.group)
+
+    def extra_repr(self) -> str:
+        N, K = self.shape
+        if not self.double_pruned:
+            backward = "exact"
+        elif not self.stores_columns:
+            backward = "double_pruned at each backward"
+        else:
+            every = f"every {self.interval} steps" if self.interval else "never"
+            backward = f"double_pruned, columns refreshed {every}"
+        return f"{self.nm} of [{N}, {K}], values [{N}, {self.nm.compressed(K)}], backward={backward}"
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        age = self.column_age
+        super()._apply(fn, recurse)
+        self.column_age = age  # a counter that is read by the host in every step: it stays on the CPU
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:  # type: ignore[no-untyped-def]
+        pattern = state_dict.get(prefix + "pattern")
+        if pattern is not None:
+            check_pattern(pattern, self.shape[1], self.nm, prefix.removesuffix("."))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LowRank(nn.Module):
+    """Adds ``scale * B @ A`` to the weight while enabled; before that it is the identity.
+
+    ``A [R, K]`` is drawn from N(0, 1) and ``B [N, R]`` is zero, as in the method's released code, so that switching on
+    does not change the output.  Both are Parameters from the start; while disabled they take no part in the graph and
+    so have no gradient and no optimizer state.
+    """
+
+    def __init__(
+        self, weight: Tensor, rank: int, scale: float, generator: torch.Generator, transposed: bool = False
+    ) -> None:
+        """``weight`` is the dense ``[N, K]`` weight (``[K, N]`` if transposed); it gives shape, dtype and device."""
+        super().__init__()
+        N, K = weight.shape[::-1] if transposed else weight.shape
+        draw = torch.randn(rank, K, generator=generator, dtype=torch.float32)
+        self.A = nn.Parameter(draw.to(weight.dtype).to(weight.device))
+        self.B = nn.Parameter(weight.new_zeros(N, rank))
+        self.scale = scale
+        self.transposed = transposed
+        self.enabled = False
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.enabled:
+            return weight
+        if self.transposed:
+            return torch.addmm(weight, self.A.t(), self.B.t(), alpha=self.scale)
+        return torch.addmm(weight, self.B, self.A, alpha=self.scale)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The part of an assigned weight that is left to the parametrizations below."""
+        if not self.enabled:
+            return weight
+        product = self.scale * (self.B @ self.A)
+        return weight - (product.t() if self.transposed else product)
+
+    def get_extra_state(self) -> Tensor:
+        """Whether the adapters are on, as a tensor, so that any checkpoint format can hold it."""
+        return torch.tensor([self.enabled], dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.enabled = bool(state.item())
+
+    def extra_repr(self) -> str:
+        state = "on" if self.enabled else "off"
+        return f"rank={self.A.shape[0]}, scale={self.scale:g}, {state}"

@@ -1,0 +1,49 @@
+"""The rules of the method that need only names and shapes: what is an output head, what reads the first input.
+
+SLoPe makes every linear of attention and MLP sparse except output heads and the first linear after the input
+(arXiv 2405.16325; for BERT that is layer 0's query, key and value together).  A model tree has no dataflow, so there
+the rules go by module paths; ``passes.select`` uses the dataflow where it has a whole graph.
+"""
+
+from __future__ import annotations
+
+import re
+
+HEAD_NAMES = frozenset(
+    "lm_head head heads classifier score qa_outputs seq_relationship decoder embed_out proj_out logits unembed "
+    "unembedding output output_projection output_layer vocab_proj to_logits classification_head".split()
+)
+"""Last components of a module path that name an output head in common model code."""
+
+_QKV = re.compile(r"(^|_)(q|k|v|qkv|query|key|value)($|_)|^w(q|k|v)$")
+
+
+def is_head(path: str, N: int, vocabularies: frozenset[int], last: bool) -> bool:
+    """Whether the linear at ``path`` with ``N`` out_features is an output head.
+
+    Args:
+        path: module path.
+        N: out_features.
+        vocabularies: row counts of the model's embeddings.
+        last: whether it is the last linear of the model.
+
+    True when its name says so, when it produces one feature per vocabulary entry, or when it is the model's last
+    linear and stands outside every repeated block (its path has no number followed by further names).
+    """
+    name = path.rpartition(".")[2]
+    return name in HEAD_NAMES or N in vocabularies or (last and not in_block(path))
+
+
+def in_block(path: str) -> bool:
+    """Whether the path leads through a numbered block: ``layers.3.mlp.up`` does, ``net.4`` does not."""
+    return any(part.isdecimal() for part in path.split(".")[:-1])
+
+
+def first_linears(paths: list[str]) -> set[str]:
+    """The first linear of ``paths`` (in order of registration), and its query/key/value siblings."""
+    if not paths:
+        return set()
+    parent, _, name = paths[0].rpartition(".")
+    if not _QKV.search(name):
+        return {paths[0]}
+    return {p for p in paths if p.rpartition(".")[0] == parent and _QKV.search(p.rpartition(".")[2])}

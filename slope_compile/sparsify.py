@@ -1,0 +1,210 @@
+"""``sparsify_`` and ``densify_``: a model's linear layers to and from compressed parameters, in place."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from slope_compile.config import LayerConfig, SlopeConfig
+from slope_compile.errors import ConversionError
+from slope_compile.kernels.masks import choose_mask
+from slope_compile.kernels.metadata import pack_mask
+from slope_compile.layers import LinearLayer, decide, linear_layers
+from slope_compile.log import log
+from slope_compile.parametrizations import LowRank, SparseWeight
+from slope_compile.report import Decision, Report
+
+
+class DenseNote:
+    """Stands in for ``extra_repr`` of a layer that was left dense, so that ``print(model)`` says why."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __call__(self) -> str:
+        return self.text
+
+
+def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
+    """Convert a model's linear layers to N:M sparse weights with compressed parameters, in place.
+
+    The weight Parameter of each selected layer keeps its identity and becomes ``values [N, K keep/group]``; so do its
+    gradient and any elementwise optimizer's state.  Call it after the model has its initial weights and is on its
+    device, and before the optimizer's first step.
+
+    Eager execution computes the exact input gradient; with ``backward="double_pruned"`` the twice pruned weight is
+    used by ``torch.compile(model, backend="slope")``.
+
+    Args:
+        model: any module; layers are ``nn.Linear`` and Hugging Face's ``Conv1D``.
+        config: what and how; the default is 2:4 with random masks on everything but first linear and heads.
+
+    Returns:
+        A report with one decision per linear layer; ``print(report)`` shows it as a table.
+
+    Raises:
+        ConversionError: the model is prepared already, has parameters on the meta device, pending gradients or
+            optimizer state, or has no eligible layer.  Nothing has been changed then.
+    """
+    config = config or SlopeConfig()
+    _check_not_prepared(model)
+    decisions = decide(model, config)
+    chosen = [(layer, config.layer(layer.path)) for layer, decision in decisions if decision.sparse]
+    if not chosen:
+        reasons = "\n".join(f"  {d.weight}: {d.why}" for _, d in decisions) or "  it has no linear layers"
+        raise ConversionError(
+            "sparsify_: no layer of the model is eligible; change include, exclude, first_dense, heads_dense or "
+            f"pattern in the SlopeConfig:\n{reasons}"
+        )
+    _check_convertible("sparsify_", [layer for layer, _ in chosen])
+
+    # Everything that can be computed beforehand is; the originals are held until the last layer is converted, so that
+    # a failure on the way leaves the model as it was.
+    patterns = [_pattern(layer, settings) for layer, settings in chosen]
+    originals = [(layer, layer.weight.data) for layer, _ in chosen]
+    try:
+        for (layer, settings), pattern in zip(chosen, patterns, strict=True):
+            _register(layer, settings, pattern)
+    except Exception:
+        for layer, data in originals:
+            _restore(layer, data)
+        raise
+    report = Report([decision for _, decision in decisions])
+    for layer, decision in decisions:
+        if not decision.sparse:
+            _note(layer, decision)
+    for rule in config.unused([layer.path for layer, _ in decisions]):
+        log.warning("sparsify_: %s matched no linear layer", rule)
+    log.info("sparsify_: %d of %d linear layers are sparse now", len(report.sparse), len(report))
+    return report
+
+
+def densify_(model: nn.Module) -> Report:
+    """Inverse of :func:`sparsify_`: every prepared layer gets a dense weight again, in place.
+
+    Adapters that are on are merged into the dense weight (which then is no longer N:M); adapters that are off are
+    dropped.  The Parameter keeps its identity.
+
+    Raises:
+        ConversionError: no layer is prepared, or gradients or optimizer state belong to the compressed parameters.
+            Nothing has been changed then.
+    """
+    layers = [layer for layer in linear_layers(model) if layer.sparse or layer.low_rank]
+    if not layers:
+        raise ConversionError("densify_: the model has no prepared layer; sparsify_ it first")
+    _check_convertible("densify_", layers)
+    for layer in layers:
+        parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
+    for layer in linear_layers(model):
+        layer.module.__dict__.pop("extra_repr", None)
+    return Report([decision for _, decision in decide(model, SlopeConfig(include=()))])
+
+
+def add_adapters_(model: nn.Module, config: SlopeConfig) -> list[str]:
+    """Give the layers that a configuration selects a disabled adapter each, on weights that stay dense (way A).
+
+    Returns:
+        The module paths.
+
+    Raises:
+        ConversionError: ``adapter_rank`` is 0 everywhere, or nothing is eligible.
+    """
+    chosen = [layer for layer, decision in decide(model, config) if decision.sparse]
+    paths = []
+    for layer in chosen:
+        settings = config.layer(layer.path)
+        if settings.adapter_rank:
+            _register_adapter(layer, settings)
+            paths.append(layer.path)
+    if not paths:
+        raise ConversionError(
+            "adapters: no eligible layer has an adapter_rank above 0; set SlopeConfig(adapter_rank=...)"
+        )
+    return paths
+
+
+def _pattern(layer: LinearLayer, settings: LayerConfig) -> Tensor:
+    weight = layer.weight.detach()
+    weight = weight.t() if layer.transposed else weight
+    return pack_mask(
+        choose_mask(weight.contiguous(), settings.pattern, settings.mask, settings.seed, layer.path)
+    )
+
+
+def _register(layer: LinearLayer, settings: LayerConfig, pattern: Tensor) -> None:
+    requires_grad = layer.weight.requires_grad
+    sparse = SparseWeight(pattern, layer.shape, settings, layer.transposed)
+    parametrize.register_parametrization(layer.module, "weight", sparse)
+    # The class of a parametrized module is its own; where the original class prints itself in a way that hides its
+    # children (Conv1D does), let it print as any module does.
+    type(layer.module).__repr__ = nn.Module.__repr__  # type: ignore[method-assign]
+    layer.weight.requires_grad_(requires_grad)
+    sparse.pick_columns(layer.weight)
+    if settings.adapter_rank:
+        _register_adapter(layer, settings)
+
+
+def _register_adapter(layer: LinearLayer, settings: LayerConfig) -> None:
+    dense = layer.module.weight
+    assert isinstance(dense, Tensor)
+    digest = hashlib.sha256(f"adapter:{settings.seed}:{layer.path}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    adapter = LowRank(
+        dense.detach(), settings.adapter_rank, settings.adapter_scale, generator, layer.transposed
+    )
+    parametrize.register_parametrization(layer.module, "weight", adapter)
+
+
+def _restore(layer: LinearLayer, data: Tensor) -> None:
+    """Take our parametrizations off again and put the original numbers back."""
+    if parametrize.is_parametrized(layer.module, "weight"):
+        parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
+    layer.weight.data = data
+
+
+def _note(layer: LinearLayer, decision: Decision) -> None:
+    # An instance attribute in front of the method; nn.Module.__repr__ looks it up on the instance.
+    layer.module.__dict__["extra_repr"] = DenseNote(f"{layer.module.extra_repr()}, dense: {decision.why}")
+
+
+def _check_not_prepared(model: nn.Module) -> None:
+    prepared = [layer.path for layer in linear_layers(model) if layer.sparse or layer.low_rank]
+    if prepared:
+        raise ConversionError(
+            f"sparsify_: the model is prepared already ({len(prepared)} layers, the first is {prepared[0]!r}); "
+            "densify_ it first to convert it with another configuration"
+        )
+
+
+def _check_convertible(who: str, layers: Iterable[LinearLayer]) -> None:
+    layers = list(layers)
+    for layer in layers:
+        weight = layer.weight
+        if weight.is_meta:
+            raise ConversionError(
+                f"{who}: the weight of {layer.path!r} is on the meta device and has no values to choose from; "
+                "materialise the model first (model.to_empty(device=...), then initialise or load it)"
+            )
+        if weight.grad is not None:
+            raise ConversionError(
+                f"{who}: the weight of {layer.path!r} has a gradient of the old shape; call "
+                "optimizer.zero_grad(set_to_none=True) first, or convert before the first backward"
+            )
+    states = {id(p) for optimizer in _live_optimizers() for p in optimizer.state}
+    for layer in layers:
+        if id(layer.weight) in states:
+            raise ConversionError(
+                f"{who}: an optimizer already has state for the weight of {layer.path!r}, whose shape would no "
+                "longer fit; convert before the first optimizer step, or make a new optimizer afterwards and delete "
+                "the old one"
+            )
+
+
+def _live_optimizers() -> list[torch.optim.Optimizer]:
+    # Once per conversion; type() rather than isinstance(), which would run __class__ of lazy proxies.
+    return [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
