@@ -90,7 +90,7 @@ def layer(module: str) -> str:
 
 
 def target(found: Import, modules: frozenset[str]) -> str | None:
-    """The module of ours that an import reaches, if any; ``from slope_compile import errors`` means errors."""
+    """The module of ours that an import reaches, if any; ``from slope_compile import errors``: errors."""
     if found.module.split(".")[0] != "slope_compile":
         return None
     whole = f"{found.module}.{found.member}"
