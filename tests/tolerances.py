@@ -1,0 +1,66 @@
+"""How far a result may be from the truth, as data with reasons.
+
+The truth is computed in float64 from the *same, already rounded* inputs, so input rounding is nobody's
+error.  What is left is the rounding of one accumulation and of the result.  Nothing here is a guess about a
+kernel: the yardstick is the dense product of PyTorch in the same dtype on the same numbers.
+
+Errors are componentwise: the error of an entry is measured against ``scale = |A| |B|`` at that entry, the sum
+of the magnitudes that were added up there.  An entry that is small beside the rest of the matrix is judged as
+strictly as the largest one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,  # 53 significant bits
+    torch.float32: 2.0**-24,  # 24
+    torch.float16: 2.0**-11,  # 11
+    torch.bfloat16: 2.0**-8,  # 8
+}
+"""Largest relative error of rounding one number: half the distance between 1 and the next one."""
+
+NO_WORSE_FACTOR = 2.0
+"""A kernel adds the same terms as the dense product in another order (other blocks, zeros left out).  Either
+order has the same bound, and the worst entry of a random matrix varies between orders by less than this."""
+
+SMALLEST = {
+    torch.float64: 2.0**-1074,
+    torch.float32: 2.0**-149,
+    torch.float16: 2.0**-24,
+    torch.bfloat16: 2.0**-133,
+}
+"""Smallest positive number: below the normal range the spacing is absolute, and float16 gets there."""
+
+EXACT_ARITHMETIC = {"rtol": 1e-11, "atol": 1e-13}
+"""Two float64 evaluations of one formula, a model of a few layers: some thousand roundings of 1.1e-16."""
+
+
+def relative_error(result: Tensor, truth: Tensor, scale: Tensor) -> float:
+    """Largest error over ``scale``; an entry to which nothing was added must be exactly right."""
+    if result.numel() == 0:
+        return 0.0
+    error = (result.double() - truth).abs()
+    error = (error - SMALLEST[result.dtype] / 2).clamp_min(0)
+    relative = torch.where(scale > 0, error / scale, error * torch.inf)
+    return float(relative.nan_to_num(0.0, posinf=torch.inf).max())  # 0 * inf: right where nothing was added
+
+
+def assert_no_worse_than_dense(result: Tensor, dense: Tensor, truth: Tensor, scale: Tensor) -> None:
+    """``result`` is about as near to the float64 ``truth`` as PyTorch's dense product in the same dtype.
+
+    Args:
+        result: the tensor under test.
+        dense: the same product by PyTorch's dense kernel, same dtype.
+        truth: the same product in float64 of the same inputs.
+        scale: ``|A| |B|`` in float64, same shape.
+    """
+    assert result.dtype == dense.dtype, f"dtype {result.dtype}, the dense product has {dense.dtype}"
+    assert result.shape == truth.shape, f"shape {list(result.shape)}, expected {list(truth.shape)}"
+    assert bool(torch.isfinite(result).all()), "not finite"
+    error = relative_error(result, truth, scale)
+    # One rounding of the result on top: a kernel may round once where the dense one happens to be exact.
+    bound = NO_WORSE_FACTOR * relative_error(dense, truth, scale) + UNIT_ROUNDOFF[result.dtype]
+    assert error <= bound, f"error {error:.3g} of the sum of magnitudes, allowed {bound:.3g} ({result.dtype})"
