@@ -5,4 +5,30 @@ See the README for the three ways in.  Importing this package compiles, probes a
 
 from __future__ import annotations
 
+from slope_compile.backend import slope
+from slope_compile.columns import refresh_columns_
+from slope_compile.config import Override, SlopeConfig
+from slope_compile.errors import ConfigError, ConversionError, PatternError, ScheduleError, SlopeError
+from slope_compile.pattern import Pattern
+from slope_compile.report import Decision, Reason, Report
+from slope_compile.sparsify import densify_, sparsify_
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "ConversionError",
+    "Decision",
+    "Override",
+    "Pattern",
+    "PatternError",
+    "Reason",
+    "Report",
+    "ScheduleError",
+    "SlopeConfig",
+    "SlopeError",
+    "densify_",
+    "refresh_columns_",
+    "slope",
+    "sparsify_",
+]

@@ -75,8 +75,13 @@ def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
             yield LinearLayer(path, module, transposed=True)
 
 
-def decide(model: nn.Module, config: SlopeConfig) -> list[tuple[LinearLayer, Decision]]:
-    """Which layers become sparse, by the rules of the method and the configuration; nothing is changed."""
+def decide(
+    model: nn.Module, config: SlopeConfig, adapters_stay: bool = False
+) -> list[tuple[LinearLayer, Decision]]:
+    """Which layers become sparse, by the rules of the method and the configuration; nothing is changed.
+
+    ``adapters_stay``: a weight that has nothing but our adapter on it counts as a plain one (way A).
+    """
     layers = list(linear_layers(model))
     users = _weight_users(model)
     paths = collections.Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
@@ -87,7 +92,7 @@ def decide(model: nn.Module, config: SlopeConfig) -> list[tuple[LinearLayer, Dec
         N, K = layer.shape
         settings = config.layer(layer.path)
         weight = layer.weight
-        if layer.parametrizations:
+        if layer.parametrizations and not (adapters_stay and layer.parametrizations == [layer.low_rank]):
             names = ", ".join(type(p).__name__ for p in layer.parametrizations)
             return Reason.PARAMETRIZED, f"{names}; remove it before converting"
         if type(weight) is not nn.Parameter:

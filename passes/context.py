@@ -1,0 +1,41 @@
+"""What the passes of one run share: the configuration, the weights, the report, and the stored column patterns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch.fx import Node
+
+from slope_compile.config import SlopeConfig
+from slope_compile.passes.weights import WeightStore
+from slope_compile.pattern import Pattern
+from slope_compile.report import Report
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnSite:
+    """A stored column pattern that somebody has to refresh between optimizer steps; nodes of the root graph."""
+
+    values: Node
+    pattern: Node
+    column_pattern: Node
+    column_age: Node
+    nm: Pattern
+    interval: int
+
+
+@dataclasses.dataclass
+class Context:
+    """Made anew for every graph."""
+
+    config: SlopeConfig
+    weights: WeightStore
+    report: Report = dataclasses.field(default_factory=Report)
+    columns: list[ColumnSite] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The note that *select* leaves on a linear node which becomes sparse."""
+
+    path: str

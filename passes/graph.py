@@ -1,0 +1,273 @@
+"""The few FX helpers that the passes share: regions, values, new nodes, weight expressions.
+
+A *region* is a graph that runs as part of another one: the root graph, and the bodies of the higher-order operators
+that passes enter (activation checkpointing, autocast and grad-mode wrappers).  A body's placeholders are bound to the
+arguments of its call, so a weight can be followed to where it comes from, and a new tensor can be brought in.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from slope_compile.kernels import ops
+
+META = "slope"
+"""Key of ``node.meta`` under which passes leave notes for later passes."""
+
+_BODY_POSITION = {  # higher-order operator -> position of its body among the call's arguments; the rest follows it
+    "tag_activation_checkpoint": 0,
+    "wrap": 0,
+    "wrap_activation_checkpoint": 0,
+    "wrap_with_set_grad_enabled": 1,
+    "wrap_with_autocast": 4,
+    "invoke_subgraph": 0,
+}
+
+
+@dataclasses.dataclass(eq=False)
+class Region:
+    """A graph and how its placeholders are bound in the region that calls it."""
+
+    module: GraphModule
+    parent: Region | None = None
+    call: Node | None = None
+    bindings: dict[Node, Node] = dataclasses.field(default_factory=dict)
+    entered: bool = True
+    """False when passes must leave the body alone: an unknown operator, or a body with several calls."""
+
+    @property
+    def graph(self) -> Graph:
+        return self.module.graph
+
+    @property
+    def root(self) -> Region:
+        return self if self.parent is None else self.parent.root
+
+    def origin(self, node: Node) -> tuple[Region, Node]:
+        """Follow a placeholder outwards to the node that produces it, and its region."""
+        if self.parent is not None and node in self.bindings:
+            return self.parent.origin(self.bindings[node])
+        return self, node
+
+    def bring(self, node: Node, source: Region) -> Node:
+        """Make a node of an enclosing region available here, as a placeholder with an argument of the call."""
+        if source is self:
+            return node
+        assert self.parent is not None and self.call is not None
+        outer = self.parent.bring(node, source)
+        for placeholder, bound in self.bindings.items():
+            if bound is outer:
+                return placeholder
+        last = [n for n in self.graph.nodes if n.op == "placeholder"]
+        with self.graph.inserting_after(last[-1]) if last else self.graph.inserting_before():
+            placeholder = self.graph.placeholder(f"slope_{outer.name}")
+        placeholder.meta.update({k: v for k, v in outer.meta.items() if k in VALUE_KEYS})
+        self.call.args = (*self.call.args, outer)
+        self.bindings[placeholder] = outer
+        return placeholder
+
+
+def regions(module: GraphModule) -> list[Region]:
+    """The root region and every body below it, callers first."""
+    found = [Region(module)]
+    for region in found:  # grows while it runs
+        calls: dict[int, list[tuple[Node, int, GraphModule]]] = collections.defaultdict(list)
+        for node in region.graph.nodes:
+            for position, body in _bodies(region.module, node):
+                calls[id(body)].append((node, position, body))
+        for sites in calls.values():
+            node, position, body = sites[0]
+            known = _BODY_POSITION.get(_hop_name(node)) == position
+            child = Region(body, region, node, entered=region.entered and known and len(sites) == 1)
+            if child.entered:
+                inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+                operands = node.args[len(node.args) - len(inputs) :]
+                child.bindings = {
+                    p: a for p, a in zip(inputs, operands, strict=True) if isinstance(a, Node)
+                }
+            found.append(child)
+    return found
+
+
+def _hop_name(node: Node) -> str:
+    return node.target.name() if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
+
+
+def _bodies(module: GraphModule, node: Node) -> Iterator[tuple[int, GraphModule]]:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return
+    for position, argument in enumerate(node.args):
+        if isinstance(argument, Node) and argument.op == "get_attr":
+            body = attribute(module, str(argument.target))
+            if isinstance(body, GraphModule):
+                yield position, body
+
+
+def attribute(module: torch.nn.Module, target: str) -> Any:
+    """``module.a.b.c`` for ``"a.b.c"``; None if there is no such attribute."""
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+VALUE_KEYS = ("example_value", "val")
+"""Where a node's fake value is kept: graphs from Dynamo use the first, exported and make_fx graphs the second."""
+
+
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "seq_nr", "from_node")
+
+
+def value(node: Node) -> Any:
+    """The fake value of a node, or None where the graph carries none."""
+    for key in VALUE_KEYS:
+        if key in node.meta:
+            return node.meta[key]
+    return None
+
+
+def emit(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, **kwargs: Any) -> Node:
+    """Insert a call at the graph's insertion point, with the fake value and the provenance that belong to it.
+
+    ``like`` is the node being rewritten: its stack trace and module stack are kept, and a floating result takes its
+    dtype (which differs from the operands' under autocast).
+    """
+    node = graph.call_function(target, args, kwargs)
+    node.meta.update({key: like.meta[key] for key in _PROVENANCE if key in like.meta})
+    nodes: list[Node] = []
+    torch.fx.node.map_arg(args, lambda n: (nodes.append(n), n)[1])
+    if all(value(n) is not None for n in nodes):
+        key = next((k for k in VALUE_KEYS if k in like.meta), "val")
+        with torch.no_grad():
+            result = target(*torch.fx.node.map_arg(args, value), **kwargs)
+            wanted = value(like)
+            if isinstance(result, Tensor) and isinstance(wanted, Tensor) and result.is_floating_point():
+                result = result.to(wanted.dtype)
+        node.meta[key] = result
+    return node
+
+
+def replace(old: Node, new: Node) -> None:
+    """Give ``new`` the users and the value of ``old``, and erase ``old``."""
+    for key in VALUE_KEYS:
+        if key in old.meta:
+            new.meta[key] = old.meta[key]
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def erase_unused(node: Node) -> None:
+    """Erase a weight-expression node that nothing reads any more, and what only it read.
+
+    Not general dead-code elimination: a graph from Dynamo may hold in-place calls whose result nobody uses.
+    """
+    if node.users or not (is_transpose(node) or is_expand(node) or is_addmm(node)):
+        return
+    inputs = list(node.all_input_nodes)
+    node.graph.erase_node(node)
+    for source in inputs:
+        erase_unused(source)
+
+
+# --- weight expressions ----------------------------------------------------------------------------------------------
+
+_ADDMM = (torch.addmm, torch.ops.aten.addmm.default)
+_TRANSPOSE_2D = (torch.t, torch.ops.aten.t.default)
+_TRANSPOSE = (torch.transpose, torch.ops.aten.transpose.int, torch.swapaxes, torch.swapdims)
+_PERMUTE = (torch.permute, torch.ops.aten.permute.default)
+
+
+def is_expand(node: Node) -> bool:
+    """Whether the node is ``slope.expand``."""
+    return node.op == "call_function" and node.target is ops.expand
+
+
+def is_addmm(node: Node) -> bool:
+    """Whether the node is ``addmm`` with beta = 1, as a function or a method."""
+    method = node.op == "call_method" and node.target == "addmm"
+    function = node.op == "call_function" and node.target in _ADDMM
+    return (method or function) and node.kwargs.get("beta", 1) == 1
+
+
+def is_transpose(node: Node) -> bool:
+    """Whether the node is a transposition of a matrix, in any spelling."""
+    if node.op == "call_method":
+        if node.target in ("t", "adjoint"):
+            return True
+        if node.target in ("transpose", "swapaxes", "swapdims"):
+            return _swaps(node.args[1:])
+        return node.target == "permute" and _swaps(_flat(node.args[1:]))
+    if node.op != "call_function":
+        return False
+    if node.target in _TRANSPOSE_2D:
+        return True
+    if node.target is getattr:
+        return node.args[1] in ("T", "mT")
+    if node.target in _TRANSPOSE:
+        return _swaps(node.args[1:])
+    return node.target in _PERMUTE and _swaps(_flat(node.args[1:]), permutation=True)
+
+
+def _flat(dims: Any) -> tuple[Any, ...]:
+    return tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], list | tuple) else tuple(dims)
+
+
+def _swaps(dims: tuple[Any, ...], permutation: bool = False) -> bool:
+    if not all(isinstance(d, int) for d in dims):
+        return False
+    normal = tuple(d % 2 for d in dims if -2 <= d < 2)
+    return normal == (1, 0) or (not permutation and normal == (0, 1) and len(dims) == 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightExpression:
+    """``W = base (or its transpose) + scale * B @ A``, as found in a graph."""
+
+    base: Node
+    transposed: bool
+    A: Node | None = None
+    B: Node | None = None
+    scale: float = 1.0
+
+    @property
+    def low_rank(self) -> bool:
+        return self.A is not None
+
+
+def weight_expression(node: Node) -> WeightExpression:
+    """Read the expression of a weight ``[N, K]``; what is not transposition or a low-rank term is the base."""
+    base, transposed = strip_transposes(node)
+    if not is_addmm(base) or len(base.args) != 3:
+        return WeightExpression(base, transposed)
+    term, left, right = base.args
+    assert isinstance(term, Node) and isinstance(left, Node) and isinstance(right, Node)
+    inner, inner_transposed = strip_transposes(term)
+    if not (is_expand(inner) or inner.op in ("placeholder", "get_attr")):
+        return WeightExpression(base, transposed)
+    # W = base + s left @ right, or its transpose: base^T + s right^T @ left^T
+    scale = base.kwargs.get("alpha", 1)
+    B, A = (right, left) if transposed else (left, right)
+    parts = [strip_transposes(part) for part in (B, A)]
+    if any(flipped is not transposed for _, flipped in parts):
+        return WeightExpression(base, transposed)  # a factor in another orientation: not one of our adapters
+    assert isinstance(scale, int | float)
+    return WeightExpression(inner, transposed != inner_transposed, parts[1][0], parts[0][0], float(scale))
+
+
+def strip_transposes(node: Node) -> tuple[Node, bool]:
+    """The node below any transpositions, and whether their number is odd."""
+    flipped = False
+    while is_transpose(node):
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node, flipped = source, not flipped
+    return node, flipped

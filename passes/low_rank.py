@@ -1,0 +1,69 @@
+"""low_rank: distribute the product over ``S + s B A``, so that the adapter never meets the sparse weight.
+
+    linear(x, S + s B @ A, b)   ->   linear(x, S, b) + s * linear(linear(x, A), B)
+
+    x [..., K], S [N, K], A [R, K], B [N, R]; cost M R (K + N) instead of R N K plus a dense S.
+
+A linear qualifies when *select* chose it and its weight is an adapter expression (``addmm`` of a weight with two
+factors, in either orientation).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from slope_compile.passes.context import Context, Selection
+from slope_compile.passes.graph import META, Region, emit, erase_unused, regions, replace, weight_expression
+from slope_compile.passes.normalize import LINEAR
+
+ADD = torch.ops.aten.add.Tensor
+MUL = torch.ops.aten.mul.Tensor
+DOWN = "down_projection"
+"""``node.meta["slope"]`` of the product with A, by which *fuse* finds it."""
+
+
+class DistributeLowRank(PassBase):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "low_rank"
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        changes = 0
+        for region in regions(graph_module):
+            for node in list(region.graph.nodes):
+                if isinstance(node.meta.get(META), Selection):
+                    changes += _distribute(region, node)
+            region.module.recompile()
+        self.context.report.count(self.name, changes)
+        return PassResult(graph_module, changes > 0)
+
+
+def _distribute(region: Region, node: Node) -> int:
+    x, weight, bias = node.args
+    assert isinstance(x, Node) and isinstance(weight, Node)
+    expression = weight_expression(weight)
+    if expression.A is None or expression.B is None:
+        return 0
+    graph = region.graph
+    with graph.inserting_before(node):
+        base = expression.base
+        if expression.transposed:
+            base = emit(graph, torch.ops.aten.t.default, (base,), like=base)
+        product = emit(graph, LINEAR, (x, base, bias), like=node)
+        product.meta[META] = node.meta[META]
+        down = emit(graph, LINEAR, (x, expression.A, None), like=node)  # [..., K] @ [K, R] -> [..., R]
+        down.meta[META] = DOWN
+        up = emit(graph, LINEAR, (down, expression.B, None), like=node)  # [..., R] @ [R, N] -> [..., N]
+        # Not add(product, up, alpha=scale): Inductor's addmm fusion on torch 2.11-2.13 loses that alpha.
+        scaled = emit(graph, MUL, (up, expression.scale), like=node)
+        total = emit(graph, ADD, (product, scaled), like=node)
+    replace(node, total)
+    erase_unused(weight)
+    return 1

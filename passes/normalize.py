@@ -1,0 +1,159 @@
+"""normalize: every spelling of a linear layer becomes ``aten.linear(x, weight [N, K], bias)``.
+
+Recognised, with ``w`` a weight expression (a parameter, ``slope.expand`` of one, its transposes, plus an adapter):
+
+1. ``F.linear(x, w, b)``, ``aten.linear``
+2. ``x @ w.T``, ``matmul``, ``mm`` with the weight on the right, in either orientation
+3. ``addmm(b, x, w.T)`` (Hugging Face's Conv1D: ``addmm(b, x, w)`` with w ``[K, N]``), alpha = beta = 1
+4. ``einsum("...k,nk->...n", x, w)`` and the other equations that are a linear with the weight second
+5. a ``call_module`` of ``nn.Linear`` (a symbolically traced graph)
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from slope_compile.passes.context import Context
+from slope_compile.passes.graph import (
+    Region,
+    attribute,
+    emit,
+    erase_unused,
+    is_expand,
+    regions,
+    replace,
+    strip_transposes,
+    value,
+    weight_expression,
+)
+
+LINEAR = torch.ops.aten.linear.default
+_LINEARS = (torch.nn.functional.linear, torch._C._nn.linear)
+_MATMULS = (torch.matmul, torch.mm, operator.matmul, torch.ops.aten.mm.default, torch.ops.aten.matmul.default)
+_ADDMMS = (torch.addmm, torch.ops.aten.addmm.default)
+_EINSUMS = (torch.einsum, torch.functional.einsum, torch.ops.aten.einsum.default)
+
+
+class Normalize(PassBase):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "normalize"
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        changes = 0
+        for region in regions(graph_module):
+            if region.entered:
+                for node in list(region.graph.nodes):
+                    changes += self._rewrite(region, node)
+                region.module.recompile()
+        self.context.report.count(self.name, changes)
+        return PassResult(graph_module, changes > 0)
+
+    def _rewrite(self, region: Region, node: Node) -> int:
+        found = _module_call(region, node) or _function_call(node)
+        if found is None:
+            return 0
+        x, weight, transposed, bias = found
+        if node.op != "call_module" and node.target not in _LINEARS and not self._is_weight(region, weight):
+            return 0
+        with region.graph.inserting_before(node):
+            # The weight as [N, K]: what matmul reads is [K, N], so a transposition more or less.
+            base, flipped = strip_transposes(weight)
+            if flipped != transposed:
+                base = emit(region.graph, torch.ops.aten.t.default, (base,), like=base)
+            linear = emit(region.graph, LINEAR, (x, base, bias), like=node)
+        replace(node, linear)
+        erase_unused(weight)
+        return 1
+
+    def _is_weight(self, region: Region, node: Node) -> bool:
+        value_ = value(node)
+        if isinstance(value_, torch.Tensor) and value_.dim() != 2:
+            return False
+        origin_region, base = region.origin(weight_expression(node).base)
+        if is_expand(base):
+            return True
+        tensor = self.context.weights.tensor(base) if origin_region.parent is None else None
+        return tensor is not None and tensor.dim() == 2
+
+
+Found = tuple[Node, Node, bool, Node | None]
+"""x, weight node, whether the weight node is [K, N], bias."""
+
+
+def _module_call(region: Region, node: Node) -> Found | None:
+    if node.op != "call_module":
+        return None
+    module = attribute(region.module, str(node.target))
+    if type(module).forward is not torch.nn.Linear.forward or len(node.args) != 1:
+        return None
+    with region.graph.inserting_before(node):
+        weight = region.graph.get_attr(f"{node.target}.weight")
+        bias = None if module.bias is None else region.graph.get_attr(f"{node.target}.bias")
+    x = node.args[0]
+    return (x, weight, False, bias) if isinstance(x, Node) else None
+
+
+def _function_call(node: Node) -> Found | None:
+    if node.op == "call_method" and node.target in ("matmul", "mm", "__matmul__"):
+        x, weight, transposed, bias = *node.args[:2], True, None
+    elif node.op != "call_function":
+        return None
+    elif node.target in _LINEARS:
+        names = ("input", "weight", "bias")
+        x, weight, bias = (
+            node.args[i] if i < len(node.args) else node.kwargs.get(names[i]) for i in range(3)
+        )
+        transposed = False
+    elif node.target in _MATMULS and len(node.args) == 2:
+        x, weight, transposed, bias = *node.args, True, None
+    elif node.target in _ADDMMS and len(node.args) == 3:
+        if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
+            return None
+        bias, x, weight, transposed = *node.args, True
+        if not (isinstance(bias, Node) and _is_vector(bias)):
+            return None
+    elif node.target in _EINSUMS:
+        return _einsum(node)
+    else:
+        return None
+    if not (isinstance(x, Node) and isinstance(weight, Node) and (bias is None or isinstance(bias, Node))):
+        return None
+    if isinstance(value(x), torch.Tensor) and value(x).dim() < 1:
+        return None
+    return x, weight, transposed, bias
+
+
+def _is_vector(node: Node) -> bool:
+    """Whether a bias has one entry per output feature; without a value the graph is trusted to be a Conv1D's."""
+    shape = value(node)
+    return shape is None or (isinstance(shape, torch.Tensor) and shape.dim() == 1)
+
+
+def _einsum(node: Node) -> Found | None:
+    equation = node.args[0]
+    operands = node.args[1:]
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+        return None
+    left, output = equation.replace(" ", "").replace("...", ".").split("->")
+    first, _, second = left.partition(",")
+    if len(second) != 2 or len(set(second)) != 2 or not first or len(set(first)) != len(first):
+        return None
+    k = first[-1]
+    n = second.replace(k, "")
+    if len(n) != 1 or n in first or output != first[:-1] + n:
+        return None
+    x, weight = operands
+    if not (isinstance(x, Node) and isinstance(weight, Node)):
+        return None
+    return x, weight, second[0] == k, None

@@ -1,0 +1,218 @@
+"""select: which linears become sparse, and why the others do not.
+
+Every ``aten.linear`` gets exactly one decision in the report.  In order:
+
+1. its weight is ``slope.expand``: prepared by ``sparsify_``, selected
+2. it stands in a body that passes do not enter: dense
+3. its weight is not a parameter of the graph: dense
+4. the same weight is read elsewhere too (tied, shared): dense
+5. the whole model is at hand (``WeightStore.ruling``): what its rules say
+6. else by the graph: configuration, first linear after the input (no linear comes before it), output head (by name,
+   by vocabulary, or no linear comes after it), dtype, shape
+
+A selected node carries a :class:`~slope_compile.passes.context.Selection` in ``node.meta["slope"]``; nothing else
+is changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import networkx as nx
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from slope_compile.kernels import ops
+from slope_compile.passes.context import Context, Selection
+from slope_compile.passes.dataflow import dataflow, without_predecessor
+from slope_compile.passes.graph import META, Region, is_expand, regions, value, weight_expression
+from slope_compile.passes.normalize import LINEAR
+from slope_compile.pattern import Pattern
+from slope_compile.report import Decision, Reason
+from slope_compile.rules import is_head
+
+_EMBEDDINGS = (torch.nn.functional.embedding, torch.embedding, torch.ops.aten.embedding.default)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A linear node, and where its weight comes from."""
+
+    region: Region
+    node: Node
+    base_region: Region
+    base: Node
+    transposed: bool
+
+
+class Select(PassBase):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "select"
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        found = regions(graph_module)
+        sites = [_site(region, n) for region in found for n in region.graph.nodes if _is_linear(n)]
+        judge = _Judge(self.context, found, sites)
+        selected = 0
+        for site in sites:
+            decision = judge(site)
+            self.context.report.add(decision)
+            if decision.sparse:
+                site.node.meta[META] = Selection(path=decision.weight)
+                selected += 1
+        for region in found:
+            for node in region.graph.nodes:
+                if node.op == "call_function" and node.target is ops.linear:
+                    self.context.report.add(
+                        Decision(weight=str(node.args[1]), sparse=True, reason=Reason.ALREADY_SPARSE, node=node.name)
+                    )
+        self.context.report.count(self.name, selected)
+        return PassResult(graph_module, False)
+
+
+def _is_linear(node: Node) -> bool:
+    return node.op == "call_function" and node.target is LINEAR
+
+
+def _site(region: Region, node: Node) -> Site:
+    weight = node.args[1]
+    assert isinstance(weight, Node)
+    outer, weight = region.origin(weight)
+    expression = weight_expression(weight)
+    base_region, base = outer.origin(expression.base)
+    transposed = expression.transposed
+    if not is_expand(base):  # an expression may be split between a region and the one that calls it
+        inner = weight_expression(base)
+        base_region, base = base_region.origin(inner.base)
+        transposed = transposed != inner.transposed
+    return Site(region, node, base_region, base, transposed)
+
+
+class _Judge:
+    """Decides about each site, with the facts about the whole graph gathered once."""
+
+    def __init__(self, context: Context, found: list[Region], sites: list[Site]) -> None:
+        self.context = context
+        flow = dataflow(found)
+        linears = {site.node for site in sites}
+        self.first = without_predecessor(flow, linears)
+        self.last = without_predecessor(flow.reverse(copy=False), linears)
+        self.readers = _readers(found)
+        self.vocabularies = frozenset(self._vocabularies(found))
+
+    def _vocabularies(self, found: list[Region]) -> set[int]:
+        rows = set()
+        for region in found:
+            for node in region.graph.nodes:
+                if node.op == "call_function" and node.target in _EMBEDDINGS:
+                    table = next((a for a in node.args if _is_matrix(a)), None)
+                    if isinstance(table, Node):
+                        rows.add(int(value(table).shape[0]))
+        return rows
+
+    def __call__(self, site: Site) -> Decision:
+        if is_expand(site.base):
+            return self._prepared(site)
+        store = self.context.weights
+        tensor = store.tensor(site.base) if site.base_region.parent is None else None
+        if tensor is None:
+            reason = Reason.NOT_CONSTANT if site.base.op == "placeholder" else Reason.COMPUTED
+            return Decision(weight=site.base.name, sparse=False, reason=reason, node=site.node.name)
+        path = store.path(site.base)
+        rows, columns = tensor.shape
+        N, K = (columns, rows) if site.transposed else (rows, columns)
+        settings = self.context.config.layer(path)
+        reason, detail = self._reason(site, path, tensor, (N, K))
+        exact = not settings.double_pruned or N % settings.pattern.group != 0
+        if reason is Reason.SELECTED and settings.double_pruned and exact:
+            detail = f"exact backward, as N = {N} is not a multiple of {settings.pattern.group}"
+        sparse = reason is Reason.SELECTED
+        return Decision(
+            weight=path,
+            sparse=sparse,
+            reason=reason,
+            shape=(N, K),
+            pattern=str(settings.pattern) if sparse else "",
+            backward=("exact" if exact else "double_pruned") if sparse else "",
+            node=site.node.name,
+            detail=detail,
+        )
+
+    def _reason(self, site: Site, path: str, tensor: Tensor, shape: tuple[int, int]) -> tuple[Reason, str]:
+        config = self.context.config
+        N, K = shape
+        if not site.region.entered:
+            return Reason.HIGHER_ORDER, str(site.region.call)
+        others = [reader for reader in self.readers.get(site.base, []) if reader is not site.node]
+        if others:
+            shared = all(_is_linear(reader) for reader in others)
+            names = ", ".join(sorted(reader.name for reader in others))
+            return (Reason.SHARED if shared else Reason.TIED), f"also read by {names}"
+        ruling = self.context.weights.ruling(site.base)
+        if ruling is not None:
+            return ruling.reason, ruling.detail
+        if not config.selects(path):
+            return Reason.EXCLUDED, ""
+        if config.first_dense and site.node in self.first:
+            return Reason.FIRST, ""
+        if config.heads_dense and is_head(path, N, self.vocabularies, site.node in self.last):
+            return Reason.HEAD, ""
+        if tensor.dtype not in _DTYPES:
+            return Reason.DTYPE, str(tensor.dtype)
+        group = config.layer(path).pattern.group
+        if K % group or not N or not K:
+            return Reason.SHAPE, f"K = {K} is not a positive multiple of {group}"
+        return Reason.SELECTED, ""
+
+    def _prepared(self, site: Site) -> Decision:
+        values, _, keep, group, double_pruned, *_ = (*site.base.args, False)
+        assert isinstance(values, Node) and isinstance(keep, int) and isinstance(group, int)
+        root, origin = site.base_region.origin(values)
+        path = self.context.weights.path(origin) if root.parent is None else origin.name
+        shape: tuple[int, ...] = ()
+        if isinstance(value(values), Tensor):
+            N, kept = value(values).shape
+            shape = (int(N), int(kept) // keep * group)
+        return Decision(
+            weight=path,
+            sparse=site.region.entered,
+            reason=Reason.PREPARED if site.region.entered else Reason.HIGHER_ORDER,
+            shape=shape,
+            pattern=str(Pattern(keep, group)),
+            backward="double_pruned" if double_pruned else "exact",
+            node=site.node.name,
+            detail="" if site.region.entered else str(site.region.call),
+        )
+
+
+def _is_matrix(argument: object) -> bool:
+    return isinstance(argument, Node) and isinstance(value(argument), Tensor) and value(argument).dim() == 2
+
+
+def _readers(found: list[Region]) -> dict[Node, list[Node]]:
+    """For each node of a region, the nodes that in the end read it, through transposes, adapters and calls."""
+    flow: nx.DiGraph[Node] = dataflow(found)
+    entered = {region.call for region in found if region.entered}
+    readers: dict[Node, list[Node]] = {}
+    for source in [n for region in found for n in region.graph.nodes if n.op in ("placeholder", "get_attr")]:
+        pending, seen = [source], set()
+        while pending:
+            node = pending.pop()
+            for user in flow.successors(node) if node in flow else ():
+                if user in seen or user in entered:
+                    continue
+                seen.add(user)
+                through = user.op == "placeholder" or weight_expression(user).base is not user
+                if through:
+                    pending.append(user)
+                else:
+                    readers.setdefault(source, []).append(user)
+    return readers

@@ -1,0 +1,108 @@
+"""sparsify: the selected linears become products with compressed weights.
+
+    prepared   linear(x, slope.expand(values, pattern, ...), b)  ->  slope.linear(x, values, pattern, b, ...)
+    dense      linear(x, w, b), w a parameter                    ->  the same, with values = slope.compress(w, pattern)
+
+A dense weight is thus first put in the language of the prepared ones, ``expand(compress(w))``, of which the rewrite
+then takes the product.  Where the compressed form of a dense weight lives is the weight store's business.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from slope_compile.kernels import ops
+from slope_compile.passes.context import ColumnSite, Context, Selection
+from slope_compile.passes.graph import (
+    META,
+    Region,
+    emit,
+    erase_unused,
+    is_expand,
+    regions,
+    replace,
+    strip_transposes,
+)
+from slope_compile.pattern import Pattern
+
+
+class Sparsify(PassBase):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "sparsify"
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        changes = 0
+        for region in regions(graph_module):
+            for node in list(region.graph.nodes):
+                if isinstance(node.meta.get(META), Selection):
+                    self._rewrite(region, node)
+                    changes += 1
+            region.module.recompile()
+        self.context.report.count(self.name, changes)
+        return PassResult(graph_module, changes > 0)
+
+    def _rewrite(self, region: Region, node: Node) -> None:
+        x, weight, bias = node.args
+        assert isinstance(weight, Node)
+        # Transposes may stand on both sides of a call's boundary, hence twice.
+        inner, inner_flip = strip_transposes(weight)
+        outer_region, outer = region.origin(inner)
+        outer, outer_flip = strip_transposes(outer)
+        base_region, base = outer_region.origin(outer)
+        if is_expand(base):
+            arguments = self._prepared(region, base_region, base)
+        else:
+            arguments = self._dense(region, base, inner_flip != outer_flip, node)
+        values, pattern, keep, group, double_pruned, column_pattern = arguments
+        with region.graph.inserting_before(node):
+            product = emit(
+                region.graph,
+                ops.linear,
+                (x, values, pattern, bias, keep, group, double_pruned, column_pattern),
+                like=node,
+            )
+        product.meta[META] = node.meta[META]
+        replace(node, product)
+        erase_unused(weight)
+
+    def _prepared(self, region: Region, home: Region, expand: Node) -> tuple[object, ...]:
+        defaults = (None, None, None, None, False, None, None, 0)
+        given = (*expand.args, *defaults[len(expand.args) :])
+        values, pattern, keep, group, double_pruned, columns, age, interval = given
+        tensors = [n for n in (values, pattern, columns) if isinstance(n, Node)]
+        local = {n: region.bring(n, home) for n in tensors}
+        if double_pruned and isinstance(columns, Node) and isinstance(age, Node) and interval:
+            assert isinstance(values, Node) and isinstance(pattern, Node)
+            assert isinstance(keep, int) and isinstance(group, int) and isinstance(interval, int)
+            origins = [home.origin(n)[1] for n in (values, pattern, columns, age)]
+            self.context.columns.append(ColumnSite(*origins, Pattern(keep, group), interval))
+        brought = [local[n] if isinstance(n, Node) else n for n in (values, pattern, columns)]
+        return brought[0], brought[1], keep, group, double_pruned, brought[2]
+
+    def _dense(self, region: Region, base: Node, transposed: bool, node: Node) -> tuple[object, ...]:
+        settings = self.context.config.layer(node.meta[META].path)
+        before, outermost = node, region
+        while outermost.parent is not None:
+            assert outermost.call is not None
+            before, outermost = outermost.call, outermost.parent
+        weight = self.context.weights.compressed(base, settings, transposed, before)
+        N = self.context.weights.tensor(base)
+        assert N is not None
+        rows = N.shape[1] if transposed else N.shape[0]
+        double_pruned = settings.double_pruned and rows % settings.pattern.group == 0
+        columns = None if weight.column_pattern is None else region.bring(weight.column_pattern, outermost)
+        return (
+            region.bring(weight.values, outermost),
+            region.bring(weight.pattern, outermost),
+            settings.pattern.keep,
+            settings.pattern.group,
+            double_pruned,
+            columns,
+        )

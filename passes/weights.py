@@ -1,0 +1,48 @@
+"""Where a graph's weights live: what passes may ask about a weight node, and how they get a compressed one.
+
+Passes do not know whether a graph came from Dynamo (weights are inputs), from ``torch.export`` (weights are inputs
+described by a signature) or is a plain GraphModule (weights are attributes).  A :class:`WeightStore` answers for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+from torch import Tensor
+from torch.fx import Node
+
+from slope_compile.config import LayerConfig
+from slope_compile.report import Decision
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedWeight:
+    """Nodes of the root graph that hold one weight in compressed form."""
+
+    values: Node
+    pattern: Node
+    column_pattern: Node | None = None
+
+
+class WeightStore(Protocol):
+    """The weights of one root graph.  Nodes given and returned belong to that graph."""
+
+    def tensor(self, node: Node) -> Tensor | None:
+        """The parameter behind a node, with real values; None for anything that is not a parameter."""
+        ...
+
+    def path(self, node: Node) -> str:
+        """Module path of the layer that owns the weight (``h.0.mlp.c_fc``), or the graph's own name for it."""
+        ...
+
+    def ruling(self, node: Node) -> Decision | None:
+        """What the rules say with the whole model at hand; None where only the graph is known."""
+        ...
+
+    def compressed(self, node: Node, layer: LayerConfig, transposed: bool, before: Node) -> CompressedWeight:
+        """Bring a dense weight into compressed form, with nodes that are available at ``before``.
+
+        Called once for each selected weight, after all decisions have been made.
+        """
+        ...

@@ -1,0 +1,107 @@
+"""The ``torch.compile`` backend ``"slope"``.
+
+Found by name through the ``torch_dynamo_backends`` entry point; ``torch.compile(model, backend=slope_compile.slope)``
+does the same without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from slope_compile._dynamo import working_copy
+from slope_compile._inductor import compile_graph
+from slope_compile.columns import StoredColumns, before_training_forward
+from slope_compile.dense_weights import DynamoWeights
+from slope_compile.errors import ConfigError
+from slope_compile.log import log
+from slope_compile.options import BackendOptions, parse_options
+from slope_compile.passes.context import Context
+from slope_compile.passes.pipeline import run_passes
+from slope_compile.report import Reason, Report
+
+
+def slope(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Rewrite a graph from Dynamo to sparse products and hand it to Inductor.
+
+    Linears of a prepared model (``sparsify_``) become products with their compressed weights; linears of a dense model
+    get their weights pruned in place at first compilation and become products with weights that are compressed on the
+    fly.  A graph without linears is compiled as it is.
+
+    Args:
+        graph_module, example_inputs: as Dynamo passes them.
+        mode, options: as given to ``torch.compile``; see :func:`slope_compile.options.parse_options`.
+
+    Raises:
+        ConfigError: unknown or contradictory options (Dynamo shows it as the cause of a ``BackendCompilerFailed``).
+    """
+    parsed = parse_options(mode, options)
+    graph_module = working_copy(graph_module)
+    weights = DynamoWeights(graph_module, example_inputs, parsed.config)
+    context = Context(parsed.config, weights)
+    graph_module = run_passes(graph_module, context)
+    _check_agreement(parsed, context.report)
+    stored = [*weights.stored, *_prepared_columns(context, weights)]
+    weights.commit()
+    _log(context.report)
+    inputs = [*example_inputs, *weights.extra]
+    graph_module.recompile()
+    compiled = compile_graph(graph_module, inputs, parsed.compiler, parsed.patches)
+    return _calling(compiled, weights.extra, stored)
+
+
+def _calling(compiled: Callable[..., Any], extra: list[Any], stored: list[StoredColumns]) -> Callable[..., Any]:
+    """The compiled graph with its added inputs, after the column patterns have been looked after."""
+    if not extra and not stored:
+        return compiled
+
+    def call(*args: Any) -> Any:
+        before_training_forward(stored)
+        return compiled(*args, *extra)
+
+    return call
+
+
+def _prepared_columns(context: Context, weights: DynamoWeights) -> list[StoredColumns]:
+    stored = []
+    for site in context.columns:
+        tensors = [weights.inputs.get(n) for n in (site.values, site.pattern, site.column_pattern, site.column_age)]
+        if any(tensor is None for tensor in tensors):
+            log.warning("column pattern of %s is not an input of the graph and will not be refreshed", site.values)
+            continue
+        values, pattern, column_pattern, column_age = tensors
+        stored.append(
+            StoredColumns(
+                values, values.detach, pattern, column_pattern, column_age, site.nm, site.interval
+            )
+        )
+    return stored
+
+
+def _check_agreement(options: BackendOptions, report: Report) -> None:
+    """Options that a prepared model has already settled otherwise are a contradiction, not a wish to ignore."""
+    prepared = [d for d in report if d.reason is Reason.PREPARED]
+    if not prepared:
+        return
+    for field in ("pattern", "backward"):
+        wanted = getattr(options.config, field)
+        other = next((d for d in prepared if getattr(d, field) != wanted), None)
+        if field in options.given and not options.config.overrides and other is not None:
+            raise ConfigError(
+                f"option {field!r} is {wanted!r}, but {other.weight!r} was prepared by sparsify_ with "
+                f"{getattr(other, field)!r}; set it in the SlopeConfig given to sparsify_ and leave it out here"
+            )
+
+
+def _log(report: Report) -> None:
+    if len(report):
+        log.info("%d of %d linears of the graph are sparse", len(report.sparse), len(report))
+        log.debug("decisions:\n%s", report)

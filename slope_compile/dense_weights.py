@@ -1,0 +1,160 @@
+"""Way in A: weights of a dense model, as inputs of a graph from Dynamo.
+
+The weights stay dense-shaped Parameters.  When a graph that reads one is compiled for the first time, its pattern is
+chosen, remembered beside the Parameter, and the weight is pruned in place.  The graph then reads
+``slope.compress(weight, pattern)``; the gradient comes back expanded, zero at the pruned positions, so that an
+elementwise optimizer with momentum and decay keeps them at zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from slope_compile import _dynamo
+from slope_compile.columns import StoredColumns
+from slope_compile.config import LayerConfig, SlopeConfig
+from slope_compile.kernels import ops
+from slope_compile.kernels.masks import choose_mask
+from slope_compile.kernels.metadata import pack_mask, unpack_mask
+from slope_compile.layers import decide
+from slope_compile.log import log
+from slope_compile.passes.graph import VALUE_KEYS, emit
+from slope_compile.passes.weights import CompressedWeight
+from slope_compile.pattern import Pattern
+from slope_compile.report import Decision
+
+
+@dataclasses.dataclass
+class DenseState:
+    """What is remembered about a dense weight, for as long as the Parameter lives."""
+
+    nm: Pattern
+    pattern: Tensor
+    column_pattern: Tensor | None = None
+    column_age: Tensor | None = None
+
+
+_states = WeakTensorKeyDictionary()
+"""Parameter -> DenseState, by identity.  So recompiles (a new shape, adapters on) find the same pattern, even where a
+kept weight has become exactly 0."""
+
+
+class DynamoWeights:
+    """The weights of one graph from Dynamo; implements ``passes.weights.WeightStore``."""
+
+    def __init__(self, module: GraphModule, inputs: Sequence[Any], config: SlopeConfig) -> None:
+        self.graph = module.graph
+        self.config = config
+        self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        self.inputs = dict(zip(self.placeholders, inputs, strict=True))
+        self.extra: list[Tensor] = []
+        """Tensors for the placeholders that were added, in order."""
+        self.stored: list[StoredColumns] = []
+        self._prune: list[tuple[Tensor, DenseState, str, bool]] = []
+
+    def tensor(self, node: Node) -> Tensor | None:
+        value = self.inputs.get(node)
+        return value if isinstance(value, nn.Parameter) and _dynamo.is_real(value) else None
+
+    def path(self, node: Node) -> str:
+        origin = _dynamo.origin(node)
+        return origin.layer if origin is not None else str(node)
+
+    def ruling(self, node: Node) -> Decision | None:
+        origin = _dynamo.origin(node)
+        if origin is None or origin.root is None:
+            return None
+        return self._rulings(origin.root).get(origin.layer)
+
+    @functools.cache  # noqa: B019  (the store lives as long as one compilation)
+    def _rulings(self, root: nn.Module) -> dict[str, Decision]:
+        return {layer.path: decision for layer, decision in decide(root, self.config, adapters_stay=True)}
+
+    def compressed(self, node: Node, layer: LayerConfig, transposed: bool, before: Node) -> CompressedWeight:
+        weight = self.inputs[node]
+        state = _states.get(weight)
+        if state is None or state.nm != layer.pattern:
+            state = self._choose(weight, layer, transposed, self.path(node))
+        rows = weight.shape[1] if transposed else weight.shape[0]
+        stores_columns = layer.stores_columns and rows % layer.pattern.group == 0
+        keep, group = layer.pattern.keep, layer.pattern.group
+
+        def values() -> Tensor:
+            dense = weight.detach()
+            return ops.compress(dense.t() if transposed else dense, state.pattern, keep, group)
+
+        if stores_columns and state.column_pattern is None:
+            masked = self._masked(weight.detach(), state, transposed)
+            first = ops.compress(masked.t() if transposed else masked, state.pattern, keep, group)
+            _, state.column_pattern = ops.compress_columns(first, state.pattern, keep, group)
+            state.column_age = torch.full((1,), -1, dtype=torch.int64)
+        pattern = self._input(node, "pattern", state.pattern)
+        with self.graph.inserting_before(before):
+            dense = emit(self.graph, torch.ops.aten.t.default, (node,), like=node) if transposed else node
+            compressed = emit(self.graph, ops.compress, (dense, pattern, keep, group), like=node)
+        columns = None
+        if stores_columns:
+            assert state.column_pattern is not None and state.column_age is not None
+            columns = self._input(node, "column_pattern", state.column_pattern)
+            if layer.interval:
+                self.stored.append(
+                    StoredColumns(
+                        weight, values, state.pattern, state.column_pattern, state.column_age,
+                        layer.pattern, layer.interval,
+                    )
+                )  # fmt: skip
+        return CompressedWeight(compressed, pattern, columns)
+
+    def commit(self) -> int:
+        """Prune the weights whose pattern was chosen in this run, in place, and remember the patterns.
+
+        Returns:
+            How many there were.
+        """
+        with torch.no_grad():
+            for weight, state, _, transposed in self._prune:
+                weight.copy_(self._masked(weight, state, transposed))
+                _states[weight] = state
+        if self._prune:
+            names = [path for _, _, path, _ in self._prune]
+            log.warning(
+                "backend 'slope' pruned %d weights of a dense model in place (first: %s, last: %s); they stay "
+                "dense-shaped. slope_compile.sparsify_ stores them compressed instead.",
+                len(names), names[0], names[-1],
+            )  # fmt: skip
+        return len(self._prune)
+
+    def _choose(self, weight: Tensor, layer: LayerConfig, transposed: bool, path: str) -> DenseState:
+        dense = weight.detach()
+        dense = (dense.t() if transposed else dense).contiguous()
+        mask = choose_mask(dense, layer.pattern, layer.mask, layer.seed, path)
+        state = DenseState(layer.pattern, pack_mask(mask))
+        self._prune.append((weight, state, path, transposed))
+        return state
+
+    @staticmethod
+    def _masked(weight: Tensor, state: DenseState, transposed: bool) -> Tensor:
+        K = weight.shape[0] if transposed else weight.shape[1]
+        mask = unpack_mask(state.pattern, K)
+        return weight.detach().masked_fill(~(mask.t() if transposed else mask), 0)
+
+    def _input(self, node: Node, suffix: str, tensor: Tensor) -> Node:
+        """Add a graph input that the compiled function passes on its own."""
+        with self.graph.inserting_after(self.placeholders[-1]):
+            placeholder = self.graph.placeholder(f"slope_{len(self.extra)}_{suffix}")
+        _dynamo.mark_added_input(placeholder)
+        self.placeholders.append(placeholder)
+        self.inputs[placeholder] = tensor
+        self.extra.append(tensor)
+        mode = getattr(node.meta.get(VALUE_KEYS[0]), "fake_mode", None)
+        if mode is not None:
+            placeholder.meta[VALUE_KEYS[0]] = mode.from_tensor(tensor, static_shapes=True)
+        return placeholder

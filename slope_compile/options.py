@@ -1,0 +1,83 @@
+"""The options of the backend: ours are the fields of SlopeConfig, everything else is Inductor's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from slope_compile import _inductor
+from slope_compile.config import SlopeConfig, nearest
+from slope_compile.errors import ConfigError
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(SlopeConfig))
+_OWN = (*_FIELDS, "config", "compiler", "mode")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendOptions:
+    """What ``torch.compile(..., backend="slope", mode=..., options=...)`` asks for."""
+
+    config: SlopeConfig
+    given: frozenset[str]
+    """Names of the SlopeConfig fields that the caller set."""
+    compiler: str
+    patches: dict[str, Any]
+    """Options passed on to Inductor."""
+
+
+def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> BackendOptions:
+    """Split and check the options.
+
+    Args:
+        mode: as of ``torch.compile``.
+        options: any of ``config`` (a SlopeConfig), single fields of SlopeConfig, ``compiler`` ("inductor",
+            "aot_eager", "eager": what runs the rewritten graph), ``mode`` (``torch.compile`` takes either ``mode`` or
+            ``options``; here both can be had), and Inductor's own options.
+
+    Raises:
+        ConfigError: an unknown option (the nearest valid one is named), contradictory options, or a bad value.
+    """
+    options = dict(options or {})
+    unknown = [name for name in options if name not in _OWN]
+    if unknown:
+        valid = _inductor.option_names()
+        inductor = {name.replace("-", "_") for name in valid}
+        for name in unknown:
+            if name.replace("-", "_") not in inductor:
+                raise ConfigError(f"option {name!r} is unknown to backend 'slope'; {nearest(name, [*_OWN, *valid])}")
+
+    fields = {name: options[name] for name in _FIELDS if name in options}
+    config = options.get("config")
+    if config is not None and not isinstance(config, SlopeConfig):
+        raise ConfigError(f"option 'config': expected a SlopeConfig, got {type(config).__name__}")
+    if config is not None and fields:
+        raise ConfigError(
+            f"options 'config' and {', '.join(map(repr, fields))} contradict each other; "
+            "set the field in the SlopeConfig (dataclasses.replace) or leave 'config' out"
+        )
+    compiler = options.get("compiler", "inductor")
+    if compiler not in _inductor.COMPILERS:
+        raise ConfigError(f"option 'compiler': expected one of {_inductor.COMPILERS}, got {compiler!r}")
+    if mode is not None and options.get("mode") not in (None, mode):
+        raise ConfigError(f"mode={mode!r} and options['mode']={options['mode']!r} contradict each other")
+    mode = mode or options.get("mode")
+    patches: dict[str, Any] = {}
+    if mode is not None and mode != "default":
+        try:
+            patches |= _inductor.mode_options(mode)
+        except ValueError as error:
+            raise ConfigError(f"mode: {mode!r} is unknown; {nearest(str(mode), str(error).split(', '))}") from error
+    patches |= {name.replace("-", "_"): options[name] for name in unknown}
+    if patches and compiler != "inductor":
+        raise ConfigError(
+            f"options {', '.join(sorted(patches))} are Inductor's and contradict compiler={compiler!r}; "
+            "leave one of them out"
+        )
+    if config is None:
+        config = SlopeConfig(**fields)
+        given = frozenset(fields)
+    else:
+        default = SlopeConfig()
+        given = frozenset(n for n in _FIELDS if getattr(config, n) != getattr(default, n))
+    return BackendOptions(config, given, compiler, patches)
