@@ -10,15 +10,17 @@ are updated in place, outside the compiled graph, so that saved addresses stay v
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_compile.errors import ConversionError
 from slope_compile.kernels import ops
-from slope_compile.parametrizations import SparseWeight
+from slope_compile.layers import linear_layers
+from slope_compile.passes.graph import attribute
 from slope_compile.pattern import Pattern
 
 _seen = WeakTensorKeyDictionary()
@@ -67,27 +69,48 @@ def before_training_forward(stored: Iterable[StoredColumns]) -> None:
 
 
 def refresh_columns_(model: nn.Module) -> int:
-    """Refresh every stored column pattern of a prepared model now; returns how many there are.
+    """Refresh every stored column pattern of a prepared model or a transformed GraphModule; returns how many.
 
-    Compiled models do this on their own, every ``column_refresh`` optimizer steps; this is for loops that want another
-    moment, and for models that run without the backend.
+    Compiled models do this on their own, every ``column_refresh`` optimizer steps; this is for transformed graphs, which
+    have nobody who counts steps, and for loops that want another moment.
 
     Raises:
         ConversionError: the model is not prepared.
     """
-    count, prepared = 0, False
-    for module in model.modules():
-        for parametrizations in getattr(module, "parametrizations", {}).values():
-            sparse = next((p for p in parametrizations if isinstance(p, SparseWeight)), None)
-            if sparse is None:
-                continue
-            prepared = True
-            if sparse.column_pattern is not None and sparse.column_age is not None:
-                values = parametrizations.original.detach()
-                _, picked = ops.compress_columns(values, sparse.pattern, sparse.nm.keep, sparse.nm.group)
-                sparse.column_pattern.copy_(picked)
-                sparse.column_age.zero_()
-                count += 1
+    prepared = list(_prepared(model))
     if not prepared:
-        raise ConversionError("refresh_columns_: the model has no prepared layer; sparsify_ it first")
-    return count
+        raise ConversionError("refresh_columns_: the model has no sparse weight; sparsify_ or transform it first")
+    stored = [columns for columns in prepared if columns is not None]
+    for columns in stored:
+        columns.refresh()
+    return len(stored)
+
+
+def _prepared(model: nn.Module) -> Iterator[StoredColumns | None]:
+    """Each sparse weight of a model with its stored columns, None if it stores none."""
+    for layer in linear_layers(model):
+        sparse = layer.sparse
+        if sparse is not None:
+            yield _stored(
+                layer.weight, sparse.pattern, sparse.column_pattern, sparse.column_age, sparse.nm, sparse.interval
+            )
+    if isinstance(model, GraphModule):
+        for node in model.graph.nodes:
+            if node.op == "call_function" and node.target is ops.linear:
+                columns = node.args[7] if len(node.args) > 7 else None
+                tensors = [attribute(model, str(n.target)) if n else None for n in (*node.args[1:3], columns)]
+                yield _stored(*tensors, None, Pattern(*node.args[4:6]), 0)
+
+
+def _stored(
+    values: Tensor,
+    pattern: Tensor,
+    column_pattern: Tensor | None,
+    column_age: Tensor | None,
+    nm: Pattern,
+    interval: int,
+) -> StoredColumns | None:
+    if column_pattern is None:
+        return None
+    age = torch.zeros(1, dtype=torch.int64) if column_age is None else column_age
+    return StoredColumns(values, values.detach, pattern, column_pattern, age, nm, interval)

@@ -11,6 +11,8 @@ A Conv1D (Hugging Face's transposed linear) stores its weight as ``[K, N]``: ``t
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor, nn
 
@@ -105,15 +107,10 @@ class LowRank(nn.Module):
     so have no gradient and no optimizer state.
     """
 
-    def __init__(
-        self, weight: Tensor, rank: int, scale: float, generator: torch.Generator, transposed: bool = False
-    ) -> None:
-        """``weight`` is the dense ``[N, K]`` weight (``[K, N]`` if transposed); it gives shape, dtype and device."""
+    def __init__(self, A: Tensor, B: Tensor, scale: float, transposed: bool = False) -> None:
         super().__init__()
-        N, K = weight.shape[::-1] if transposed else weight.shape
-        draw = torch.randn(rank, K, generator=generator, dtype=torch.float32)
-        self.A = nn.Parameter(draw.to(weight.dtype).to(weight.device))
-        self.B = nn.Parameter(weight.new_zeros(N, rank))
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
         self.scale = scale
         self.transposed = transposed
         self.enabled = False
@@ -142,3 +139,15 @@ class LowRank(nn.Module):
     def extra_repr(self) -> str:
         state = "on" if self.enabled else "off"
         return f"rank={self.A.shape[0]}, scale={self.scale:g}, {state}"
+
+
+def draw_adapter(shape: tuple[int, int], layer: LayerConfig, path: str, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Initial factors of an adapter for a weight of ``shape`` (N, K): ``A [R, K]`` ~ N(0, 1), ``B [N, R]`` = 0.
+
+    They depend on seed, module path and shape only; dtype and device are those of ``like``.
+    """
+    digest = hashlib.sha256(f"adapter:{layer.seed}:{path}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    N, K = shape
+    A = torch.randn(layer.adapter_rank, K, generator=generator, dtype=torch.float32, device="cpu")
+    return A.to(like.dtype).to(like.device), like.new_zeros(N, layer.adapter_rank)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Iterable
 
 import torch
@@ -16,7 +15,7 @@ from slope_compile.kernels.masks import choose_mask
 from slope_compile.kernels.metadata import pack_mask
 from slope_compile.layers import LinearLayer, decide, linear_layers
 from slope_compile.log import log
-from slope_compile.parametrizations import LowRank, SparseWeight
+from slope_compile.parametrizations import LowRank, SparseWeight, draw_adapter
 from slope_compile.report import Decision, Report
 
 
@@ -150,13 +149,8 @@ def _register(layer: LinearLayer, settings: LayerConfig, pattern: Tensor) -> Non
 
 
 def _register_adapter(layer: LinearLayer, settings: LayerConfig) -> None:
-    dense = layer.module.weight
-    assert isinstance(dense, Tensor)
-    digest = hashlib.sha256(f"adapter:{settings.seed}:{layer.path}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    adapter = LowRank(
-        dense.detach(), settings.adapter_rank, settings.adapter_scale, generator, layer.transposed
-    )
+    A, B = draw_adapter(layer.shape, settings, layer.path, layer.weight.detach())
+    adapter = LowRank(A, B, settings.adapter_scale, layer.transposed)
     parametrize.register_parametrization(layer.module, "weight", adapter)
 
 

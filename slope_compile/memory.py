@@ -1,0 +1,85 @@
+"""Measured memory: the bytes of live storages, by what they are for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from slope_compile.layers import linear_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class StateBytes:
+    """Bytes of one group of tensors, each storage counted once."""
+
+    weights: int = 0
+    metadata: int = 0
+    gradients: int = 0
+    moments: int = 0
+    """Optimizer state (also scalars such as step counts)."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.metadata + self.gradients + self.moments
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingState:
+    """Where the training state of a model is."""
+
+    linears: StateBytes
+    """The weights of the linears in question: the sparse ones, or those at ``paths``."""
+    adapters: StateBytes
+    rest: StateBytes
+    """Everything else: embeddings, norms, biases, heads, dense linears."""
+
+    @property
+    def total(self) -> int:
+        return self.linears.total + self.adapters.total + self.rest.total
+
+
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, paths: Iterable[str] | None = None
+) -> TrainingState:
+    """Measure the bytes that weights, metadata, gradients and optimizer state hold at this moment.
+
+    Call it between ``backward()`` and ``zero_grad()`` to see the gradients.  Activations are not part of it.
+
+    Args:
+        model: any module.
+        optimizer: whose state to count; None counts none.
+        paths: module paths of the linears to count apart; default are the prepared ones.  Give the sparse paths of a
+            report to measure the same linears of a dense model.
+    """
+    wanted = None if paths is None else set(paths)
+    groups: dict[int, tuple[str, str]] = {}  # id of tensor -> (group, kind)
+    for layer in linear_layers(model):
+        if layer.low_rank is not None:
+            groups |= {id(p): ("adapters", "weights") for p in layer.low_rank.parameters()}
+        if layer.path in wanted if wanted is not None else layer.sparse is not None:
+            groups[id(layer.weight)] = ("linears", "weights")
+            if layer.sparse is not None:
+                groups |= {id(b): ("linears", "metadata") for b in layer.sparse.buffers()}
+
+    counted: dict[str, dict[str, int]] = {"linears": {}, "adapters": {}, "rest": {}}
+    seen: set[int] = set()
+
+    def count(tensor: object, group: str, kind: str) -> None:
+        if not isinstance(tensor, Tensor):
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            counted[group][kind] = counted[group].get(kind, 0) + storage.nbytes()
+
+    state = optimizer.state if optimizer is not None else {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        group, kind = groups.get(id(tensor), ("rest", "weights"))
+        count(tensor, group, kind)
+        count(tensor.grad, group, "gradients")
+        for item in state.get(tensor, {}).values():
+            count(item, group, "moments")
+    return TrainingState(**{group: StateBytes(**kinds) for group, kinds in counted.items()})
