@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,12 +20,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False"))
 
 
+def pytest_configure() -> None:
+    torch.set_num_threads(THREADS)
+
+
 @pytest.fixture(autouse=True)
-def seed(request: pytest.FixtureRequest) -> Iterator[int]:
+def seed(request: pytest.FixtureRequest) -> int:
     """Seed torch from the test's name: each test has its own numbers, the same in any order and selection."""
     value = zlib.crc32(request.node.nodeid.encode())
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
     torch.manual_seed(value)
-    yield value
-    torch.set_num_threads(threads)
+    return value

@@ -9,16 +9,18 @@ import dataclasses
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from slope_compile.pattern import Pattern
 
-NM = [pytest.param(Pattern.parse(text), id=text) for text in ("1:2", "2:4", "1:4", "2:8", "4:8")]
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.bfloat16, id="bf16"),
-    pytest.param(torch.float16, id="fp16"),
-]
+NM = [Pattern.parse(text) for text in ("1:2", "2:4", "1:4", "2:8", "4:8")]
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+every_pattern = pytest.mark.parametrize("nm", [pytest.param(nm, id=str(nm)) for nm in NM])
+every_dtype = pytest.mark.parametrize(
+    "dtype", [pytest.param(dtype, id=name) for dtype, name in DTYPES.items()]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,24 +33,44 @@ class Shape:
     layout: str = "contiguous"
 
 
-SHAPES = [
-    pytest.param(Shape((24,), 16, 8), id="plain"),
-    pytest.param(Shape((1,), 16, 4), id="one_row"),
-    pytest.param(Shape((5,), 1, 4), id="one_output"),
-    pytest.param(Shape((6,), 12, 4), id="N_not_multiple_of_8"),
-    pytest.param(Shape((7,), 16, 1), id="K_one_group"),
+SHAPES = {
+    "plain": Shape((24,), 16, 8),
+    "one_row": Shape((1,), 16, 4),
+    "one_output": Shape((5,), 1, 4),
+    "N_not_multiple_of_8": Shape((6,), 12, 4),
+    "K_one_group": Shape((7,), 16, 1),
     # 18 for 1:2, 36 for 2:4: the last byte of metadata is used in part.
-    pytest.param(Shape((7,), 24, 9), id="K_nine_groups"),
-    pytest.param(Shape((0,), 8, 4), id="zero_tokens"),
-    pytest.param(Shape((2, 5), 16, 4), id="batched"),
-    pytest.param(Shape((2, 3, 4), 8, 4), id="4d"),
-    pytest.param(Shape((2, 0, 4), 8, 4), id="4d_without_tokens"),
-    pytest.param(Shape((), 8, 4), id="one_token_without_batch"),
-    pytest.param(Shape((6,), 16, 4, "strided"), id="every_second_feature"),
-    pytest.param(Shape((6,), 16, 4, "transposed"), id="transposed_storage"),
-    pytest.param(Shape((3, 4), 16, 4, "transposed"), id="transposed_batch"),
-    pytest.param(Shape((6,), 16, 4, "broadcast"), id="stride_zero"),
-]
+    "K_nine_groups": Shape((7,), 24, 9),
+    "zero_tokens": Shape((0,), 8, 4),
+    "batched": Shape((2, 5), 16, 4),
+    "4d": Shape((2, 3, 4), 8, 4),
+    "4d_without_tokens": Shape((2, 0, 4), 8, 4),
+    "one_token_without_batch": Shape((), 8, 4),
+    "every_second_feature": Shape((6,), 16, 4, "strided"),
+    "transposed_storage": Shape((6,), 16, 4, "transposed"),
+    "transposed_batch": Shape((3, 4), 16, 4, "transposed"),
+    "stride_zero": Shape((6,), 16, 4, "broadcast"),
+}
+"""The shapes and layouts that go wrong first."""
+
+TELLING = ("plain", "one_row", "N_not_multiple_of_8", "K_nine_groups")
+"""Shapes for the patterns other than 2:4: those whose indexing depends on the pattern."""
+
+
+def _cases(with_columns: bool) -> list[ParameterSet]:
+    """2:4 in every shape, the other patterns in the telling ones, all in every dtype."""
+    return [
+        pytest.param(nm, shape, dtype, id=f"{nm}-{name}-{DTYPES[dtype]}")
+        for nm in NM
+        for name, shape in SHAPES.items()
+        for dtype in DTYPES
+        if (str(nm) == "2:4" or name in TELLING) and not (with_columns and shape.N % nm.group)
+    ]
+
+
+every_case = pytest.mark.parametrize(("nm", "shape", "dtype"), _cases(with_columns=False))
+every_column_case = pytest.mark.parametrize(("nm", "shape", "dtype"), _cases(with_columns=True))
+"""Those whose out_features divide into column groups."""
 
 
 def laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
@@ -84,6 +106,19 @@ def packed(mask: Tensor) -> Tensor:
 def kept(dense: Tensor, mask: Tensor) -> Tensor:
     """The entries of ``dense`` where ``mask``, row by row in the order of their columns."""
     return dense[mask].view(mask.shape[0], -1)
+
+
+def column_mask(weight: Tensor, nm: Pattern) -> Tensor:
+    """The entries of ``weight [N, K]`` that the second pruning picks: bool ``[N, K]``, groups along N.
+
+    By counting, for each entry, those of its group that go before it: larger ones, and equal ones above it.
+    """
+    N, K = weight.shape
+    groups = weight.double().abs().view(N // nm.group, nm.group, K)
+    mine, other = groups.unsqueeze(2), groups.unsqueeze(1)
+    above = torch.ones(nm.group, nm.group).tril(-1).bool().view(1, nm.group, nm.group, 1)
+    before = (other > mine) | ((other == mine) & above)
+    return (before.sum(2) < nm.keep).view(N, K)
 
 
 @dataclasses.dataclass(frozen=True)

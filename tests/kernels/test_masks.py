@@ -1,4 +1,4 @@
-"""The forward mask: reproducible, uniform, deterministic in ties, faithful to a weight that is N:M already."""
+"""The forward mask: reproducible, uniform, deterministic in ties, and faithful to a weight that has one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from problems import NM, draw_mask
+from problems import draw_mask, every_pattern
 from slope_compile.kernels.masks import choose_mask, has_pattern, magnitude_mask, random_mask
 from slope_compile.pattern import Pattern
 
@@ -22,7 +22,7 @@ def kept_per_group(mask: Tensor, nm: Pattern) -> set[int]:
     return set(mask.view(mask.shape[0], -1, nm.group).sum(-1).unique().tolist())
 
 
-@pytest.mark.parametrize("nm", NM)
+@every_pattern
 def test_every_group_keeps_exactly_keep(nm: Pattern) -> None:
     weight = torch.randn(7, 5 * nm.group)
     for kind in KINDS:
@@ -100,7 +100,7 @@ def test_magnitude_keeps_the_largest_whatever_their_sign() -> None:
     assert magnitude_mask(weight, TWO_FOUR).int().tolist() == [[0, 1, 1, 0, 0, 1, 1, 0]]
 
 
-@pytest.mark.parametrize("nm", NM)
+@every_pattern
 def test_magnitude_agrees_with_choosing_group_by_group(nm: Pattern) -> None:
     weight = torch.randn(6, 3 * nm.group)
     mask = magnitude_mask(weight, nm)
@@ -111,7 +111,7 @@ def test_magnitude_agrees_with_choosing_group_by_group(nm: Pattern) -> None:
         assert set(got) == expected
 
 
-@pytest.mark.parametrize("nm", NM)
+@every_pattern
 def test_of_equal_magnitudes_the_first_are_kept(nm: Pattern) -> None:
     ties = torch.ones(40, 6 * nm.group)
     ties[:, ::2] *= -1
@@ -129,7 +129,7 @@ def test_magnitude_takes_any_layout() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("nm", NM)
+@every_pattern
 def test_a_weight_with_the_pattern_keeps_it(nm: Pattern, kind: str) -> None:
     mask = draw_mask(9, 6 * nm.group, nm)
     weight = torch.randn(9, 6 * nm.group) * mask
@@ -145,7 +145,7 @@ def test_tiny_kept_weights_are_kept_all_the_same(kind: str) -> None:
     assert torch.equal(choose_mask(weight, TWO_FOUR, kind, 0, "p"), mask)
 
 
-@pytest.mark.parametrize("nm", NM)
+@every_pattern
 def test_a_kept_weight_that_became_zero_lets_no_pruned_one_in(nm: Pattern) -> None:
     mask = random_mask(32, 8 * nm.group, nm, 4, "h.0")
     weight = torch.randn(32, 8 * nm.group) * mask

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from problems import NM, draw_mask, packed
+from problems import draw_mask, every_pattern, packed
 from slope_compile.errors import PatternError
 from slope_compile.kernels.metadata import check_pattern, kept_columns, pack_mask, packed_width, unpack_mask
 from slope_compile.pattern import Pattern
@@ -28,7 +28,7 @@ def test_bits_of_a_row_written_by_hand() -> None:
     assert pack_mask(mask).tolist() == [[0b0110_1001, 0b0000_0011]]
 
 
-@pytest.mark.parametrize("nm", NM)
+@every_pattern
 def test_pack_and_unpack_are_inverse_and_pad_with_zeros(nm: Pattern) -> None:
     for K in widths(nm):
         mask = draw_mask(5, K, nm)
@@ -50,7 +50,7 @@ def test_one_bit_per_dense_element(K: int, width: int) -> None:
     assert packed_width(K) == width
 
 
-@pytest.mark.parametrize("nm", NM)
+@every_pattern
 def test_kept_columns_are_ascending_positions_inside_the_group(nm: Pattern) -> None:
     # Every legal group once, so that the whole table is read.
     choices = list(itertools.combinations(range(nm.group), nm.keep))
@@ -76,7 +76,7 @@ def test_kept_columns_can_be_used_in_autograd_after_a_first_call_in_inference_mo
     assert weight.grad.sum() == 6
 
 
-@pytest.mark.parametrize("nm", NM)
+@every_pattern
 def test_legal_metadata_is_accepted(nm: Pattern) -> None:
     for K in widths(nm):
         check_pattern(packed(draw_mask(4, K, nm)), K, nm, "layer")
