@@ -49,7 +49,8 @@ def choose_mask(weight: Tensor, nm: Pattern, kind: str, seed: int, path: str) ->
     become exactly 0.
     """
     if kind == "random":
-        chosen = random_mask(*weight.shape, nm, seed, path).to(weight.device)
+        N, K = weight.shape
+        chosen = random_mask(N, K, nm, seed, path).to(weight.device)
     else:
         chosen = magnitude_mask(weight, nm)
     if not has_pattern(weight, nm):

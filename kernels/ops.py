@@ -223,8 +223,9 @@ def _grad_weight_backward(ctx: Any, grad_values: Tensor) -> tuple[Any, ...]:
 def _columns_adjoint(
     grad_column_values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int
 ) -> Tensor:
-    dense = expand(grad_column_values, column_pattern, keep, group).t()  # [K, N] -> [N, K]
-    return compress(dense, pattern, keep, group)
+    dense: Tensor = expand(grad_column_values, column_pattern, keep, group).t()  # [K, N] -> [N, K]
+    adjoint: Tensor = compress(dense, pattern, keep, group)
+    return adjoint
 
 
 def _compress_columns_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

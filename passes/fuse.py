@@ -37,10 +37,10 @@ class Fuse(PassBase):
         for region in regions(graph_module):
             siblings: dict[Node, list[Node]] = collections.defaultdict(list)
             for node in region.graph.nodes:
-                if node.meta.get(META) == DOWN and node.args[1].op in ("placeholder", "get_attr"):
+                if node.meta.get(META) == DOWN and _factor(node).op in ("placeholder", "get_attr"):
                     siblings[node.args[0]].append(node)
             for group in siblings.values():
-                if len(group) > 1 and all(isinstance(value(n.args[1]), Tensor) for n in group):
+                if len(group) > 1 and all(isinstance(value(_factor(n)), Tensor) for n in group):
                     _fuse(region, group)
                     changes += 1
             region.module.recompile()
@@ -48,10 +48,17 @@ class Fuse(PassBase):
         return PassResult(graph_module, changes > 0)
 
 
+def _factor(product: Node) -> Node:
+    """A of a down-projection ``linear(x, A)``."""
+    factor = product.args[1]
+    assert isinstance(factor, Node)
+    return factor
+
+
 def _fuse(region: Region, group: list[Node]) -> None:
     graph, first = region.graph, group[0]
     x = first.args[0]
-    factors = [node.args[1] for node in group]
+    factors = [_factor(node) for node in group]
     ranks = [int(value(factor).shape[0]) for factor in factors]
     # The factors are inputs of the region, so all are available at the first product.
     last_input = [n for n in graph.nodes if n.op in ("placeholder", "get_attr")][-1]

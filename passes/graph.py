@@ -143,9 +143,7 @@ def emit(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, **kwargs:
     """
     node = graph.call_function(target, args, kwargs)
     node.meta.update({key: like.meta[key] for key in _PROVENANCE if key in like.meta})
-    nodes: list[Node] = []
-    torch.fx.node.map_arg(args, lambda n: (nodes.append(n), n)[1])
-    if all(value(n) is not None for n in nodes):
+    if all(value(n) is not None for n in node.all_input_nodes):
         key = next((k for k in VALUE_KEYS if k in like.meta), "val")
         with torch.no_grad():
             result = target(*torch.fx.node.map_arg(args, value), **kwargs)
@@ -195,7 +193,8 @@ def is_addmm(node: Node) -> bool:
     """Whether the node is ``addmm`` with beta = 1, as a function or a method."""
     method = node.op == "call_method" and node.target == "addmm"
     function = node.op == "call_function" and node.target in _ADDMM
-    return (method or function) and node.kwargs.get("beta", 1) == 1
+    beta = node.kwargs.get("beta", 1)
+    return (method or function) and isinstance(beta, int | float) and beta == 1
 
 
 def is_transpose(node: Node) -> bool:
@@ -214,7 +213,8 @@ def is_transpose(node: Node) -> bool:
         return node.args[1] in ("T", "mT")
     if node.target in _TRANSPOSE:
         return _swaps(node.args[1:])
-    return node.target in _PERMUTE and _swaps(_flat(node.args[1:]), permutation=True)
+    permutes = node.target in _PERMUTE
+    return permutes and _swaps(_flat(node.args[1:]), permutation=True)
 
 
 def _flat(dims: Any) -> tuple[Any, ...]:

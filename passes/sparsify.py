@@ -81,8 +81,15 @@ class Sparsify(PassBase):
         if double_pruned and isinstance(columns, Node) and isinstance(age, Node) and interval:
             assert isinstance(values, Node) and isinstance(pattern, Node)
             assert isinstance(keep, int) and isinstance(group, int) and isinstance(interval, int)
-            origins = [home.origin(n)[1] for n in (values, pattern, columns, age)]
-            self.context.columns.append(ColumnSite(*origins, Pattern(keep, group), interval))
+            site = ColumnSite(
+                values=home.origin(values)[1],
+                pattern=home.origin(pattern)[1],
+                column_pattern=home.origin(columns)[1],
+                column_age=home.origin(age)[1],
+                nm=Pattern(keep, group),
+                interval=interval,
+            )
+            self.context.columns.append(site)
         brought = [local[n] if isinstance(n, Node) else n for n in (values, pattern, columns)]
         return brought[0], brought[1], keep, group, double_pruned, brought[2]
 

@@ -2,7 +2,8 @@
 
 Private names used, tested on torch 2.11 and 2.13: ``node.meta["grapharg"]`` and its ``source`` (the chain of
 attribute accesses by which Dynamo reached an input), ``node._dynamo_source`` and ``node.meta["tensor_dict"]``
-(which AOTAutograd expects on every input of a graph from Dynamo), and the running ``OutputGraph`` with its local and global scope,
+(which AOTAutograd expects on every input of a graph from Dynamo), and
+the running ``OutputGraph`` with its local and global scope,
 from which the chain can be followed to the real module.
 """
 
@@ -94,7 +95,7 @@ def working_copy(module: GraphModule) -> GraphModule:
     output.meta = dict(module.graph.output_node().meta)
     for old, new in mapped.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     copied = GraphModule(module, graph, class_name=type(module).__name__)
     copied.meta = dict(module.meta)
     for name in ("_param_name_to_source", "_backend_id"):
@@ -108,7 +109,7 @@ def working_copy(module: GraphModule) -> GraphModule:
 
 def mark_added_input(placeholder: Node) -> None:
     """Give an input that we add to a Dynamo graph what AOTAutograd expects: no source, and an address that stays."""
-    placeholder._dynamo_source = None  # type: ignore[attr-defined]
+    placeholder._dynamo_source = None
     placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 

@@ -83,7 +83,7 @@ def rebuild(program: ExportedProgram, module: GraphModule, weights: ExportedWeig
             del weights.state[spec.target]
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     for node in placeholders:
-        weights.specs[node].arg.name = node.name  # type: ignore[union-attr]
+        weights.specs[node].arg.name = node.name
     outputs = copy.deepcopy(program.graph_signature.output_specs)
     returned = module.graph.output_node().args[0]
     for spec, node in zip(outputs, returned, strict=True):  # type: ignore[arg-type]

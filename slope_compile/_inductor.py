@@ -8,7 +8,7 @@ when a graph is compiled, not before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch.fx import GraphModule
 
@@ -40,9 +40,10 @@ def compile_graph(
     if compiler == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(module, list(inputs), config_patches=patches or None)  # type: ignore[no-any-return]
+        compiled: Any = compile_fx(module, list(inputs), config_patches=patches or None)
+        return cast(Compiled, compiled)
     if compiler == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(module, list(inputs))  # type: ignore[no-any-return]
+        return aot_eager(module, list(inputs))
     return module.forward

@@ -73,15 +73,14 @@ def _calling(compiled: Callable[..., Any], extra: list[Any], stored: list[Stored
 def _prepared_columns(context: Context, weights: DynamoWeights) -> list[StoredColumns]:
     stored = []
     for site in context.columns:
-        tensors = [weights.inputs.get(n) for n in (site.values, site.pattern, site.column_pattern, site.column_age)]
-        if any(tensor is None for tensor in tensors):
+        nodes = (site.values, site.pattern, site.column_pattern, site.column_age)
+        tensors = [weights.inputs[node] for node in nodes if node in weights.inputs]
+        if len(tensors) < len(nodes):
             log.warning("column pattern of %s is not an input of the graph and will not be refreshed", site.values)
             continue
         values, pattern, column_pattern, column_age = tensors
         stored.append(
-            StoredColumns(
-                values, values.detach, pattern, column_pattern, column_age, site.nm, site.interval
-            )
+            StoredColumns(values, values.detach, pattern, column_pattern, column_age, site.nm, site.interval)
         )
     return stored
 

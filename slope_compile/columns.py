@@ -1,10 +1,10 @@
 """Stored column patterns of W^{R,C}: who refreshes them, and when.
 
-A stock training loop tells nobody that it took an optimizer step.  But an optimizer updates weights in place, and every
-in-place update raises a tensor's version counter.  So the compiled function looks, before each training forward, whether
-a weight's version differs from the one it saw last: if so, a step has been taken since.  Micro-batches of gradient
-accumulation and recomputed forwards see the same version and do not count.  The count (``column_age``) and the pattern
-are updated in place, outside the compiled graph, so that saved addresses stay valid.
+A stock training loop tells nobody that it took an optimizer step.  But an optimizer updates weights in place, and
+every in-place update raises a tensor's version counter.  So the compiled function looks, before each training forward,
+whether a weight's version differs from the one it saw last: if so, a step has been taken since.  Micro-batches of
+gradient accumulation and recomputed forwards see the same version and do not count.  The count (``column_age``) and
+the pattern are updated in place, outside the compiled graph, so that saved addresses stay valid.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class StoredColumns:
         if _seen.get(self.column_age) == version:
             return
         _seen[self.column_age] = version
-        self.column_age += 1
+        self.column_age.add_(1)
         if int(self.column_age) >= self.interval:
             self.refresh()
 
@@ -71,8 +71,8 @@ def before_training_forward(stored: Iterable[StoredColumns]) -> None:
 def refresh_columns_(model: nn.Module) -> int:
     """Refresh every stored column pattern of a prepared model or a transformed GraphModule; returns how many.
 
-    Compiled models do this on their own, every ``column_refresh`` optimizer steps; this is for transformed graphs, which
-    have nobody who counts steps, and for loops that want another moment.
+    Compiled models do this on their own, every ``column_refresh`` optimizer steps; this is for transformed graphs,
+    which have nobody who counts steps, and for loops that want another moment.
 
     Raises:
         ConversionError: the model is not prepared.
@@ -98,8 +98,9 @@ def _prepared(model: nn.Module) -> Iterator[StoredColumns | None]:
         for node in model.graph.nodes:
             if node.op == "call_function" and node.target is ops.linear:
                 columns = node.args[7] if len(node.args) > 7 else None
-                tensors = [attribute(model, str(n.target)) if n else None for n in (*node.args[1:3], columns)]
-                yield _stored(*tensors, None, Pattern(*node.args[4:6]), 0)
+                values, pattern = (attribute(model, str(n.target)) for n in node.args[1:3])
+                column_pattern = None if columns is None else attribute(model, str(columns.target))
+                yield _stored(values, pattern, column_pattern, None, Pattern(*node.args[4:6]), 0)
 
 
 def _stored(

@@ -227,7 +227,7 @@ def _check_layer_fields(config: SlopeConfig | Override, prefix: str) -> None:
 
     if given("pattern"):
         try:
-            Pattern.parse(config.pattern)  # type: ignore[arg-type]
+            Pattern.parse(config.pattern)
         except ConfigError as error:
             raise ConfigError(f"{prefix}{error}") from error
     for name, choices in (("mask", ("random", "magnitude")), ("backward", ("double_pruned", "exact"))):
@@ -245,6 +245,6 @@ def _check_layer_fields(config: SlopeConfig | Override, prefix: str) -> None:
         rank = config.adapter_rank
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             raise ConfigError(f"{prefix}adapter_rank: expected 0 (none) or a positive integer, got {rank!r}")
-    scale = config.adapter_scale
+    scale: object = config.adapter_scale
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0):
         raise ConfigError(f"{prefix}adapter_scale: expected a positive number or None, got {scale!r}")

@@ -89,7 +89,8 @@ class DynamoWeights:
 
         def values() -> Tensor:
             dense = weight.detach()
-            return ops.compress(dense.t() if transposed else dense, state.pattern, keep, group)
+            compressed: Tensor = ops.compress(dense.t() if transposed else dense, state.pattern, keep, group)
+            return compressed
 
         if stores_columns and state.column_pattern is None:
             masked = self._masked(weight.detach(), state, transposed)

@@ -52,7 +52,7 @@ class LinearLayer:
         """Parametrizations on the weight, in the order in which they apply."""
         if not parametrize.is_parametrized(self.module, "weight"):
             return []
-        return list(self.module.parametrizations["weight"])  # type: ignore[union-attr, index, arg-type]
+        return list(self.module.parametrizations["weight"])  # type: ignore[index]
 
     @property
     def sparse(self) -> SparseWeight | None:

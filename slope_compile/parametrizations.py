@@ -58,7 +58,7 @@ class SparseWeight(nn.Module):
             self.column_age = torch.full((1,), -1, dtype=torch.int64)
 
     def forward(self, values: Tensor) -> Tensor:
-        weight = ops.expand(
+        weight: Tensor = ops.expand(
             values,
             self.pattern,
             self.nm.keep,
@@ -73,7 +73,8 @@ class SparseWeight(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Dense weight (in the layer's own orientation) -> its values at the kept positions."""
         weight = weight.t() if self.transposed else weight
-        return ops.compress(weight.detach(), self.pattern, self.nm.keep, self.nm.group)
+        values: Tensor = ops.compress(weight.detach(), self.pattern, self.nm.keep, self.nm.group)
+        return values
 
     def extra_repr(self) -> str:
         N, K = self.shape
@@ -88,7 +89,7 @@ class SparseWeight(nn.Module):
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         age = self.column_age
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.column_age = age  # a counter that is read by the host in every step: it stays on the CPU
         return self
 

@@ -31,7 +31,7 @@ class Pattern:
             )
 
     @classmethod
-    def parse(cls, text: str) -> Pattern:
+    def parse(cls, text: object) -> Pattern:
         """``"2:4"`` -> ``Pattern(2, 4)``.
 
         Raises:

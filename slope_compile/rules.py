@@ -10,8 +10,11 @@ from __future__ import annotations
 import re
 
 HEAD_NAMES = frozenset(
-    "lm_head head heads classifier score qa_outputs seq_relationship decoder embed_out proj_out logits unembed "
-    "unembedding output output_projection output_layer vocab_proj to_logits classification_head".split()
+    {
+        *("lm_head", "head", "heads", "classifier", "classification_head", "score", "qa_outputs", "seq_relationship"),
+        *("decoder", "embed_out", "proj_out", "output", "output_projection", "output_layer"),
+        *("logits", "to_logits", "unembed", "unembedding", "vocab_proj"),
+    }
 )
 """Last components of a module path that name an output head in common model code."""
 

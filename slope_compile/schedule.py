@@ -62,8 +62,8 @@ class AdapterSchedule:
             optimizer.step(); schedule.step()
 
     Optionally the adapters get a learning rate of their own: ``lr_scale`` multiplies every update of an adapter (as a
-    learning rate scaled by that factor would), rising linearly over ``warmup_steps`` after the switch.  It is applied to
-    the updates themselves, so that no parameter group or LR scheduler is touched.
+    learning rate scaled by that factor would), rising linearly over ``warmup_steps`` after the switch.  It is applied
+    to the updates themselves, so that no parameter group or LR scheduler is touched.
 
     Args:
         model: a prepared model; a dense model (way A), which is given disabled adapters now and therefore needs
@@ -181,7 +181,7 @@ class AdapterSchedule:
 
     def adapter_parameters(self) -> list[Tensor]:
         """A and B of every adapter."""
-        found = [p for adapter in adapters_of(self.model) for p in (adapter.A, adapter.B)]
+        found: list[Tensor] = [p for adapter in adapters_of(self.model) for p in (adapter.A, adapter.B)]
         if isinstance(self.model, GraphModule):
             found += [p for name, p in self.model.named_parameters() if "_adapter_" in name]
         return found

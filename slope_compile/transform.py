@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import overload
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -20,15 +20,19 @@ from slope_compile.passes.pipeline import run_passes
 from slope_compile.passes.weights import CompressedWeight
 from slope_compile.report import Decision, Reason, Report
 
-Program = TypeVar("Program", ExportedProgram, GraphModule)
 
-
-def transform(program: Program, config: SlopeConfig | None = None) -> Program:
+@overload
+def transform(program: ExportedProgram, config: SlopeConfig | None = None) -> ExportedProgram: ...
+@overload
+def transform(program: GraphModule, config: SlopeConfig | None = None) -> GraphModule: ...
+def transform(
+    program: ExportedProgram | GraphModule, config: SlopeConfig | None = None
+) -> ExportedProgram | GraphModule:
     """Make the linears of a graph sparse, with compressed state in the result.
 
     The argument is not changed.  The result's parameters are the compressed values (names: ``graph_state``); an
-    ExportedProgram can be saved, loaded and run with ``slope_compile`` imported, and is trainable through ``.module()``;
-    a GraphModule is trainable as it is.  Adapters (``adapter_rank``) are part of the state and off;
+    ExportedProgram can be saved, loaded and run with ``slope_compile`` imported, and is trainable through
+    ``.module()``; a GraphModule is trainable as it is.  Adapters (``adapter_rank``) are part of the state and off;
     :func:`~slope_compile.schedule.set_adapters` or an ``AdapterSchedule`` inserts their nodes in a GraphModule.
 
     With ``backward="double_pruned"`` and a column pattern that is stored (``column_refresh`` a number or "never"), the
