@@ -6,7 +6,7 @@
 
 Both runs see the same batches and start from the same weights.  The dense one is ``torch.compile(model)``;
 the SLoPe one is ``sparsify_(model, config)``, the stock optimizer, ``torch.compile(model, backend="slope")``
-and an ``AdapterSchedule`` that switches the low-rank adapters on near the end.  ``training.py`` has that part.
+and an ``AdapterSchedule`` that switches the low-rank adapters on near the end: see ``training.py``.
 
 Ctrl-C ends the job after the step in progress and leaves a checkpoint from which ``--resume`` continues
 with the losses that the uninterrupted job would have had.
@@ -57,6 +57,10 @@ class Place:
         100,
         "steps between two checkpoints; one is also written at a run's end and on Ctrl-C",
     )
+
+    def __post_init__(self) -> None:
+        if self.save_every < 1:
+            raise ValueError(f"save_every: expected 1 or more, got {self.save_every}")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -161,9 +165,7 @@ class Job:
                 if run.curves.switch_step == run.step:
                     tqdm.write(f"{label}: adapters on after step {run.step}")
                 if run.step % settings.validate_every == 0 or run.finished:
-                    tqdm.write(
-                        f"{label}: step {run.step}, validation loss {run.validate(self.validation):.4f}"
-                    )
+                    tqdm.write(f"{label}: step {run.step}, validation loss {run.validate(self.validation):.4f}")
                 if run.step % self.place.save_every == 0:
                     self._save(run)
 

@@ -1,4 +1,4 @@
-"""What the pretraining runs measured: figures, the table that compares them, the curves' picture, the JSON."""
+"""What the pretraining runs measured: figures, the table that compares them, the picture, the JSON."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Result:
     recompile_seconds: float | None
     """The same for the first step with adapters."""
     linear_bytes: dict[str, int]
-    """Weights, metadata, gradients, optimizer state of the linears that are sparse in the SLoPe run."""
+    """Weights, metadata, gradients, moments of the linears that are sparse in the SLoPe run."""
     adapter_bytes: int
     """All of that for the adapters."""
     model_bytes: int
@@ -60,15 +60,10 @@ def measure(run: Run, paths: Sequence[str]) -> Result:
     settings, curves = run.settings, run.curves
     tokens = settings.batch * settings.context
     switch = settings.steps if curves.switch_step is None else curves.switch_step
-    steady = [
-        (step, seconds)
-        for step, seconds in enumerate(curves.seconds, start=1)
-        if step not in curves.compiling
-    ]
+    steady = [(step, seconds) for step, seconds in enumerate(curves.seconds, start=1) if step not in curves.compiling]
     before = _median([seconds for step, seconds in steady if step <= switch])
     after = _median([seconds for step, seconds in steady if step > switch])
     state = slope.training_state(run.model, run.optimizer, paths=list(paths))
-    linears = state.linears
     return Result(
         kind=run.kind,
         validation_loss=curves.validation[-1][1],
@@ -76,12 +71,7 @@ def measure(run: Run, paths: Sequence[str]) -> Result:
         tokens_per_second_adapters=None if after is None else tokens / after,
         compile_seconds=_excess(curves, [step for step in curves.compiling if step <= switch], before),
         recompile_seconds=_excess(curves, [step for step in curves.compiling if step > switch], after),
-        linear_bytes={
-            "weights": linears.weights,
-            "metadata": linears.metadata,
-            "gradients": linears.gradients,
-            "optimizer": linears.optimizer,
-        },
+        linear_bytes=dataclasses.asdict(state.linears),
         adapter_bytes=state.adapters.total,
         model_bytes=state.total,
     )
@@ -109,18 +99,18 @@ def table(results: dict[Kind, Result]) -> str:
     row("validation loss (nats per byte)", lambda r: r.validation_loss, "{:.4f}".format)
     row("validation perplexity per byte", lambda r: r.perplexity, "{:.3f}".format)
     row("tokens/s, adapters off (median step)", lambda r: r.tokens_per_second, "{:,.0f}".format)
-    row("tokens/s, adapters on (median step)", lambda r: r.tokens_per_second_adapters, "{:,.0f}".format)
+    if any(result.tokens_per_second_adapters for result in results.values()):
+        # The dense run has no adapters: its one speed is what both of SLoPe's are compared with.
+        row("tokens/s, adapters on (median step)", _speed_with_adapters, "{:,.0f}".format)
     row("compile time (s)", lambda r: r.compile_seconds, "{:.1f}".format)
     row("recompile at the switch (s)", lambda r: r.recompile_seconds, "{:.1f}".format)
-    for part in ("weights", "metadata", "gradients", "optimizer"):
+    for part in ("weights", "metadata", "gradients", "moments"):
         row(f"sparse linears: {part}", linear(part), _size)
     row("sparse linears: training state", lambda r: sum(r.linear_bytes.values()), _size)
     row("adapters: training state", lambda r: r.adapter_bytes or None, _size)
     row("whole model: training state", lambda r: r.model_bytes, _size)
     headers = ["measured", *(NAMES[kind] for kind in kinds)] + (["SLoPe/dense"] if both else [])
-    return tabulate(
-        rows, headers=headers, disable_numparse=True, colalign=("left",) + ("right",) * (len(headers) - 1)
-    )
+    return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left",) + ("right",) * (len(headers) - 1))
 
 
 def plot(curves: dict[Kind, Curves], path: Path) -> None:
@@ -135,14 +125,10 @@ def plot(curves: dict[Kind, Curves], path: Path) -> None:
         axes.plot(steps, smoothed(curve.train_loss), color=color, label=f"{NAMES[kind]}, training (smoothed)")
         if curve.validation:
             points, losses = zip(*curve.validation, strict=True)
-            axes.plot(
-                points, losses, "o", color=color, markeredgecolor="black", label=f"{NAMES[kind]}, validation"
-            )
+            axes.plot(points, losses, "o", color=color, markeredgecolor="black", label=f"{NAMES[kind]}, validation")
         if curve.switch_step is not None:
             axes.axvline(curve.switch_step, color="gray", linestyle="--", label="adapters on")
-    axes.set(
-        xlabel="optimizer step", ylabel="loss (nats per byte)", title="Pretraining on the standard library"
-    )
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per byte)", title="Pretraining on the standard library")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -157,9 +143,7 @@ def smoothed(losses: Sequence[float], weight: float = 0.95) -> list[float]:
     return averages
 
 
-def write_json(
-    path: Path, settings: Settings, results: dict[Kind, Result], curves: dict[Kind, Curves]
-) -> None:
+def write_json(path: Path, settings: Settings, results: dict[Kind, Result], curves: dict[Kind, Curves]) -> None:
     """Write settings, versions, figures and curves."""
     runs: dict[str, Any] = {
         kind: {
@@ -176,6 +160,10 @@ def write_json(
     }
     data = {"settings": dataclasses.asdict(settings), "machine": machine, "runs": runs}
     path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _speed_with_adapters(result: Result) -> float | None:
+    return result.tokens_per_second if result.kind == "dense" else result.tokens_per_second_adapters
 
 
 def _median(seconds: list[float]) -> float | None:

@@ -71,6 +71,8 @@ class Settings:
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if not 0 < self.adapter_fraction <= 1:
+            raise ValueError(f"adapter_fraction: expected above 0, up to 1, got {self.adapter_fraction}")
         for name in ("warmup", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
@@ -153,6 +155,8 @@ class Run:
             self.forward = torch.compile(self.model, backend="slope" if kind == "slope" else "inductor")
         self.step = 0
         self.curves = Curves()
+        if self.adapters is not None and self.adapters.active:
+            self.curves.switch_step = 0
         self._compiled = compiled
         self._will_compile = compiled
 
@@ -197,22 +201,20 @@ class Run:
             self.curves.switch_step = self.step
         self._will_compile = switched and self._compiled
         if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the {self.kind} run's loss is {value} at step {self.step}; try a smaller --lr"
-            )
+            raise FloatingPointError(f"the {self.kind} run's loss is {value} at step {self.step}; try a smaller --lr")
         return value
 
     def validate(self, batches: list[tuple[Tensor, Tensor]]) -> float:
         """Mean loss over the validation batches, noted in the curves.
 
-        It calls the training graph (its shape, gradients enabled and unused): a second graph under
-        ``no_grad`` would cost as much compile time again as a short run can spare.
+        The model runs eagerly here: graphs without gradients, before and after the switch, would cost a short run
+        more time to compile than they save, and eager execution is what compiled training is to agree with.
         """
         total = 0.0
-        for batch in batches:
-            tokens, targets = self._to_device(batch)
-            with self._autocast():
-                total += float(self.forward(tokens, targets).detach())
+        with torch.no_grad(), self._autocast():
+            for batch in batches:
+                tokens, targets = self._to_device(batch)
+                total += float(self.model(tokens, targets))
         loss = total / len(batches)
         self.curves.validation.append((self.step, loss))
         return loss
