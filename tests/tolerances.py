@@ -34,8 +34,9 @@ SMALLEST = {
 }
 """Smallest positive number: below the normal range the spacing is absolute, and float16 gets there."""
 
-EXACT_ARITHMETIC = {"rtol": 1e-11, "atol": 1e-13}
-"""Two float64 evaluations of one formula, a model of a few layers: some thousand roundings of 1.1e-16."""
+SAME_FORMULA = {torch.float64: 1e-11, torch.float32: 1e-5}
+"""Relative to the largest entry: two evaluations of one formula through a model of a few layers, in which some
+thousand roundings of 1.1e-16 (6e-8) add up."""
 
 
 def relative_error(result: Tensor, truth: Tensor, scale: Tensor) -> float:
@@ -64,3 +65,13 @@ def assert_no_worse_than_dense(result: Tensor, dense: Tensor, truth: Tensor, sca
     # One rounding of the result on top: a kernel may round once where the dense one happens to be exact.
     bound = NO_WORSE_FACTOR * relative_error(dense, truth, scale) + UNIT_ROUNDOFF[result.dtype]
     assert error <= bound, f"error {error:.3g} of the sum of magnitudes, allowed {bound:.3g} ({result.dtype})"
+
+
+def assert_same(result: Tensor, expected: Tensor, what: str = "") -> None:
+    """Equal but for the order of additions: the same formula, evaluated in the same dtype along another way."""
+    assert result.dtype == expected.dtype, f"{what} dtype {result.dtype}, expected {expected.dtype}"
+    assert result.shape == expected.shape, f"{what} shape {list(result.shape)}, expected {list(expected.shape)}"
+    if result.numel():
+        error, largest = float((result - expected).detach().abs().max()), float(expected.detach().abs().max())
+        bound = SAME_FORMULA[result.dtype] * max(largest, 1e-3)
+        assert error <= bound, f"{what} error {error:.3g}, allowed {bound:.3g} (largest entry {largest:.3g})"

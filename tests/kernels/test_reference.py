@@ -114,9 +114,7 @@ def assert_is_the_masked_gradient(p: Problem, grad_values: Tensor) -> None:
 
 
 @every_case
-def test_grad_weight_at_the_kept_positions_and_zero_elsewhere(
-    nm: Pattern, shape: Shape, dtype: torch.dtype
-) -> None:
+def test_grad_weight_at_the_kept_positions_and_zero_elsewhere(nm: Pattern, shape: Shape, dtype: torch.dtype) -> None:
     p = draw(nm, shape, dtype)
     assert_is_the_masked_gradient(p, reference.grad_weight(p.grad, p.x, p.pattern, *p.ints))
 
@@ -151,9 +149,7 @@ def test_no_tokens_give_zero_weight_gradients() -> None:
 
 
 @every_column_case
-def test_columns_are_picked_by_magnitude_along_out_features(
-    nm: Pattern, shape: Shape, dtype: torch.dtype
-) -> None:
+def test_columns_are_picked_by_magnitude_along_out_features(nm: Pattern, shape: Shape, dtype: torch.dtype) -> None:
     p = draw(nm, shape, dtype)
     twice = column_mask(p.weight, nm)
     column_values, column_pattern = reference.compress_columns(p.values, p.pattern, *p.ints)
@@ -167,9 +163,7 @@ def test_columns_are_picked_by_magnitude_along_out_features(
 
 
 @every_column_case
-def test_the_twice_pruned_weight_is_a_subset_of_the_once_pruned(
-    nm: Pattern, shape: Shape, dtype: torch.dtype
-) -> None:
+def test_the_twice_pruned_weight_is_a_subset_of_the_once_pruned(nm: Pattern, shape: Shape, dtype: torch.dtype) -> None:
     p = draw(nm, shape, dtype)
     column_values, column_pattern = reference.compress_columns(p.values, p.pattern, *p.ints)
     twice = reference.expand(column_values, column_pattern, *p.ints).t()
@@ -188,9 +182,7 @@ def test_the_twice_pruned_weight_is_a_subset_of_the_once_pruned(
 
 
 @every_column_case
-def test_a_given_column_pattern_is_kept_when_the_values_change(
-    nm: Pattern, shape: Shape, dtype: torch.dtype
-) -> None:
+def test_a_given_column_pattern_is_kept_when_the_values_change(nm: Pattern, shape: Shape, dtype: torch.dtype) -> None:
     p = draw(nm, shape, dtype)
     chosen = draw_mask(p.weight.shape[1], p.weight.shape[0], nm)  # any legal one, not that of the magnitudes
     result = reference.recompress_columns(p.values, p.pattern, packed(chosen), *p.ints)

@@ -1,0 +1,288 @@
+"""The operators ``torch.ops.slope.*``: gradients, second gradients, adjointness, autocast.
+
+The values of the products are checked in ``test_reference``; here it is what autograd makes of them.  The oracle of
+a gradient is autograd through the dense weight times its mask, in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from problems import (
+    SHAPES,
+    Problem,
+    Shape,
+    column_mask,
+    draw,
+    draw_mask,
+    every_case,
+    every_column_case,
+    every_pattern,
+    kept,
+    packed,
+)
+from slope_compile.kernels import ops
+from slope_compile.pattern import Pattern
+from tolerances import assert_no_worse_than_dense, assert_same
+
+TWO_FOUR = Pattern(2, 4)
+SMALL = Shape((3,), 8, 2)
+"""Few enough numbers for finite differences, N and K multiples of every group."""
+
+
+class Dense:
+    """The oracle: autograd through ``weight * mask`` in one dtype."""
+
+    def __init__(self, p: Problem, dtype: torch.dtype) -> None:
+        self.x, self.bias, grad = p.x.to(dtype), p.bias.to(dtype), p.grad.to(dtype)
+        # Noise at the pruned positions: the mask has to hide it.
+        self.weight = torch.where(p.mask, p.weight.to(dtype), 3.0)
+        for leaf in (self.x, self.bias, self.weight):
+            leaf.requires_grad_()
+        self.output = F.linear(self.x, self.weight * p.mask, self.bias)
+        self.x_grad, self.weight_grad, self.bias_grad = torch.autograd.grad(
+            self.output, (self.x, self.weight, self.bias), grad
+        )
+        self.output = self.output.detach()
+
+
+def scales(p: Problem) -> Dense:
+    """The same layer on the magnitudes: what was added up at each entry of each result."""
+    x, grad, weight, bias = (t.abs() for t in (p.x, p.grad, p.weight, p.bias))
+    return Dense(dataclasses.replace(p, x=x, grad=grad, weight=weight, bias=bias), torch.float64)
+
+
+def leaves(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """x, values and bias as leaves that want a gradient; x keeps its layout."""
+    x, values, bias = (t.detach().requires_grad_() for t in (p.x, p.values, p.bias))
+    return x, values, bias
+
+
+@every_case
+def test_linear_and_its_gradients(nm: Pattern, shape: Shape, dtype: torch.dtype) -> None:
+    p = draw(nm, shape, dtype)
+    x, values, bias = leaves(p)
+    output = ops.linear(x, values, p.pattern, bias, *p.ints)
+    x_grad, values_grad, bias_grad = torch.autograd.grad(output, (x, values, bias), p.grad)
+
+    dense, truth, scale = Dense(p, dtype), Dense(p, torch.float64), scales(p)
+    assert_no_worse_than_dense(output.detach(), dense.output, truth.output, scale.output)
+    assert_no_worse_than_dense(x_grad, dense.x_grad, truth.x_grad, scale.x_grad)
+    assert_no_worse_than_dense(bias_grad, dense.bias_grad, truth.bias_grad, scale.bias_grad)
+    assert_no_worse_than_dense(values_grad, *(kept(d.weight_grad, p.mask) for d in (dense, truth, scale)))
+    # The oracle's own gradient is zero where the weight is pruned, and so is ours once expanded.
+    expanded = ops.expand(values_grad, p.pattern, *p.ints)
+    assert not truth.weight_grad[~p.mask].any()
+    assert not expanded[~p.mask].any()
+
+
+@every_column_case
+def test_the_double_pruned_backward(nm: Pattern, shape: Shape, dtype: torch.dtype) -> None:
+    p = draw(nm, shape, dtype)
+    x, values, bias = leaves(p)
+    output = ops.linear(x, values, p.pattern, bias, *p.ints, True)
+    x_grad, values_grad, bias_grad = torch.autograd.grad(output, (x, values, bias), p.grad)
+    # Only dX is lossy: everything else is bitwise what the exact mode gives, and imposed zeros keep training.
+    exact_output = ops.linear(x, values, p.pattern, bias, *p.ints)
+    _, exact_values_grad, exact_bias_grad = torch.autograd.grad(exact_output, (x, values, bias), p.grad)
+    assert torch.equal(output, exact_output)
+    assert torch.equal(values_grad, exact_values_grad)
+    assert torch.equal(bias_grad, exact_bias_grad)
+
+    twice = p.weight * column_mask(p.weight, nm)
+    truth = p.grad.double() @ twice.double()
+    scale = p.grad.double().abs() @ twice.double().abs()
+    assert_no_worse_than_dense(x_grad, p.grad @ twice, truth, scale)
+
+
+@every_pattern
+def test_a_stored_column_pattern_is_used_instead_of_a_new_one(nm: Pattern) -> None:
+    p = draw(nm, SHAPES["plain"], torch.float64)
+    x, values, _ = leaves(p)
+    chosen = draw_mask(p.weight.shape[1], p.weight.shape[0], nm)
+    output = ops.linear(x, values, p.pattern, None, *p.ints, True, packed(chosen))
+    (x_grad,) = torch.autograd.grad(output, x, p.grad)
+    assert_same(x_grad, p.grad @ (p.weight * chosen.t()))
+    # Without double pruning it says nothing.
+    output = ops.linear(x, values, p.pattern, None, *p.ints, False, packed(chosen))
+    (x_grad,) = torch.autograd.grad(output, x, p.grad)
+    assert_same(x_grad, p.grad @ p.weight)
+
+
+def test_the_double_pruned_gradient_is_not_the_exact_one() -> None:
+    # Otherwise the tests above could not tell the modes apart.
+    p = draw(TWO_FOUR, SHAPES["plain"], torch.float64)
+    x, values, _ = leaves(p)
+    exact, lossy = (
+        torch.autograd.grad(ops.linear(x, values, p.pattern, None, *p.ints, mode), x, p.grad)[0]
+        for mode in (False, True)
+    )
+    assert (exact - lossy).norm() > 0.1 * exact.norm()
+
+
+@every_pattern
+def test_expand_and_compress_gradients(nm: Pattern) -> None:
+    p = draw(nm, SHAPES["plain"], torch.float64)
+    values = p.values.clone().requires_grad_()
+    cotangent = torch.randn_like(p.weight)
+    # The arguments after keep and group are directions for the compiled rewrite and change nothing here.
+    dense = ops.expand(values, p.pattern, *p.ints, True, packed(column_mask(p.weight, nm).t()), None, 100)
+    assert torch.equal(dense, p.weight)
+    (grad,) = torch.autograd.grad(dense, values, cotangent)
+    assert torch.equal(grad, kept(cotangent, p.mask))
+
+    weight = torch.randn_like(p.weight).requires_grad_()
+    compressed = ops.compress(weight, p.pattern, *p.ints)
+    (grad,) = torch.autograd.grad(compressed, weight, p.values)
+    assert torch.equal(grad, p.weight)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:], ids=str)
+@pytest.mark.parametrize("double_pruned", [pytest.param(False, id="exact"), pytest.param(True, id="double")])
+def test_only_gradients_that_are_wanted_are_computed(wanted: tuple[bool, bool, bool], double_pruned: bool) -> None:
+    p = draw(TWO_FOUR, SMALL, torch.float64)
+    inputs = [t.clone().requires_grad_(want) for t, want in zip((p.x, p.values, p.bias), wanted, strict=True)]
+    x, values, bias = inputs
+    ops.linear(x, values, p.pattern, bias, *p.ints, double_pruned).backward(p.grad)
+    assert tuple(t.grad is not None for t in inputs) == wanted
+
+
+# --- finite differences --------------------------------------------------------------------------------------
+
+Operator = Callable[..., Tensor]
+
+
+def _small() -> Problem:
+    p = draw(TWO_FOUR, SMALL, torch.float64)
+    # No two magnitudes of a column group are near each other: a step of 1e-6 must not change the column pattern.
+    spread = torch.randperm(p.values.numel()).view_as(p.values).double() + 1
+    values = spread / spread.numel() * p.values.sign()
+    return dataclasses.replace(p, values=values)
+
+
+OPERATORS: dict[str, Callable[[Problem], tuple[Operator, tuple[Tensor, ...]]]] = {
+    "compress": lambda p: (lambda w: ops.compress(w, p.pattern, *p.ints), (torch.randn_like(p.weight),)),
+    "expand": lambda p: (lambda v: ops.expand(v, p.pattern, *p.ints), (p.values,)),
+    "linear": lambda p: (lambda x, v: ops.linear(x, v, p.pattern, None, *p.ints), (p.x, p.values)),
+    "linear_with_bias": lambda p: (
+        lambda x, v, b: ops.linear(x, v, p.pattern, b, *p.ints),
+        (p.x, p.values, p.bias),
+    ),
+    "grad_input": lambda p: (lambda g, v: ops.grad_input(g, v, p.pattern, *p.ints), (p.grad, p.values)),
+    "grad_weight": lambda p: (lambda g, x: ops.grad_weight(g, x, p.pattern, *p.ints), (p.grad, p.x)),
+    "compress_columns": lambda p: (lambda v: ops.compress_columns(v, p.pattern, *p.ints)[0], (p.values,)),
+    "recompress_columns": lambda p: (
+        lambda v: ops.recompress_columns(v, p.pattern, packed(column_mask(p.weight, p.nm).t()), *p.ints),
+        (p.values,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_first_and_second_derivatives(name: str) -> None:
+    operator, inputs = OPERATORS[name](_small())
+    inputs = tuple(t.clone().requires_grad_() for t in inputs)
+    assert torch.autograd.gradcheck(operator, inputs)
+    assert torch.autograd.gradgradcheck(operator, inputs)
+
+
+def test_every_operator_is_in_the_table() -> None:
+    names = torch._C._dispatch_get_all_op_names()
+    defined = {name.removeprefix("slope::") for name in names if name.startswith("slope::")}
+    assert defined == set(OPERATORS) - {"linear_with_bias"}
+
+
+# --- adjointness ---------------------------------------------------------------------------------------------
+
+
+@every_pattern
+def test_the_products_are_each_others_adjoints(nm: Pattern) -> None:
+    p = draw(nm, SHAPES["plain"], torch.float64)
+    other_values, weight = torch.randn_like(p.values), torch.randn_like(p.weight)
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum()
+
+    # <Y(x), dY> = <x, dX(dY)>
+    forward = ops.linear(p.x, p.values, p.pattern, None, *p.ints)
+    assert_same(dot(forward, p.grad), dot(p.x, ops.grad_input(p.grad, p.values, p.pattern, *p.ints)))
+    # <Y(V), dY> = <V, dV(dY)>
+    forward = ops.linear(p.x, other_values, p.pattern, None, *p.ints)
+    assert_same(dot(forward, p.grad), dot(other_values, ops.grad_weight(p.grad, p.x, p.pattern, *p.ints)))
+    # <expand v, w> = <v, compress w>
+    expanded = ops.expand(other_values, p.pattern, *p.ints)
+    assert_same(dot(expanded, weight), dot(other_values, ops.compress(weight, p.pattern, *p.ints)))
+
+
+# --- autocast ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lower", [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="fp16")])
+@pytest.mark.parametrize("name", ["plain", "batched", "K_nine_groups"])
+def test_linear_under_autocast_is_that_of_torch(name: str, lower: torch.dtype) -> None:
+    p = draw(TWO_FOUR, SHAPES[name], torch.float32)
+    x, values, bias = leaves(p)
+    dense_x, _, dense_bias = leaves(p)
+    weight = p.weight.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=lower):
+        output = ops.linear(x, values, p.pattern, bias, *p.ints)
+        dense = F.linear(dense_x, weight, dense_bias)
+    assert output.dtype == dense.dtype == lower
+    assert torch.equal(output, dense)
+    gradient = p.grad.to(lower)
+    grads = torch.autograd.grad(output, (x, values, bias), gradient)
+    dense_grads = torch.autograd.grad(dense, (dense_x, weight, dense_bias), gradient)
+    assert [g.dtype for g in grads] == [torch.float32] * 3  # those of the stored numbers
+    # Both round the same sum of the same rounded terms; blocks may be added in another order.
+    truth, scale = Dense(rounded(p, lower), torch.float64), scales(rounded(p, lower))
+    assert_no_worse_than_dense(grads[0].to(lower), dense_grads[0].to(lower), truth.x_grad, scale.x_grad)
+    assert_no_worse_than_dense(
+        grads[1].to(lower),
+        kept(dense_grads[1], p.mask).to(lower),
+        *(kept(t.weight_grad, p.mask) for t in (truth, scale)),
+    )
+    assert_no_worse_than_dense(grads[2].to(lower), dense_grads[2].to(lower), truth.bias_grad, scale.bias_grad)
+
+
+def rounded(p: Problem, dtype: torch.dtype) -> Problem:
+    """The problem that autocast computes: every number rounded once."""
+    x, grad, weight, values, bias = (t.to(dtype) for t in (p.x, p.grad, p.weight, p.values, p.bias))
+    return Problem(p.nm, x, grad, p.mask, weight, values, p.pattern, bias)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    p = draw(TWO_FOUR, SMALL, torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = ops.linear(p.x, p.values, p.pattern, p.bias, *p.ints)
+        assert output.dtype == F.linear(p.x, p.weight, p.bias).dtype == torch.float64
+    assert torch.equal(output, ops.linear(p.x, p.values, p.pattern, p.bias, *p.ints))
+
+
+def test_autocast_can_be_switched_off_inside() -> None:
+    p = draw(TWO_FOUR, SMALL, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
+        assert ops.linear(p.x, p.values, p.pattern, None, *p.ints).dtype == torch.float32
+
+
+def test_autocast_joins_tensors_of_different_dtypes() -> None:
+    # Activations of a layer before are in the lower dtype already, the parameters are not.
+    p = draw(TWO_FOUR, SMALL, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = ops.linear(p.x.bfloat16(), p.values, p.pattern, p.bias, *p.ints)
+        assert torch.equal(output, F.linear(p.x.bfloat16(), p.weight, p.bias))
+
+
+def test_expanding_under_autocast_keeps_the_stored_dtype() -> None:
+    # As a Parameter does: it is the product that casts, once, where it reads the weight.
+    p = draw(TWO_FOUR, SMALL, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weight = ops.expand(p.values, p.pattern, *p.ints)
+    assert torch.equal(weight, p.weight)
+    assert weight.dtype == torch.float32
