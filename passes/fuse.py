@@ -5,7 +5,8 @@ First version: the down-projections of adapters on sibling layers (q/k/v, gate/u
     linear(x, A_1), ..., linear(x, A_n)   ->   split(linear(x, cat([A_1, ..., A_n])), ranks)
 
 One pass over ``x [..., K]`` instead of n; the concatenation is ``[R_1 + ... + R_n, K]``, small beside x.
-A group qualifies when its members are down-projections of the same node in the same region, and there are two or more.
+A group qualifies when its members are down-projections of the same node in the same region with parameters as factors,
+there are two or more, and the graph says how large the factors are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from slope_compile.passes.context import Context
-from slope_compile.passes.graph import META, Region, emit, regions, replace, value
+from slope_compile.passes.graph import META, Region, emit, recompile, regions, replace, value
 from slope_compile.passes.low_rank import DOWN
 from slope_compile.passes.normalize import LINEAR
 
@@ -34,7 +35,8 @@ class Fuse(PassBase):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         changes = 0
-        for region in regions(graph_module):
+        found = regions(graph_module)
+        for region in found:
             siblings: dict[Node, list[Node]] = collections.defaultdict(list)
             for node in region.graph.nodes:
                 if node.meta.get(META) == DOWN and _factor(node).op in ("placeholder", "get_attr"):
@@ -43,7 +45,7 @@ class Fuse(PassBase):
                 if len(group) > 1 and all(isinstance(value(_factor(n)), Tensor) for n in group):
                     _fuse(region, group)
                     changes += 1
-            region.module.recompile()
+        recompile(found)
         self.context.report.count(self.name, changes)
         return PassResult(graph_module, changes > 0)
 
@@ -60,12 +62,10 @@ def _fuse(region: Region, group: list[Node]) -> None:
     x = first.args[0]
     factors = [_factor(node) for node in group]
     ranks = [int(value(factor).shape[0]) for factor in factors]
-    # The factors are inputs of the region, so all are available at the first product.
-    last_input = [n for n in graph.nodes if n.op in ("placeholder", "get_attr")][-1]
-    position = first if _comes_before(graph, last_input, first) else None
-    if position is None:
-        return
-    with graph.inserting_before(position):
+    for factor in factors:
+        if factor.op == "get_attr":  # may stand right before its own product, which is not the first
+            first.prepend(factor)
+    with graph.inserting_before(first):
         stacked = emit(graph, torch.ops.aten.cat.default, (factors,), like=first)  # [sum R, K]
         product = emit(graph, LINEAR, (x, stacked, None), like=first)  # [..., K] @ [K, sum R] -> [..., sum R]
         start = 0
@@ -73,12 +73,3 @@ def _fuse(region: Region, group: list[Node]) -> None:
             part = emit(graph, torch.ops.aten.slice.Tensor, (product, -1, start, start + rank), like=node)
             replace(node, part)
             start += rank
-
-
-def _comes_before(graph: torch.fx.Graph, a: Node, b: Node) -> bool:
-    for node in graph.nodes:
-        if node is a:
-            return True
-        if node is b:
-            return False
-    return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,19 +17,30 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from slope_compile.kernels import ops
+from slope_compile.passes._higher_order import attribute, bodies
+
+__all__ = [
+    "META",
+    "VALUE_KEYS",
+    "Region",
+    "WeightExpression",
+    "attribute",
+    "emit",
+    "erase_unused",
+    "is_addmm",
+    "is_expand",
+    "is_transpose",
+    "recompile",
+    "regions",
+    "replace",
+    "strip_transposes",
+    "value",
+    "weight_expression",
+    "weight_source",
+]
 
 META = "slope"
 """Key of ``node.meta`` under which passes leave notes for later passes."""
-
-_BODY_POSITION = {  # higher-order operator -> position of its body among the call's arguments; the rest follows it
-    "tag_activation_checkpoint": 0,
-    "wrap": 0,
-    "wrap_activation_checkpoint": 0,
-    "wrap_with_set_grad_enabled": 1,
-    "wrap_with_autocast": 4,
-    "invoke_subgraph": 0,
-}
-
 
 @dataclasses.dataclass(eq=False)
 class Region:
@@ -73,18 +84,31 @@ class Region:
         self.bindings[placeholder] = outer
         return placeholder
 
+    def drop(self, placeholder: Node) -> Node:
+        """Inverse of :meth:`bring`: take a placeholder that nothing reads, and its operand, away.
+
+        Returns:
+            The node of the enclosing region that was the operand.
+        """
+        assert self.call is not None and not placeholder.users
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        operands = list(self.call.args)
+        del operands[len(operands) - len(inputs) + inputs.index(placeholder)]
+        self.call.args = tuple(operands)
+        self.graph.erase_node(placeholder)
+        return self.bindings.pop(placeholder)
+
 
 def regions(module: GraphModule) -> list[Region]:
     """The root region and every body below it, callers first."""
     found = [Region(module)]
     for region in found:  # grows while it runs
-        calls: dict[int, list[tuple[Node, int, GraphModule]]] = collections.defaultdict(list)
+        calls: dict[int, list[tuple[Node, GraphModule, bool]]] = collections.defaultdict(list)
         for node in region.graph.nodes:
-            for position, body in _bodies(region.module, node):
-                calls[id(body)].append((node, position, body))
+            for body, known in bodies(region.module, node):
+                calls[id(body)].append((node, body, known))
         for sites in calls.values():
-            node, position, body = sites[0]
-            known = _BODY_POSITION.get(_hop_name(node)) == position
+            node, body, known = sites[0]
             child = Region(body, region, node, entered=region.entered and known and len(sites) == 1)
             if child.entered:
                 inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
@@ -94,28 +118,6 @@ def regions(module: GraphModule) -> list[Region]:
                 }
             found.append(child)
     return found
-
-
-def _hop_name(node: Node) -> str:
-    return node.target.name() if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
-
-
-def _bodies(module: GraphModule, node: Node) -> Iterator[tuple[int, GraphModule]]:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
-        return
-    for position, argument in enumerate(node.args):
-        if isinstance(argument, Node) and argument.op == "get_attr":
-            body = attribute(module, str(argument.target))
-            if isinstance(body, GraphModule):
-                yield position, body
-
-
-def attribute(module: torch.nn.Module, target: str) -> Any:
-    """``module.a.b.c`` for ``"a.b.c"``; None if there is no such attribute."""
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part, None)
-    return value
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -133,6 +135,12 @@ def value(node: Node) -> Any:
         if key in node.meta:
             return node.meta[key]
     return None
+
+
+def recompile(found: Iterable[Region]) -> None:
+    """Bring the code of every region up to date: a change in a body may have changed the calls on the way to it."""
+    for region in found:
+        region.module.recompile()
 
 
 def emit(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, **kwargs: Any) -> Node:
@@ -163,24 +171,39 @@ def replace(old: Node, new: Node) -> None:
     old.graph.erase_node(old)
 
 
-def erase_unused(node: Node) -> None:
-    """Erase a weight-expression node that nothing reads any more, and what only it read.
+def erase_unused(region: Region, node: Node) -> None:
+    """Erase a weight-expression node that nothing reads any more, and what only it read, here and in enclosing regions.
 
     Not general dead-code elimination: a graph from Dynamo may hold in-place calls whose result nobody uses.
     """
-    if node.users or not (is_transpose(node) or is_expand(node) or is_addmm(node)):
+    if node.users:
         return
-    inputs = list(node.all_input_nodes)
-    node.graph.erase_node(node)
-    for source in inputs:
-        erase_unused(source)
+    if region.parent is not None and node in region.bindings:
+        erase_unused(region.parent, region.drop(node))
+    elif is_transpose(node) or is_expand(node) or is_addmm(node):
+        inputs = list(node.all_input_nodes)
+        region.graph.erase_node(node)
+        for source in inputs:
+            erase_unused(region, source)
 
 
 # --- weight expressions ----------------------------------------------------------------------------------------------
 
 _ADDMM = (torch.addmm, torch.ops.aten.addmm.default)
-_TRANSPOSE_2D = (torch.t, torch.ops.aten.t.default)
-_TRANSPOSE = (torch.transpose, torch.ops.aten.transpose.int, torch.swapaxes, torch.swapdims)
+_TRANSPOSE_2D = (
+    torch.t,
+    torch.ops.aten.t.default,
+    torch.ops.aten.numpy_T.default,  # w.T in an exported program
+    torch.ops.aten.mT.default,
+)
+_TRANSPOSE = (
+    torch.transpose,
+    torch.swapaxes,
+    torch.swapdims,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.swapaxes.default,
+    torch.ops.aten.swapdims.default,
+)
 _PERMUTE = (torch.permute, torch.ops.aten.permute.default)
 
 
@@ -200,7 +223,7 @@ def is_addmm(node: Node) -> bool:
 def is_transpose(node: Node) -> bool:
     """Whether the node is a transposition of a matrix, in any spelling."""
     if node.op == "call_method":
-        if node.target in ("t", "adjoint"):
+        if node.target == "t":
             return True
         if node.target in ("transpose", "swapaxes", "swapdims"):
             return _swaps(node.args[1:])
@@ -243,9 +266,13 @@ class WeightExpression:
         return self.A is not None
 
 
-def weight_expression(node: Node) -> WeightExpression:
-    """Read the expression of a weight ``[N, K]``; what is not transposition or a low-rank term is the base."""
-    base, transposed = strip_transposes(node)
+def weight_expression(node: Node, transposed: bool = False) -> WeightExpression:
+    """Read the expression of a weight ``[N, K]``; what is not transposition or a low-rank term is the base.
+
+    ``transposed``: the node is ``[K, N]``, the transpose of the weight.
+    """
+    base, flipped = strip_transposes(node)
+    transposed = transposed != flipped
     if not is_addmm(base) or len(base.args) != 3:
         return WeightExpression(base, transposed)
     term, left, right = base.args
@@ -261,6 +288,15 @@ def weight_expression(node: Node) -> WeightExpression:
         return WeightExpression(base, transposed)  # a factor in another orientation: not one of our adapters
     assert isinstance(scale, int | float)
     return WeightExpression(inner, transposed != inner_transposed, parts[1][0], parts[0][0], float(scale))
+
+
+def weight_source(region: Region, node: Node, transposed: bool = False) -> tuple[Region, WeightExpression]:
+    """The expression of a weight and the region it stands in: an enclosing one where only its value comes in."""
+    expression = weight_expression(node, transposed)
+    home, base = region.origin(expression.base)
+    if expression.low_rank or home is region:
+        return region, expression
+    return weight_source(home, base, expression.transposed)
 
 
 def strip_transposes(node: Node) -> tuple[Node, bool]:

@@ -17,7 +17,16 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from slope_compile.passes.context import Context, Selection
-from slope_compile.passes.graph import META, Region, emit, erase_unused, regions, replace, weight_expression
+from slope_compile.passes.graph import (
+    META,
+    Region,
+    emit,
+    erase_unused,
+    recompile,
+    regions,
+    replace,
+    weight_source,
+)
 from slope_compile.passes.normalize import LINEAR
 
 ADD = torch.ops.aten.add.Tensor
@@ -36,11 +45,12 @@ class DistributeLowRank(PassBase):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         changes = 0
-        for region in regions(graph_module):
+        found = regions(graph_module)
+        for region in found:
             for node in list(region.graph.nodes):
                 if isinstance(node.meta.get(META), Selection):
                     changes += _distribute(region, node)
-            region.module.recompile()
+        recompile(found)
         self.context.report.count(self.name, changes)
         return PassResult(graph_module, changes > 0)
 
@@ -48,22 +58,22 @@ class DistributeLowRank(PassBase):
 def _distribute(region: Region, node: Node) -> int:
     x, weight, bias = node.args
     assert isinstance(x, Node) and isinstance(weight, Node)
-    expression = weight_expression(weight)
+    home, expression = weight_source(region, weight)
     if expression.A is None or expression.B is None:
         return 0
+    base, A, B = (region.bring(n, home) for n in (expression.base, expression.A, expression.B))
     graph = region.graph
     with graph.inserting_before(node):
-        base = expression.base
         if expression.transposed:
             base = emit(graph, torch.ops.aten.t.default, (base,), like=base)
         product = emit(graph, LINEAR, (x, base, bias), like=node)
         product.meta[META] = node.meta[META]
-        down = emit(graph, LINEAR, (x, expression.A, None), like=node)  # [..., K] @ [K, R] -> [..., R]
+        down = emit(graph, LINEAR, (x, A, None), like=node)  # [..., K] @ [K, R] -> [..., R]
         down.meta[META] = DOWN
-        up = emit(graph, LINEAR, (down, expression.B, None), like=node)  # [..., R] @ [R, N] -> [..., N]
+        up = emit(graph, LINEAR, (down, B, None), like=node)  # [..., R] @ [R, N] -> [..., N]
         # Not add(product, up, alpha=scale): Inductor's addmm fusion on torch 2.11-2.13 loses that alpha.
         scaled = emit(graph, MUL, (up, expression.scale), like=node)
         total = emit(graph, ADD, (product, scaled), like=node)
     replace(node, total)
-    erase_unused(weight)
+    erase_unused(region, weight)
     return 1

@@ -25,6 +25,7 @@ from slope_compile.passes.graph import (
     emit,
     erase_unused,
     is_expand,
+    recompile,
     regions,
     replace,
     strip_transposes,
@@ -33,7 +34,7 @@ from slope_compile.passes.graph import (
 )
 
 LINEAR = torch.ops.aten.linear.default
-_LINEARS = (torch.nn.functional.linear, torch._C._nn.linear)
+_LINEARS = (torch.nn.functional.linear, LINEAR)
 _MATMULS = (torch.matmul, torch.mm, operator.matmul, torch.ops.aten.mm.default, torch.ops.aten.matmul.default)
 _ADDMMS = (torch.addmm, torch.ops.aten.addmm.default)
 _EINSUMS = (torch.einsum, torch.functional.einsum, torch.ops.aten.einsum.default)
@@ -49,11 +50,12 @@ class Normalize(PassBase):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         changes = 0
-        for region in regions(graph_module):
+        found = regions(graph_module)
+        for region in found:
             if region.entered:
                 for node in list(region.graph.nodes):
                     changes += self._rewrite(region, node)
-                region.module.recompile()
+        recompile(found)
         self.context.report.count(self.name, changes)
         return PassResult(graph_module, changes > 0)
 
@@ -62,7 +64,7 @@ class Normalize(PassBase):
         if found is None:
             return 0
         x, weight, transposed, bias = found
-        if node.op != "call_module" and node.target not in _LINEARS and not self._is_weight(region, weight):
+        if node.op != "call_module" and not says_linear(node) and not self._is_weight(region, weight):
             return 0
         with region.graph.inserting_before(node):
             # The weight as [N, K]: what matmul reads is [K, N], so a transposition more or less.
@@ -71,7 +73,7 @@ class Normalize(PassBase):
                 base = emit(region.graph, torch.ops.aten.t.default, (base,), like=base)
             linear = emit(region.graph, LINEAR, (x, base, bias), like=node)
         replace(node, linear)
-        erase_unused(weight)
+        erase_unused(region, weight)
         return 1
 
     def _is_weight(self, region: Region, node: Node) -> bool:
@@ -107,7 +109,9 @@ def _function_call(node: Node) -> Found | None:
         x, weight, transposed, bias = *node.args[:2], True, None
     elif node.op != "call_function":
         return None
-    elif node.target in _LINEARS:
+    elif says_linear(node):
+        if node.target is LINEAR and len(node.args) == 3:
+            return None
         names = ("input", "weight", "bias")
         x, weight, bias = (
             node.args[i] if i < len(node.args) else node.kwargs.get(names[i]) for i in range(3)
@@ -130,6 +134,14 @@ def _function_call(node: Node) -> Found | None:
     if isinstance(value(x), torch.Tensor) and value(x).dim() < 1:
         return None
     return x, weight, transposed, bias
+
+
+def says_linear(node: Node) -> bool:
+    """Whether the call is a linear by name, so that its second argument is a weight whatever it is.
+
+    ``aten.linear`` comes without its third argument from ``torch.export`` when there is no bias.
+    """
+    return node.op == "call_function" and (node.target in _LINEARS)
 
 
 def _is_vector(node: Node) -> bool:

@@ -16,6 +16,7 @@ is changed.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import ClassVar
 
@@ -28,8 +29,17 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from slope_compile.kernels import ops
 from slope_compile.passes.context import Context, Selection
 from slope_compile.passes.dataflow import dataflow, without_predecessor
-from slope_compile.passes.graph import META, Region, is_expand, regions, value, weight_expression
-from slope_compile.passes.normalize import LINEAR
+from slope_compile.passes.graph import (
+    META,
+    Region,
+    attribute,
+    is_expand,
+    regions,
+    value,
+    weight_expression,
+    weight_source,
+)
+from slope_compile.passes.normalize import LINEAR, says_linear
 from slope_compile.pattern import Pattern
 from slope_compile.report import Decision, Reason
 from slope_compile.rules import is_head
@@ -59,7 +69,7 @@ class Select(PassBase):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         found = regions(graph_module)
-        sites = [_site(region, n) for region in found for n in region.graph.nodes if _is_linear(n)]
+        sites = [_site(region, n) for region in found for n in region.graph.nodes if _is_site(region, n)]
         judge = _Judge(self.context, found, sites)
         selected = 0
         for site in sites:
@@ -82,17 +92,22 @@ def _is_linear(node: Node) -> bool:
     return node.op == "call_function" and node.target is LINEAR
 
 
+def _is_site(region: Region, node: Node) -> bool:
+    """In a body that passes leave alone nothing has been normalised: what is a linear by name gets its decision too."""
+    return _is_linear(node) or (not region.entered and says_linear(node))
+
+
 def _site(region: Region, node: Node) -> Site:
-    weight = node.args[1]
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
     assert isinstance(weight, Node)
-    outer, weight = region.origin(weight)
-    expression = weight_expression(weight)
-    base_region, base = outer.origin(expression.base)
+    home, expression = weight_source(region, weight)
+    base_region, base = home.origin(expression.base)
     transposed = expression.transposed
-    if not is_expand(base):  # an expression may be split between a region and the one that calls it
-        inner = weight_expression(base)
-        base_region, base = base_region.origin(inner.base)
-        transposed = transposed != inner.transposed
+    if not is_expand(base):  # below an adapter the expression may go on in the region that calls this one
+        home, inner = weight_source(base_region, base, transposed)
+        if not inner.low_rank:
+            base_region, base = home.origin(inner.base)
+            transposed = inner.transposed
     return Site(region, node, base_region, base, transposed)
 
 
@@ -106,21 +121,46 @@ class _Judge:
         self.first = without_predecessor(flow, linears)
         self.last = without_predecessor(flow.reverse(copy=False), linears)
         self.readers = _readers(found)
+        self.owners = self._owners(found)
         self.vocabularies = frozenset(self._vocabularies(found))
 
     def _vocabularies(self, found: list[Region]) -> set[int]:
         rows = set()
         for region in found:
             for node in region.graph.nodes:
+                module = attribute(region.module, str(node.target)) if node.op == "call_module" else None
+                if isinstance(module, torch.nn.Embedding):
+                    rows.add(module.num_embeddings)
                 if node.op == "call_function" and node.target in _EMBEDDINGS:
                     table = next((a for a in node.args if _is_matrix(a)), None)
                     if isinstance(table, Node):
                         rows.add(int(value(table).shape[0]))
         return rows
 
+    def _owners(self, found: list[Region]) -> dict[Tensor, list[Node]]:
+        """For each parameter, the nodes that read it: under any of its names, and as part of a module that is called."""
+        owners: dict[Tensor, list[Node]] = collections.defaultdict(list)
+        root = found[0]
+        for node in root.graph.nodes:
+            tensor = self.context.weights.tensor(node)
+            if tensor is not None:
+                owners[tensor] += self.readers.get(node, [])
+            elif node.op == "call_module":
+                for parameter in attribute(root.module, str(node.target)).parameters():
+                    owners[parameter].append(node)
+        return owners
+
     def __call__(self, site: Site) -> Decision:
         if is_expand(site.base):
             return self._prepared(site)
+        if not site.region.entered:
+            return Decision(
+                weight=site.base.name,
+                sparse=False,
+                reason=Reason.HIGHER_ORDER,
+                node=site.node.name,
+                detail=str(site.region.call),
+            )
         store = self.context.weights
         tensor = store.tensor(site.base) if site.base_region.parent is None else None
         if tensor is None:
@@ -149,9 +189,7 @@ class _Judge:
     def _reason(self, site: Site, path: str, tensor: Tensor, shape: tuple[int, int]) -> tuple[Reason, str]:
         config = self.context.config
         N, K = shape
-        if not site.region.entered:
-            return Reason.HIGHER_ORDER, str(site.region.call)
-        others = [reader for reader in self.readers.get(site.base, []) if reader is not site.node]
+        others = [reader for reader in self.owners[tensor] if reader is not site.node]
         if others:
             shared = all(_is_linear(reader) for reader in others)
             names = ", ".join(sorted(reader.name for reader in others))

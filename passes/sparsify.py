@@ -22,6 +22,7 @@ from slope_compile.passes.graph import (
     emit,
     erase_unused,
     is_expand,
+    recompile,
     regions,
     replace,
     strip_transposes,
@@ -39,12 +40,13 @@ class Sparsify(PassBase):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         changes = 0
-        for region in regions(graph_module):
+        found = regions(graph_module)
+        for region in found:
             for node in list(region.graph.nodes):
                 if isinstance(node.meta.get(META), Selection):
                     self._rewrite(region, node)
                     changes += 1
-            region.module.recompile()
+        recompile(found)
         self.context.report.count(self.name, changes)
         return PassResult(graph_module, changes > 0)
 
@@ -70,7 +72,7 @@ class Sparsify(PassBase):
             )
         product.meta[META] = node.meta[META]
         replace(node, product)
-        erase_unused(weight)
+        erase_unused(region, weight)
 
     def _prepared(self, region: Region, home: Region, expand: Node) -> tuple[object, ...]:
         defaults = (None, None, None, None, False, None, None, 0)
