@@ -138,7 +138,7 @@ class _Judge:
         return rows
 
     def _owners(self, found: list[Region]) -> dict[Tensor, list[Node]]:
-        """For each parameter, the nodes that read it: under any of its names, and as part of a module that is called."""
+        """For each parameter, the nodes that read it: under any of its names, or as part of a module call."""
         owners: dict[Tensor, list[Node]] = collections.defaultdict(list)
         root = found[0]
         for node in root.graph.nodes:

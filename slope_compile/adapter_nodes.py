@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from slope_compile.graph_state import ADAPTER_A, ADAPTER_B, ADAPTER_SCALE, VALUES, adapter_scale
 from slope_compile.kernels import ops
-from slope_compile.passes.graph import attribute, emit
+from slope_compile.passes.graph import Region, attribute, emit, recompile, regions
 from slope_compile.passes.low_rank import ADD, MUL
 from slope_compile.passes.normalize import LINEAR
 
@@ -24,40 +24,43 @@ def set_adapter_nodes(module: GraphModule, on: bool) -> int:
     """Insert or remove the adapter nodes of every product that has an adapter; returns how many there are."""
     products = _products(module)
     changed = False
-    for product, prefix in products:
-        total = _total(module, product, prefix)
+    for region, product, prefix in products:
+        total = _total(region, product, prefix)
         if on and total is None:
-            _insert(module, product, prefix)
+            _insert(region, product, prefix)
             changed = True
         elif not on and total is not None:
-            _remove(total, product)
+            _remove(region, total, product)
             changed = True
     if changed:
-        module.graph.lint()
-        module.recompile()
+        found = regions(module)
+        for region in found:
+            region.graph.lint()
+        recompile(found)
     return len(products)
 
 
-def _products(module: GraphModule) -> list[tuple[Node, str]]:
+def _products(module: GraphModule) -> list[tuple[Region, Node, str]]:
     """``slope.linear`` nodes with an adapter, and the prefix of its tensors' names."""
-    found = []
-    for node in module.graph.nodes:
-        if node.op != "call_function" or node.target is not ops.linear:
-            continue
-        values = node.args[1]
-        if values.op == "get_attr" and str(values.target).endswith(VALUES):
-            prefix = str(values.target).removesuffix(VALUES)
-            if attribute(module, prefix + ADAPTER_A) is not None:
-                found.append((node, prefix))
-    return found
+    products = []
+    for region in regions(module):
+        for node in region.graph.nodes:
+            if node.op != "call_function" or node.target is not ops.linear:
+                continue
+            home, values = region.origin(node.args[1])
+            if home.parent is None and values.op == "get_attr" and str(values.target).endswith(VALUES):
+                prefix = str(values.target).removesuffix(VALUES)
+                if attribute(module, prefix + ADAPTER_A) is not None:
+                    products.append((region, node, prefix))
+    return products
 
 
-def _total(module: GraphModule, product: Node, prefix: str) -> Node | None:
+def _total(region: Region, product: Node, prefix: str) -> Node | None:
     """The sum that adds the adapter to this product, if it is on."""
     for user in product.users:
         if user.target is ADD and user.args[0] is product and isinstance(user.args[1], Node):
             reads = _chain(user.args[1])
-            if any(n.op == "get_attr" and n.target == prefix + ADAPTER_B for n in reads):
+            if any(region.origin(n)[1].target == prefix + ADAPTER_B for n in reads):
                 return user
     return None
 
@@ -74,16 +77,16 @@ def _chain(scaled: Node) -> list[Node]:
     return [scaled, up, down, B, *A]
 
 
-def _insert(module: GraphModule, product: Node, prefix: str) -> None:
-    graph = module.graph
+def _insert(region: Region, product: Node, prefix: str) -> None:
+    graph = region.graph
     x = product.args[0]
-    scale = adapter_scale(attribute(module, prefix + ADAPTER_SCALE))
+    scale = adapter_scale(attribute(region.root.module, prefix + ADAPTER_SCALE))
     with graph.inserting_after(product):
         anchor = graph.create_node("call_function", torch.ops.aten.alias.default, (product,))
     users = [user for user in product.users if user is not anchor]
+    A = _attribute(region, product, prefix + ADAPTER_A)
+    B = _attribute(region, product, prefix + ADAPTER_B)
     with graph.inserting_before(anchor):
-        A = _attribute(module, product, prefix + ADAPTER_A)
-        B = _attribute(module, product, prefix + ADAPTER_B)
         down = emit(graph, LINEAR, (x, A, None), like=product)  # [..., K] @ [K, R] -> [..., R]
         up = emit(graph, LINEAR, (down, B, None), like=product)  # [..., R] @ [R, N] -> [..., N]
         scaled = emit(graph, MUL, (up, scale), like=product)
@@ -93,22 +96,34 @@ def _insert(module: GraphModule, product: Node, prefix: str) -> None:
         user.replace_input_with(product, total)
 
 
-def _attribute(module: GraphModule, product: Node, target: str) -> Node:
-    node = module.graph.get_attr(target)
-    like = product.args[1]
-    assert isinstance(like, Node)
+def _attribute(region: Region, product: Node, target: str) -> Node:
+    """A parameter of the root module, available in this region: read beside the product's values."""
+    values = product.args[1]
+    assert isinstance(values, Node)
+    root, like = region.origin(values)
+    with root.graph.inserting_after(like):
+        node = root.graph.get_attr(target)
     mode = getattr(like.meta.get("val"), "fake_mode", None)
     if mode is not None:
-        node.meta["val"] = mode.from_tensor(attribute(module, target), static_shapes=True)
-    return node
+        node.meta["val"] = mode.from_tensor(attribute(root.module, target), static_shapes=True)
+    return region.bring(node, root)
 
 
-def _remove(total: Node, product: Node) -> None:
+def _remove(region: Region, total: Node, product: Node) -> None:
     scaled = total.args[1]
     assert isinstance(scaled, Node)
     chain = _chain(scaled)
     total.replace_all_uses_with(product)
     product.graph.erase_node(total)
     for node in chain:
-        if not node.users:
-            product.graph.erase_node(node)
+        _erase(region, node)
+
+
+def _erase(region: Region, node: Node) -> None:
+    """Erase a node that nothing reads, and what brings it here."""
+    if node.users:
+        return
+    if region.parent is not None and node in region.bindings:
+        _erase(region.parent, region.drop(node))
+    elif node.op != "placeholder":
+        region.graph.erase_node(node)

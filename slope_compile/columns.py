@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_compile.errors import ConversionError
 from slope_compile.kernels import ops
 from slope_compile.layers import linear_layers
-from slope_compile.passes.graph import attribute
+from slope_compile.passes.graph import Region, attribute, regions
 from slope_compile.pattern import Pattern
 
 _seen = WeakTensorKeyDictionary()
@@ -95,12 +95,24 @@ def _prepared(model: nn.Module) -> Iterator[StoredColumns | None]:
                 layer.weight, sparse.pattern, sparse.column_pattern, sparse.column_age, sparse.nm, sparse.interval
             )
     if isinstance(model, GraphModule):
-        for node in model.graph.nodes:
-            if node.op == "call_function" and node.target is ops.linear:
-                columns = node.args[7] if len(node.args) > 7 else None
-                values, pattern = (attribute(model, str(n.target)) for n in node.args[1:3])
-                column_pattern = None if columns is None else attribute(model, str(columns.target))
-                yield _stored(values, pattern, column_pattern, None, Pattern(*node.args[4:6]), 0)
+        for region in regions(model):
+            for node in region.graph.nodes:
+                if node.op == "call_function" and node.target is ops.linear:
+                    yield _stored_in_graph(model, region, node)
+
+
+def _stored_in_graph(model: GraphModule, region: Region, product: Node) -> StoredColumns | None:
+    def tensor(node: Node) -> Tensor:
+        found = attribute(model, str(region.origin(node)[1].target))
+        assert isinstance(found, Tensor)
+        return found
+
+    _, values, pattern, _, keep, group, _, columns = (*product.args, False, None)[:8]
+    assert isinstance(values, Node) and isinstance(pattern, Node)
+    assert isinstance(keep, int) and isinstance(group, int)
+    if not isinstance(columns, Node):
+        return None
+    return _stored(tensor(values), tensor(pattern), tensor(columns), None, Pattern(keep, group), 0)
 
 
 def _stored(
