@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -63,6 +64,18 @@ class Override:
         _check_regex("overrides.path", self.path)
         _check_layer_fields(self, "overrides.")
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Override:
+        """Inverse of ``{"path": self.path} | self.changes()``.
+
+        Raises:
+            ConfigError: an unknown or unusable field, or no path.
+        """
+        check_names(data, [f.name for f in dataclasses.fields(cls)], "Override field")
+        if "path" not in data:
+            raise ConfigError(f"overrides.path: missing in {dict(data)!r}; '.*' matches every layer")
+        return cls(**data)
+
     def changes(self) -> dict[str, Any]:
         """The fields that this override sets."""
         return {name: getattr(self, name) for name in _LAYER_FIELDS if getattr(self, name) is not None}
@@ -112,12 +125,13 @@ class SlopeConfig:
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         for name in ("include", "exclude"):
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            if not isinstance(value, tuple | list) or not all(isinstance(item, str) for item in value):
                 raise ConfigError(f"{name}: expected a tuple of regular expressions, got {value!r}")
             for item in value:
                 _check_regex(name, item)
             object.__setattr__(self, name, tuple(value))
-        if not all(isinstance(item, Override) for item in self.overrides):
+        overrides: object = self.overrides
+        if not isinstance(overrides, tuple | list) or not all(isinstance(o, Override) for o in overrides):
             raise ConfigError(f"overrides: expected a tuple of Override, got {self.overrides!r}")
         object.__setattr__(self, "overrides", tuple(self.overrides))
 
@@ -160,16 +174,11 @@ class SlopeConfig:
         """
         fields = dict(data)
         check_names(fields, [f.name for f in dataclasses.fields(cls)], "SlopeConfig field")
-        overrides = []
-        for item in fields.get("overrides", ()):
-            if isinstance(item, Mapping):
-                check_names(item, [f.name for f in dataclasses.fields(Override)], "Override field")
-                item = Override(**item)
-            overrides.append(item)
-        for name in ("include", "exclude"):
-            if isinstance(fields.get(name), list):
-                fields[name] = tuple(fields[name])
-        return cls(**fields | {"overrides": tuple(overrides)})
+        if isinstance(fields.get("overrides"), tuple | list):  # anything else is refused below
+            fields["overrides"] = tuple(
+                Override.from_dict(item) if isinstance(item, Mapping) else item for item in fields["overrides"]
+            )
+        return cls(**fields)
 
     def to_json(self) -> str:
         """This configuration as one JSON object, keys sorted: equal configurations give equal text."""
@@ -246,5 +255,6 @@ def _check_layer_fields(config: SlopeConfig | Override, prefix: str) -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             raise ConfigError(f"{prefix}adapter_rank: expected 0 (none) or a positive integer, got {rank!r}")
     scale: object = config.adapter_scale
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0):
+    positive = isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < math.inf
+    if scale is not None and not positive:
         raise ConfigError(f"{prefix}adapter_scale: expected a positive number or None, got {scale!r}")

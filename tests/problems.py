@@ -18,9 +18,7 @@ NM = [Pattern.parse(text) for text in ("1:2", "2:4", "1:4", "2:8", "4:8")]
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 every_pattern = pytest.mark.parametrize("nm", [pytest.param(nm, id=str(nm)) for nm in NM])
-every_dtype = pytest.mark.parametrize(
-    "dtype", [pytest.param(dtype, id=name) for dtype, name in DTYPES.items()]
-)
+every_dtype = pytest.mark.parametrize("dtype", [pytest.param(dtype, id=name) for dtype, name in DTYPES.items()])
 
 
 @dataclasses.dataclass(frozen=True)
