@@ -30,11 +30,12 @@ def is_head(path: str, N: int, vocabularies: frozenset[int], last: bool) -> bool
         vocabularies: row counts of the model's embeddings.
         last: whether it is the last linear of the model.
 
-    True when its name says so, when it produces one feature per vocabulary entry, or when it is the model's last
-    linear and stands outside every repeated block (its path has no number followed by further names).
+    True when its name says so, or when it stands outside every repeated block (its path has no number followed by
+    further names) and is the model's last linear or produces one feature per row of an embedding.  Inside blocks
+    that number says nothing: a position table often has as many rows as the model has features.
     """
     name = path.rpartition(".")[2]
-    return name in HEAD_NAMES or N in vocabularies or (last and not in_block(path))
+    return name in HEAD_NAMES or (not in_block(path) and (last or N in vocabularies))
 
 
 def in_block(path: str) -> bool:
