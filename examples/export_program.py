@@ -13,12 +13,12 @@ import math
 from pathlib import Path
 
 import torch
-from gpt import GPT, GPTConfig
 from tabulate import tabulate
 from torch.export import Dim
 from torch.fx import GraphModule
 
 import slope_compile as slope
+from gpt import GPT, GPTConfig
 
 
 def state_bytes(program: torch.export.ExportedProgram) -> int:

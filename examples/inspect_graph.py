@@ -19,13 +19,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import networkx as nx
 import torch
-from gpt import GPT, GPTConfig
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from tabulate import tabulate
 from torch.fx import GraphModule, Node
 
 import slope_compile as slope
+from gpt import GPT, GPTConfig
 
 COLOURS = {"sparse": "#2a9d8f", "low-rank": "#e9a23b", "dense": "#d1495b", "other": "#c9ced6"}
 
@@ -42,8 +42,11 @@ def kind(node: Node) -> str:
 
 def densities(module: GraphModule, node: Node) -> tuple[float, float]:
     """Measured density of a sparse product's weight: forward W^R, and backward W^{R,C} picked by magnitude."""
-    values, pattern = (module.get_parameter(str(node.args[1].target)), module.get_buffer(str(node.args[2].target)))  # type: ignore[union-attr]
-    keep, group = node.args[4], node.args[5]
+    _, values_node, pattern_node, _, keep, group = node.args[:6]
+    assert isinstance(values_node, Node)
+    assert isinstance(pattern_node, Node)
+    values = module.get_parameter(str(values_node.target))
+    pattern = module.get_buffer(str(pattern_node.target))
     forward = torch.ops.slope.expand(values, pattern, keep, group)
     backward, _ = torch.ops.slope.compress_columns(values, pattern, keep, group)
     dense = forward.numel()
@@ -71,6 +74,15 @@ def rows(module: GraphModule, report: slope.Report) -> Iterator[tuple[str, ...]]
         )
 
 
+def label(node: Node) -> str:
+    """The layer's module path for a linear, the node's own name for everything else."""
+    weight = node.args[1] if kind(node) != "other" else None
+    if not isinstance(weight, Node):
+        return node.name
+    path, _, name = str(weight.target).rpartition(".")
+    return f"{path} {name[-1]}" if "_adapter_" in name else path
+
+
 def draw(axes: Axes, module: GraphModule, title: str) -> None:
     """Draw a graph from top to bottom in the order of its dataflow; state and constants are left out."""
     graph: nx.DiGraph[Node] = nx.DiGraph()
@@ -92,7 +104,7 @@ def draw(axes: Axes, module: GraphModule, title: str) -> None:
     for node in graph:
         x, y = position[node]
         size = 6 if kinds[node] == "other" else 7.5
-        axes.annotate(node.name, (x, y), xytext=(6, 0), textcoords="offset points", fontsize=size, va="center")
+        axes.annotate(label(node), (x, y), xytext=(6, 0), textcoords="offset points", fontsize=size, va="center")
     axes.set_title(title)
     axes.margins(x=0.25)
     axes.set_axis_off()
@@ -122,7 +134,7 @@ def main() -> None:
 
     headers = ("node", "weight", "N x K", "pattern", "density", "density W^{R,C}", "decision", "reason")
     print(tabulate(rows(after, after.meta["slope_report"]), headers=headers, disable_numparse=True))
-    losses = [float(module(tokens, targets)) for module in (before, after)]
+    losses = [module(tokens, targets).item() for module in (before, after)]
     print(f"\nloss before {losses[0]:.4f}, after {losses[1]:.4f} (untrained, half of the weights gone)")
 
     height = max(6.0, 0.16 * len(after.graph.nodes))

@@ -96,7 +96,7 @@ def rebuild(program: ExportedProgram, module: GraphModule, weights: ExportedWeig
         graph_signature=ExportGraphSignature([weights.specs[n] for n in placeholders], outputs),
         state_dict=weights.state,
         range_constraints=copy.deepcopy(program.range_constraints),
-        module_call_graph=copy.deepcopy(program.module_call_graph),
+        module_call_graph=list(program.module_call_graph),
         example_inputs=program.example_inputs,
         constants=program.constants,
         verifiers=[program.verifier],

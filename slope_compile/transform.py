@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import overload
 
 from torch import Tensor, nn
@@ -48,14 +49,14 @@ def transform(
     """
     config = config or SlopeConfig()
     if isinstance(program, ExportedProgram):
-        module = copy.deepcopy(program.graph_module)
+        module = _copy(program.graph_module)
         exported = ExportedWeights(program, module)
         report = _run(module, Context(config, exported))
         result = rebuild(program, module, exported)
         result.graph_module.meta["slope_report"] = report
         return result
     if isinstance(program, GraphModule):
-        module = copy.deepcopy(program)
+        module = _copy(program)
         attributes = AttributeWeights(module)
         report = _run(module, Context(config, attributes))
         attributes.remove_replaced()
@@ -63,6 +64,13 @@ def transform(
         module.meta["slope_report"] = report
         return module
     raise TypeError(f"transform: expected an ExportedProgram or a GraphModule, got {type(program).__name__}")
+
+
+def _copy(module: GraphModule) -> GraphModule:
+    with warnings.catch_warnings():
+        # torch 2.13 warns about its own pytree specs while it copies them.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        return copy.deepcopy(module)
 
 
 def _run(module: GraphModule, context: Context) -> Report:
