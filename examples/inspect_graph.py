@@ -56,7 +56,7 @@ def densities(module: GraphModule, node: Node) -> tuple[float, float]:
 def rows(module: GraphModule, report: slope.Report) -> Iterator[tuple[str, ...]]:
     """One row per linear: node, weight, shape, pattern, densities, decision, reason."""
     products = {
-        str(node.args[1].target).removesuffix(".weight_values"): node  # type: ignore[union-attr]
+        str(node.args[1].target).removesuffix(".weight_values"): node
         for node in module.graph.nodes
         if kind(node) == "sparse"
     }
