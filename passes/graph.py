@@ -227,7 +227,7 @@ def is_transpose(node: Node) -> bool:
             return True
         if node.target in ("transpose", "swapaxes", "swapdims"):
             return _swaps(node.args[1:])
-        return node.target == "permute" and _swaps(_flat(node.args[1:]))
+        return node.target == "permute" and _swaps(_flat(node.args[1:]), permutation=True)
     if node.op != "call_function":
         return False
     if node.target in _TRANSPOSE_2D:

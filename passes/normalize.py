@@ -30,7 +30,7 @@ from slope_compile.passes.graph import (
     replace,
     strip_transposes,
     value,
-    weight_expression,
+    weight_source,
 )
 
 LINEAR = torch.ops.aten.linear.default
@@ -80,10 +80,11 @@ class Normalize(PassBase):
         value_ = value(node)
         if isinstance(value_, torch.Tensor) and value_.dim() != 2:
             return False
-        origin_region, base = region.origin(weight_expression(node).base)
+        home, expression = weight_source(region, node)
+        home, base = home.origin(expression.base)
         if is_expand(base):
             return True
-        tensor = self.context.weights.tensor(base) if origin_region.parent is None else None
+        tensor = self.context.weights.tensor(base) if home.parent is None else None
         return tensor is not None and tensor.dim() == 2
 
 
@@ -123,7 +124,7 @@ def _function_call(node: Node) -> Found | None:
         if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
             return None
         bias, x, weight, transposed = *node.args, True
-        if not (isinstance(bias, Node) and _is_vector(bias)):
+        if not (isinstance(bias, Node) and _is_row(bias, node)):
             return None
     elif node.target in _EINSUMS:
         return _einsum(node)
@@ -144,10 +145,12 @@ def says_linear(node: Node) -> bool:
     return node.op == "call_function" and (node.target in _LINEARS)
 
 
-def _is_vector(node: Node) -> bool:
-    """Whether a bias has one entry per output feature; without a value the graph is trusted to be a Conv1D's."""
-    shape = value(node)
-    return shape is None or (isinstance(shape, torch.Tensor) and shape.dim() == 1)
+def _is_row(bias: Node, sum_: Node) -> bool:
+    """Whether a bias has one entry per output feature; without values the graph is trusted to be a Conv1D's."""
+    shape, result = value(bias), value(sum_)
+    if not (isinstance(shape, torch.Tensor) and isinstance(result, torch.Tensor)):
+        return True
+    return shape.dim() == 1 and shape.shape[0] == result.shape[-1]
 
 
 def _einsum(node: Node) -> Found | None:
