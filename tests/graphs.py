@@ -35,12 +35,19 @@ def attribute_graph(module: nn.Module, *inputs: Any) -> GraphModule:
     return graph_module
 
 
-def dynamo_graph(function: Callable[..., Any], *inputs: Any) -> tuple[GraphModule, list[Any]]:
-    """The graph that Dynamo makes of a function, as a copy to work on, and its real inputs."""
+def dynamo_graph(
+    function: Callable[..., Any], *inputs: Any, work: Callable[[GraphModule, list[Any]], object] | None = None
+) -> tuple[GraphModule, list[Any]]:
+    """The graph that Dynamo makes of a function, as a copy to work on, and its real inputs.
+
+    ``work`` is done on both while Dynamo is still running: only then can the module behind a graph be found.
+    """
     caught: list[tuple[GraphModule, list[Any]]] = []
 
     def catch(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         caught.append((working_copy(graph_module), list(example_inputs)))
+        if work is not None:
+            work(*caught[-1])
         return graph_module.forward
 
     torch._dynamo.reset()
