@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrize
 from slope_compile.config import SlopeConfig
 from slope_compile.parametrizations import LowRank, SparseWeight
 from slope_compile.report import Decision, Reason
-from slope_compile.rules import first_linears, is_head
+from slope_compile.rules import first_linears, is_head, plain_path
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -31,9 +32,11 @@ class LinearLayer:
     def weight(self) -> Tensor:
         """The tensor that is trained: the stored one, whatever parametrizations stand on it."""
         if parametrize.is_parametrized(self.module, "weight"):
-            original = self.module.parametrizations["weight"].original  # type: ignore[union-attr, index]
-            assert isinstance(original, Tensor)
-            return original
+            stored: Any = self.module.parametrizations["weight"]  # type: ignore[union-attr, index]
+            if "original" in stored._parameters:  # not where several tensors make the weight (weight_norm)
+                original = stored.original
+                assert isinstance(original, Tensor)
+                return original
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight
@@ -68,7 +71,8 @@ class LinearLayer:
 def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
     """Every linear layer under its first path, in order of registration."""
     conv1d = _conv1d_class()
-    for path, module in model.named_modules():
+    for name, module in model.named_modules():
+        path = plain_path(name)
         if isinstance(module, nn.Linear):
             yield LinearLayer(path, module, transposed=False)
         elif conv1d is not None and isinstance(module, conv1d):
@@ -107,7 +111,8 @@ def decide(
             return Reason.FIRST, ""
         if config.heads_dense and is_head(layer.path, N, vocabularies, layer is layers[-1]):
             return Reason.HEAD, ""
-        if layer.module.forward.__func__ not in _known_forwards():  # type: ignore[attr-defined]
+        # A forward set on the instance (a hook of another library) may be any callable, not a bound method.
+        if getattr(layer.module.forward, "__func__", None) not in _known_forwards():
             return Reason.FORWARD_REPLACED, type(layer.module).__name__
         if weight.dtype not in DTYPES:
             return Reason.DTYPE, str(weight.dtype)

@@ -69,7 +69,7 @@ def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
     try:
         for (layer, settings), pattern in zip(chosen, patterns, strict=True):
             _register(layer, settings, pattern)
-    except Exception:
+    except BaseException:  # an interrupt, too, leaves a whole model
         for layer, data in originals:
             _restore(layer, data)
         raise
@@ -98,7 +98,7 @@ def densify_(model: nn.Module) -> Report:
         raise ConversionError("densify_: the model has no prepared layer; sparsify_ it first")
     _check_convertible("densify_", layers)
     for layer in layers:
-        parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
+        _remove(layer)
     for layer in linear_layers(model):
         layer.module.__dict__.pop("extra_repr", None)
     return Report([decision for _, decision in decide(model, SlopeConfig(include=()))])
@@ -157,8 +157,18 @@ def _register_adapter(layer: LinearLayer, settings: LayerConfig) -> None:
 def _restore(layer: LinearLayer, data: Tensor) -> None:
     """Take our parametrizations off again and put the original numbers back."""
     if parametrize.is_parametrized(layer.module, "weight"):
-        parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
+        _remove(layer)
     layer.weight.data = data
+
+
+def _remove(layer: LinearLayer) -> None:
+    """Take the parametrizations off the weight and register it in its old place, in front of the bias.
+
+    ``remove_parametrizations`` registers it last; an optimizer's checkpoint counts parameters in their order.
+    """
+    parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
+    for name in [name for name in layer.module._parameters if name != "weight"]:
+        layer.module._parameters[name] = layer.module._parameters.pop(name)
 
 
 def _note(layer: LinearLayer, decision: Decision) -> None:
@@ -189,7 +199,7 @@ def _check_convertible(who: str, layers: Iterable[LinearLayer]) -> None:
                 f"{who}: the weight of {layer.path!r} has a gradient of the old shape; call "
                 "optimizer.zero_grad(set_to_none=True) first, or convert before the first backward"
             )
-    states = {id(p) for optimizer in _live_optimizers() for p in optimizer.state}
+    states = {id(p) for optimizer in _optimizers_with_state(layers) for p in optimizer.state}
     for layer in layers:
         if id(layer.weight) in states:
             raise ConversionError(
@@ -199,6 +209,12 @@ def _check_convertible(who: str, layers: Iterable[LinearLayer]) -> None:
             )
 
 
-def _live_optimizers() -> list[torch.optim.Optimizer]:
-    # Once per conversion; type() rather than isinstance(), which would run __class__ of lazy proxies.
+def _optimizers_with_state(layers: list[LinearLayer]) -> list[torch.optim.Optimizer]:
+    """The live optimizers, if any of them may have state for these weights."""
+    # An optimizer's state is a dict with parameters as keys.  Looking for one is a scan of the heap in C; only when
+    # there is one do we pay for the scan in Python (half a second) that finds whose it is.
+    holders = gc.get_referrers(*(layer.weight for layer in layers))
+    if not any(isinstance(holder, dict) and any(isinstance(key, Tensor) for key in holder) for holder in holders):
+        return []
+    # type() rather than isinstance(), which would run __class__ of lazy proxies.
     return [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
