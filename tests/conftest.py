@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 
 import pytest
 import torch
 
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-"""Tensors here are tiny: more threads cost more than they bring, and workers would fight for cores."""
+THREADS = 1
+"""Tensors here are tiny.  A second thread has nothing to gain and waits for the first at every product: where the
+cores are shared that costs some ten milliseconds each time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
