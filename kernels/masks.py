@@ -7,6 +7,7 @@ consecutive entries of a row kept.
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import torch
 from torch import Tensor
@@ -29,8 +30,11 @@ def random_mask(N: int, K: int, nm: Pattern, seed: int, path: str) -> Tensor:
     """
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    scores = torch.rand(N, K, generator=generator, dtype=torch.float64, device="cpu")
-    return magnitude_mask(scores, nm)
+    choices = torch.tensor(
+        [[i in kept for i in range(nm.group)] for kept in itertools.combinations(range(nm.group), nm.keep)]
+    )
+    drawn = torch.randint(len(choices), (N * K // nm.group,), generator=generator, device="cpu")
+    return choices.index_select(0, drawn).view(N, K)
 
 
 def has_pattern(weight: Tensor, nm: Pattern) -> bool:

@@ -2,9 +2,9 @@
 
 Private names used, tested on torch 2.11 and 2.13: ``node.meta["grapharg"]`` and its ``source`` (the chain of
 attribute accesses by which Dynamo reached an input), ``node._dynamo_source`` and ``node.meta["tensor_dict"]``
-(which AOTAutograd expects on every input of a graph from Dynamo), and
-the running ``OutputGraph`` with its local and global scope,
-from which the chain can be followed to the real module.
+(which AOTAutograd expects on every input of a graph from Dynamo), the running ``OutputGraph`` with its local and
+global scope, from which the chain can be followed to the real module, ``install_guard`` with ``GuardBuilder.ID_MATCH``,
+``OptimizedModule`` and ``Module._compiled_call_impl`` (what was handed to ``torch.compile``).
 """
 
 from __future__ import annotations
@@ -12,12 +12,20 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.output_graph import OutputGraph
+from torch._dynamo.source import LocalSource
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+
+from slope_compile.rules import plain_path
 
 _COMPONENT = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 _PARAMETRIZED = re.compile(r"^(?P<layer>.*)\.parametrizations\.(?P<name>\w+)\.(original|\d+\..*)$")
@@ -48,7 +56,7 @@ def origin(placeholder: Node) -> Origin | None:
     components = _COMPONENT.findall(text)
     if not components:
         return None
-    return Origin(_root_module(text), ".".join(components))
+    return Origin(_root_module(text), plain_path(".".join(components)))
 
 
 def _root_module(text: str) -> nn.Module | None:
@@ -72,15 +80,81 @@ def _root_module(text: str) -> nn.Module | None:
     return value
 
 
+def model_of(root: nn.Module) -> tuple[nn.Module, str]:
+    """The model that a module belongs to which Dynamo compiles on its own, and the module's path in it.
+
+    A graph break inside a block, or compiling block by block, leaves Dynamo with one block at a time; the rest of the
+    model runs around it, so it is found on the stack:
+
+    1. what was handed to ``torch.compile``, if the module is part of it;
+    2. if that is itself a numbered block of something larger (``layers.3``), the outermost such model.
+
+    A wrapper around a whole model (``wrapper.model``) does not count: paths, and with them random masks, are those that
+    ``sparsify_`` finds in the model.
+    """
+    compiled: nn.Module | None = None
+    around: list[nn.Module] = []
+    for frame in _stack():
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            inner = owner._orig_mod if isinstance(owner, OptimizedModule) else owner
+            if compiled is None and (inner is not owner or owner._compiled_call_impl is not None):
+                compiled = inner
+            around.append(inner)
+    model = compiled if compiled is not None and _path(compiled, root) is not None else root
+    for outer in reversed(around):
+        if any(part.isdecimal() for part in (_path(outer, model) or "").split(".")):
+            model = outer
+            break
+    return model, _path(model, root) or ""
+
+
+def _path(model: nn.Module, module: nn.Module) -> str | None:
+    return next((plain_path(path) for path, found in model.named_modules() if found is module), None)
+
+
+def guard_parameter(placeholder: Node) -> None:
+    """Have Dynamo check that the parameter behind an input is this very one, before it reuses the compiled graph.
+
+    Dynamo lends one compiled graph to every module of the same code and shapes: blocks of a model, models of a class.
+    That is wrong where something about this one parameter went into the graph.
+    """
+    source = _source(placeholder)
+    if source is not None:
+        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def guard_module(placeholder: Node) -> None:
+    """Have Dynamo check the module through which an input was reached, where that is an argument of the frame.
+
+    It is what Dynamo counts recompilations by: each module then has a limit of its own, and the blocks of a deep model,
+    compiled one by one, do not use up a common one (after which Dynamo would leave the rest eager).
+    """
+    source, graph = _source(placeholder), _running()
+    while getattr(source, "base", None) is not None:
+        source = source.base
+    if graph is not None and isinstance(source, LocalSource):
+        if isinstance(graph.local_scope.get(source.local_name), nn.Module):
+            install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def _source(placeholder: Node) -> Any:
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    return source if TracingContext.try_get() is not None else None
+
+
 def _running() -> OutputGraph | None:
     """The OutputGraph that called the backend, found on the stack (Dynamo publishes it nowhere else)."""
-    frame = sys._getframe()
+    owners = (frame.f_locals.get("self") for frame in _stack())
+    return next((owner for owner in owners if isinstance(owner, OutputGraph)), None)
+
+
+def _stack() -> Iterator[FrameType]:
+    """The frames from here outwards."""
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, OutputGraph):
-            return owner
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+        yield frame
+        frame = frame.f_back
 
 
 def working_copy(module: GraphModule) -> GraphModule:

@@ -20,6 +20,7 @@ from slope_compile.log import log
 from slope_compile.options import BackendOptions, parse_options
 from slope_compile.passes.context import Context
 from slope_compile.passes.pipeline import run_passes
+from slope_compile.pattern import Pattern
 from slope_compile.report import Reason, Report
 
 
@@ -49,40 +50,52 @@ def slope(
     context = Context(parsed.config, weights)
     graph_module = run_passes(graph_module, context)
     _check_agreement(parsed, context.report)
-    stored = [*weights.stored, *_prepared_columns(context, weights)]
+    columns = _prepared_columns(context, weights)
     weights.commit()
     _log(context.report)
     inputs = [*example_inputs, *weights.extra]
     graph_module.recompile()
     compiled = compile_graph(graph_module, inputs, parsed.compiler, parsed.patches)
-    return _calling(compiled, weights.extra, stored)
+    return _calling(compiled, weights, columns)
 
 
-def _calling(compiled: Callable[..., Any], extra: list[Any], stored: list[StoredColumns]) -> Callable[..., Any]:
+ColumnArguments = Callable[[Sequence[Any]], StoredColumns]
+"""Arguments of the compiled graph -> the stored columns of one prepared weight among them."""
+
+
+def _calling(
+    compiled: Callable[..., Any], weights: DynamoWeights, columns: Sequence[ColumnArguments]
+) -> Callable[..., Any]:
     """The compiled graph with its added inputs, after the column patterns have been looked after."""
-    if not extra and not stored:
+    extra, stored = weights.extra, weights.stored
+    if not extra and not stored and not columns:
         return compiled
 
     def call(*args: Any) -> Any:
-        before_training_forward(stored)
+        before_training_forward([*stored, *(find(args) for find in columns)])
         return compiled(*args, *extra)
 
     return call
 
 
-def _prepared_columns(context: Context, weights: DynamoWeights) -> list[StoredColumns]:
-    stored = []
+def _prepared_columns(context: Context, weights: DynamoWeights) -> list[ColumnArguments]:
+    """By position, not by tensor: Dynamo runs one compiled graph for all blocks of a model that are alike."""
+    found = []
     for site in context.columns:
         nodes = (site.values, site.pattern, site.column_pattern, site.column_age)
-        tensors = [weights.inputs[node] for node in nodes if node in weights.inputs]
-        if len(tensors) < len(nodes):
+        if any(node not in weights.inputs for node in nodes):
             log.warning("column pattern of %s is not an input of the graph and will not be refreshed", site.values)
             continue
-        values, pattern, column_pattern, column_age = tensors
-        stored.append(
-            StoredColumns(values, values.detach, pattern, column_pattern, column_age, site.nm, site.interval)
-        )
-    return stored
+        found.append(_column_arguments([weights.placeholders.index(node) for node in nodes], site.nm, site.interval))
+    return found
+
+
+def _column_arguments(positions: Sequence[int], nm: Pattern, interval: int) -> ColumnArguments:
+    def find(args: Sequence[Any]) -> StoredColumns:
+        values, pattern, column_pattern, column_age = (args[position] for position in positions)
+        return StoredColumns(values, values.detach, pattern, column_pattern, column_age, nm, interval)
+
+    return find
 
 
 def _check_agreement(options: BackendOptions, report: Report) -> None:

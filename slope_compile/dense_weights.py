@@ -9,7 +9,6 @@ elementwise optimizer with momentum and decay keeps them at zero.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,12 +23,12 @@ from slope_compile.config import LayerConfig, SlopeConfig
 from slope_compile.kernels import ops
 from slope_compile.kernels.masks import choose_mask
 from slope_compile.kernels.metadata import pack_mask, unpack_mask
-from slope_compile.layers import decide
+from slope_compile.layers import decide, linear_layers
 from slope_compile.log import log
 from slope_compile.passes.graph import VALUE_KEYS, emit
 from slope_compile.passes.weights import CompressedWeight
 from slope_compile.pattern import Pattern
-from slope_compile.report import Decision
+from slope_compile.report import Decision, Reason
 
 
 @dataclasses.dataclass
@@ -59,24 +58,44 @@ class DynamoWeights:
         """Tensors for the placeholders that were added, in order."""
         self.stored: list[StoredColumns] = []
         self._prune: list[tuple[Tensor, DenseState, str, bool]] = []
+        self._models: dict[nn.Module, tuple[nn.Module, str]] = {}
+        self._rulings: dict[nn.Module, dict[str, Decision]] = {}
+        self._judged: list[Node] = []
+        self._named: list[Node] = []
 
     def tensor(self, node: Node) -> Tensor | None:
         value = self.inputs.get(node)
         return value if isinstance(value, nn.Parameter) and _dynamo.is_real(value) else None
 
     def path(self, node: Node) -> str:
-        origin = _dynamo.origin(node)
+        self._named.append(node)
+        origin = self._origin(node)
         return origin.layer if origin is not None else str(node)
 
     def ruling(self, node: Node) -> Decision | None:
-        origin = _dynamo.origin(node)
+        self._judged.append(node)
+        origin = self._origin(node)
         if origin is None or origin.root is None:
             return None
-        return self._rulings(origin.root).get(origin.layer)
+        if origin.root not in self._rulings:
+            self._rulings[origin.root] = self._decide(origin.root)
+        return self._rulings[origin.root].get(origin.layer)
 
-    @functools.cache  # noqa: B019  (the store lives as long as one compilation)
-    def _rulings(self, root: nn.Module) -> dict[str, Decision]:
-        return {layer.path: decision for layer, decision in decide(root, self.config, adapters_stay=True)}
+    def _origin(self, node: Node) -> _dynamo.Origin | None:
+        """Relative to the whole model, also where Dynamo compiles a block of it."""
+        origin = _dynamo.origin(node)
+        if origin is None or origin.root is None:
+            return origin
+        if origin.root not in self._models:
+            self._models[origin.root] = _dynamo.model_of(origin.root)
+        model, path = self._models[origin.root]
+        return _dynamo.Origin(model, f"{path}.{origin.name}" if path else origin.name)
+
+    def _decide(self, model: nn.Module) -> dict[str, Decision]:
+        decisions = [decision for _, decision in decide(model, self.config, adapters_stay=True)]
+        if any(layer.sparse for layer in linear_layers(model)):
+            decisions = [_settled(decision) for decision in decisions]
+        return {decision.weight: decision for decision in decisions}
 
     def compressed(self, node: Node, layer: LayerConfig, transposed: bool, before: Node) -> CompressedWeight:
         weight = self.inputs[node]
@@ -117,9 +136,15 @@ class DynamoWeights:
     def commit(self) -> int:
         """Prune the weights whose pattern was chosen in this run, in place, and remember the patterns.
 
+        The graph is bound to the parameters that were judged by their place in the model.
+
         Returns:
-            How many there were.
+            How many were pruned.
         """
+        for node in self._judged:
+            _dynamo.guard_parameter(node)
+        for node in self._named:
+            _dynamo.guard_module(node)
         with torch.no_grad():
             for weight, state, _, transposed in self._prune:
                 weight.copy_(self._masked(weight, state, transposed))
@@ -159,3 +184,17 @@ class DynamoWeights:
         if mode is not None:
             placeholder.meta[VALUE_KEYS[0]] = mode.from_tensor(tensor, static_shapes=True)
         return placeholder
+
+
+def _settled(decision: Decision) -> Decision:
+    """For a model that ``sparsify_`` has prepared: what it left dense, the user wants dense."""
+    if not decision.sparse:
+        return decision
+    return dataclasses.replace(
+        decision,
+        sparse=False,
+        reason=Reason.EXCLUDED,
+        pattern="",
+        backward="",
+        detail="sparsify_ left it dense",
+    )

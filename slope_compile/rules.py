@@ -38,6 +38,11 @@ def is_head(path: str, N: int, vocabularies: frozenset[int], last: bool) -> bool
     return name in HEAD_NAMES or (not in_block(path) and (last or N in vocabularies))
 
 
+def plain_path(path: str) -> str:
+    """The path without the steps into wrappers that ``torch.compile(block)`` put in place of a block."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
 def in_block(path: str) -> bool:
     """Whether the path leads through a numbered block: ``layers.3.mlp.up`` does, ``net.4`` does not."""
     return any(part.isdecimal() for part in path.split(".")[:-1])

@@ -1,0 +1,179 @@
+"""Graphs that are a part of the model: graph breaks, checkpointed bodies, blocks compiled one by one.
+
+Whatever part Dynamo hands over, the decisions are those for the whole model, and each block trains on its own weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from masked import assert_same_gradients, is_exactly, masked_copy, masks_of, masks_of_prepared, picked_now
+from recording import compiled, compiled_way, every_way, record
+from recording import fresh_dynamo as fresh_dynamo
+from tolerances import assert_same
+from torch import nn
+from toy import DENSE, SPARSE, Toy, step, token_ids, toy
+
+import slope_compile as slope
+from slope_compile.pattern import Pattern
+
+NM = Pattern(2, 4)
+
+
+def break_inside_blocks(model: Toy) -> Callable[[], None]:
+    for block in model.blocks:
+        block.between = torch._dynamo.graph_break  # type: ignore[assignment]
+    return torch._dynamo.graph_break
+
+
+def compile_blocks(model: Toy, **options: Any) -> Toy:
+    for block in model.blocks:
+        block.compile(backend=slope.slope, options={"compiler": "aot_eager", **options})
+    return model
+
+
+def wrap_blocks(model: Toy, **options: Any) -> Toy:
+    for i, block in enumerate(list(model.blocks)):
+        model.blocks[i] = compiled(block, options=options)
+    return model
+
+
+@every_way
+def test_graph_break_inside_a_block(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = record(monkeypatch)
+    dense, ids = toy(), token_ids()
+    break_inside_blocks(dense)
+    model, run = compiled_way(way, dense)
+    logits = step(run, ids)
+
+    assert len(recording) >= 4, "one graph before and one after each break"
+    assert recording.sparse_paths == list(SPARSE)
+    assert recording.sparse == len(SPARSE)
+    reference = masked_copy(dense, masks_of(model), picked_now)
+    assert_same(logits, step(reference, ids))
+    assert_same_gradients(model, reference)
+
+
+@pytest.mark.parametrize(
+    "compile_them",
+    [pytest.param(compile_blocks, id="block.compile()"), pytest.param(wrap_blocks, id="torch.compile(block)")],
+)
+@every_way
+def test_compiling_block_by_block(
+    way: str, compile_them: Callable[..., Toy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first linear of a block is not that of the model, and its last one is no head."""
+    recording = record(monkeypatch)
+    dense, ids = toy(), token_ids()
+    model = copy.deepcopy(dense)
+    if way == "B":
+        slope.sparsify_(model)
+    compile_them(model)
+    logits = step(model, ids)
+    assert recording.sparse_paths == list(SPARSE)
+
+    # Masks read from a model whose blocks have their plain names.
+    plain = copy.deepcopy(dense)
+    plain.load_state_dict(copy.deepcopy(dense).state_dict())
+    slope.sparsify_(plain)
+    reference = masked_copy(dense, masks_of_prepared(plain), picked_now)
+    assert_same(logits, step(reference, ids))
+    if compile_them is compile_blocks:
+        assert_same_gradients(model, reference)
+
+
+def test_one_graph_for_alike_models_keeps_each_its_own_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of a prepared model may share one compiled graph; the column patterns of each are refreshed."""
+    recording = record(monkeypatch)
+    models = [prepared(toy(), column_refresh=1)]
+    models.append(copy.deepcopy(models[0]))
+    holder = types.SimpleNamespace(model=models[0])
+    run = torch.compile(
+        lambda ids: holder.model(ids), backend=slope.slope, options={"compiler": "aot_eager"}, fullgraph=True
+    )
+    ids = token_ids()
+    for model in models:
+        holder.model = model
+        step(run, ids)
+        before = column_patterns(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+        step(run, ids)
+        after = column_patterns(model)
+        assert len(after) == len(SPARSE)
+        assert [name for name in after if torch.equal(before[name], after[name])] == []
+    assert len(recording) == 1
+
+
+def prepared(model: Toy, **fields: Any) -> Toy:
+    slope.sparsify_(model, slope.SlopeConfig(**fields))
+    return model
+
+
+def column_patterns(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items() if name.endswith("column_pattern")}
+
+
+@every_way
+def test_more_blocks_than_dynamo_recompiles_one_function(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block is compiled by itself, and Dynamo's limit counts each on its own: none is left to eager."""
+    recording = record(monkeypatch)
+    model = toy()
+    for _ in range(2):
+        model.blocks.append(copy.deepcopy(model.blocks[1]))
+    if way == "B":
+        prepared(model)
+    compile_blocks(model)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        step(model, token_ids())
+    assert recording.sparse == len(SPARSE) + 8
+    assert all(is_exactly(NM, mask) for mask in masks_of(model).values())
+
+
+def test_block_by_block_in_a_wrapper_goes_by_the_paths_of_the_model() -> None:
+    """A module around the whole model changes no path, so the random masks are those of ``sparsify_``."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.model(ids)
+            return y
+
+    dense = toy()
+    break_inside_blocks(dense)
+    model = copy.deepcopy(dense)
+    wrapper = Wrapper(compiled(model))
+    step(wrapper, token_ids())
+    prepared = copy.deepcopy(dense)
+    slope.sparsify_(prepared)
+    expected = masks_of_prepared(prepared)
+    actual = masks_of(model)
+    assert list(actual) == list(expected) == list(SPARSE)
+    assert all(torch.equal(actual[path], expected[path]) for path in SPARSE)
+
+
+@pytest.mark.parametrize("backward", ["exact", "double_pruned"])
+@every_way
+def test_activation_checkpointing(way: str, backward: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The linears stand in the bodies of ``tag_activation_checkpoint`` calls."""
+    recording = record(monkeypatch)
+    dense, ids = toy(checkpointed=True), token_ids()
+    model, run = compiled_way(way, dense, fields={"backward": backward}, fullgraph=True)
+    logits = step(run, ids)
+    (graph,) = recording
+    assert sum("checkpoint" in str(target) for target in graph.after.elements()) == 2
+    assert sorted(recording.sparse_paths) == list(sorted(SPARSE))
+    assert (graph.sparse, graph.dense) == (len(SPARSE), len(DENSE))
+    columns = {} if backward == "exact" else {"columns": picked_now}
+    reference = masked_copy(dense, masks_of(model), **columns)
+    assert_same(logits, step(reference, ids))
+    assert_same_gradients(model, reference)
