@@ -12,6 +12,7 @@ there are two or more, and the graph says how large the factors are.
 from __future__ import annotations
 
 import collections
+import itertools
 from typing import ClassVar
 
 import torch
@@ -68,8 +69,11 @@ def _fuse(region: Region, group: list[Node]) -> None:
     with graph.inserting_before(first):
         stacked = emit(graph, torch.ops.aten.cat.default, (factors,), like=first)  # [sum R, K]
         product = emit(graph, LINEAR, (x, stacked, None), like=first)  # [..., K] @ [K, sum R] -> [..., sum R]
-        start = 0
-        for node, rank in zip(group, ranks, strict=True):
-            part = emit(graph, torch.ops.aten.slice.Tensor, (product, -1, start, start + rank), like=node)
-            replace(node, part)
-            start += rank
+        ends = list(itertools.accumulate(ranks))
+        parts = [
+            emit(graph, torch.ops.aten.slice.Tensor, (product, -1, end - rank, end), like=node)
+            for node, rank, end in zip(group, ranks, ends, strict=True)
+        ]
+    # Only now: the first of the group is the insertion point.
+    for node, part in zip(group, parts, strict=True):
+        replace(node, part)

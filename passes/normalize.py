@@ -64,7 +64,7 @@ class Normalize(PassBase):
         if found is None:
             return 0
         x, weight, transposed, bias = found
-        if node.op != "call_module" and not says_linear(node) and not self._is_weight(region, weight):
+        if node.op != "call_module" and not says_linear(node) and not self._is_weight(region, weight, transposed):
             return 0
         with region.graph.inserting_before(node):
             # The weight as [N, K]: what matmul reads is [K, N], so a transposition more or less.
@@ -76,11 +76,11 @@ class Normalize(PassBase):
         erase_unused(region, weight)
         return 1
 
-    def _is_weight(self, region: Region, node: Node) -> bool:
+    def _is_weight(self, region: Region, node: Node, transposed: bool) -> bool:
         value_ = value(node)
         if isinstance(value_, torch.Tensor) and value_.dim() != 2:
             return False
-        home, expression = weight_source(region, node)
+        home, expression = weight_source(region, node, transposed)
         home, base = home.origin(expression.base)
         if is_expand(base):
             return True

@@ -248,7 +248,9 @@ def _readers(found: list[Region]) -> dict[Node, list[Node]]:
                 if user in seen or user in entered:
                     continue
                 seen.add(user)
-                through = user.op == "placeholder" or weight_expression(user).base is not user
+                through = user.op == "placeholder" or any(
+                    weight_expression(user, transposed).base is not user for transposed in (False, True)
+                )
                 if through:
                     pending.append(user)
                 else:

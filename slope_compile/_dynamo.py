@@ -133,9 +133,9 @@ def guard_module(placeholder: Node) -> None:
     source, graph = _source(placeholder), _running()
     while getattr(source, "base", None) is not None:
         source = source.base
-    if graph is not None and isinstance(source, LocalSource):
-        if isinstance(graph.local_scope.get(source.local_name), nn.Module):
-            install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+    local = graph.local_scope.get(source.local_name) if graph is not None and isinstance(source, LocalSource) else None
+    if isinstance(local, nn.Module):
+        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
 def _source(placeholder: Node) -> Any:

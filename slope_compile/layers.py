@@ -32,7 +32,7 @@ class LinearLayer:
     def weight(self) -> Tensor:
         """The tensor that is trained: the stored one, whatever parametrizations stand on it."""
         if parametrize.is_parametrized(self.module, "weight"):
-            stored: Any = self.module.parametrizations["weight"]  # type: ignore[union-attr, index]
+            stored: Any = self.module.parametrizations["weight"]  # type: ignore[index]
             if "original" in stored._parameters:  # not where several tensors make the weight (weight_norm)
                 original = stored.original
                 assert isinstance(original, Tensor)

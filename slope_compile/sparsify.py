@@ -166,6 +166,10 @@ def _remove(layer: LinearLayer) -> None:
 
     ``remove_parametrizations`` registers it last; an optimizer's checkpoint counts parameters in their order.
     """
+    # A deep copy of a parametrized module shares its class, from which the removal deletes `weight`: take an own one.
+    shared = type(layer.module)
+    own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+    layer.module.__class__ = type(shared.__name__, shared.__bases__, own)
     parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
     for name in [name for name in layer.module._parameters if name != "weight"]:
         layer.module._parameters[name] = layer.module._parameters.pop(name)

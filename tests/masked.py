@@ -15,11 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from problems import column_mask
-from tolerances import assert_same
 from torch import Tensor, nn
 
+from problems import column_mask
 from slope_compile.pattern import Pattern
+from tolerances import assert_same
 
 NM = Pattern(2, 4)
 _ORIGINAL = ".parametrizations.weight.original"
@@ -73,7 +73,7 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.t() if self.transposed else self.weight
-        y: Tensor = _Product.apply(x, weight, self.bias, self.mask, self.columns)
+        y: Tensor = _Product.apply(x, weight, self.bias, self.mask, self.columns)  # type: ignore[no-untyped-call]
         return y
 
 

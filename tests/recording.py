@@ -17,8 +17,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 import slope_compile as slope
-import slope_compile.backend
+from slope_compile import _inductor
 from slope_compile.kernels import ops
+from slope_compile.passes import pipeline
 from slope_compile.passes.context import Context
 
 DENSE_PRODUCTS = (
@@ -101,7 +102,7 @@ def record(monkeypatch: pytest.MonkeyPatch, compile_it: bool = True) -> Recordin
         compile_it: False to run the rewritten graphs as they are, whatever compiler was asked for.
     """
     recording = Recording()
-    run_passes, compile_graph = slope_compile.backend.run_passes, slope_compile.backend.compile_graph
+    run_passes, compile_graph = pipeline.run_passes, _inductor.compile_graph
     pending: list[tuple[collections.Counter[Any], slope.Report]] = []
 
     def watched_passes(module: GraphModule, context: Context) -> GraphModule:
@@ -129,7 +130,7 @@ def compiled(model: nn.Module, compiler: str = "aot_eager", **arguments: Any) ->
 
     "aot_eager" runs everything but Inductor's code generation, in a tenth of the time.
     """
-    options: Mapping[str, Any] = {"compiler": compiler, **arguments.pop("options", {})}
+    options: dict[str, Any] = {"compiler": compiler, **arguments.pop("options", {})}
     return torch.compile(model, backend=slope.slope, options=options, **arguments)
 
 

@@ -79,7 +79,7 @@ def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
 def step(model: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
     """Forward and backward; returns the logits.  Gradients add up in the model's parameters."""
     logits = model(ids)
-    loss_of(logits, ids).backward()  # type: ignore[no-untyped-call]
+    loss_of(logits, ids).backward()
     return logits.detach()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, symbolic_trace
+from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import slope_compile as slope
@@ -16,12 +16,9 @@ from graphs import ALL, Chain, Siblings, attribute_graph, checked_run, context, 
 from slope_compile.config import SlopeConfig
 from slope_compile.dense_weights import DynamoWeights
 from slope_compile.passes.context import Context
-from slope_compile.passes.fuse import Fuse
-from slope_compile.passes.graph import META
-from slope_compile.passes.low_rank import DOWN, DistributeLowRank
-from slope_compile.passes.normalize import LINEAR, Normalize
+from slope_compile.passes.graph import value
+from slope_compile.passes.normalize import LINEAR
 from slope_compile.passes.pipeline import run_passes
-from slope_compile.passes.select import Select
 from slope_compile.schedule import adapters_of
 from tolerances import assert_same
 
@@ -40,7 +37,8 @@ def with_adapters(module: nn.Module, **fields: Any) -> nn.Module:
 def downs(graph_module: GraphModule) -> list[tuple[int, ...]]:
     """Shapes of the factors of the products that are down-projections (rank below width)."""
     factors = [n.args[1] for n in nodes(graph_module, LINEAR)]
-    shapes = [tuple(n.meta.get("val", n.meta.get("example_value")).shape) for n in factors if isinstance(n, torch.fx.Node)]
+    values = [value(n) for n in factors if isinstance(n, torch.fx.Node)]
+    shapes = [tuple(v.shape) for v in values]
     return [shape for shape in shapes if shape[0] < shape[1]]
 
 
@@ -112,35 +110,6 @@ def test_products_of_different_activations_stay_apart() -> None:
     assert within.report.changes["fuse"] == 1
     assert sorted(downs(graph_module)) == [(2, 8), (2, 8), (4, 8)]
     assert_same(checked_run(graph_module, x), module(x))
-
-
-def test_factors_that_are_read_late_are_moved_up() -> None:
-    """In a symbolic trace each factor is read right before its product, the second's after the first product."""
-    module, x = with_adapters(Siblings()), rows(3, 8)
-    traced = symbolic_trace(module)
-    late = [n for n in traced.graph.nodes if n.op == "get_attr"]
-    assert list(traced.graph.nodes).index(late[-1]) > 10
-    for node in late:
-        tensor = traced
-        for part in str(node.target).split("."):
-            tensor = getattr(tensor, part)
-        node.meta["val"] = tensor
-    within = context(traced)
-    for make in (Normalize, Select, DistributeLowRank, Fuse):
-        make(within)(traced)
-    traced.graph.lint()
-    assert within.report.changes["fuse"] == len(nodes(traced, CAT)) == 1
-    traced.recompile()
-    assert_same(traced(x), module(x))
-
-
-def test_factors_of_unknown_size_are_left_alone() -> None:
-    traced = symbolic_trace(with_adapters(Siblings()))
-    within = context(traced)
-    for make in (Normalize, Select, DistributeLowRank, Fuse):
-        make(within)(traced)
-    assert within.report.changes["fuse"] == 0
-    assert len([n for n in traced.graph.nodes if n.meta.get(META) == DOWN]) == 4
 
 
 def test_inside_a_checkpointed_body() -> None:

@@ -148,7 +148,9 @@ def weight_inside(module: Adapted) -> Callable[[Tensor], Tensor]:
 )
 @pytest.mark.parametrize("transposed", [pytest.param(False, id="linear"), pytest.param(True, id="conv1d")])
 @pytest.mark.parametrize("prepared", [pytest.param(False, id="dense"), pytest.param(True, id="prepared")])
-def test_inside_a_body(function: Callable[[Adapted], Callable[[Tensor], Tensor]], transposed: bool, prepared: bool) -> None:
+def test_inside_a_body(
+    function: Callable[[Adapted], Callable[[Tensor], Tensor]], transposed: bool, prepared: bool
+) -> None:
     module, x = Adapted(0.5, transposed, prepared), rows(5, K)
     forward = function(module)
     graph_module, inputs = dynamo_graph(forward, x)
