@@ -5,7 +5,8 @@ See the README for the three ways in.  Importing this package compiles, probes a
 
 from __future__ import annotations
 
-from slope_compile.backend import slope
+from typing import TYPE_CHECKING, Any
+
 from slope_compile.columns import refresh_columns_
 from slope_compile.config import Override, SlopeConfig
 from slope_compile.errors import ConfigError, ConversionError, PatternError, ScheduleError, SlopeError
@@ -14,7 +15,10 @@ from slope_compile.pattern import Pattern
 from slope_compile.report import Decision, Reason, Report
 from slope_compile.schedule import AdapterSchedule, set_adapters
 from slope_compile.sparsify import densify_, sparsify_
-from slope_compile.transform import transform
+
+if TYPE_CHECKING:
+    from slope_compile.backend import slope
+    from slope_compile.program import transform
 
 __version__ = "0.1.0"
 
@@ -41,3 +45,16 @@ __all__ = [
     "training_state",
     "transform",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``slope`` and ``transform`` on first use: they need Dynamo and torch.export, which are slow to import."""
+    if name == "slope":
+        from slope_compile.backend import slope
+
+        return slope
+    if name == "transform":
+        from slope_compile.program import transform
+
+        return transform
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

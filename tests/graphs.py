@@ -15,7 +15,7 @@ import slope_compile as slope
 from slope_compile._dynamo import working_copy
 from slope_compile.passes.context import Context
 from slope_compile.passes.graph import Region, regions, value
-from slope_compile.transform import AttributeWeights
+from slope_compile.program import AttributeWeights
 
 ALL = {"first_dense": False, "heads_dense": False, "backward": "exact"}
 """Fields of SlopeConfig for graphs so small that every linear would be a first one or a head."""
