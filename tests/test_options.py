@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from recording import compiled, record
-from recording import fresh_dynamo as fresh_dynamo
-from toy import token_ids, toy
 
 import slope_compile as slope
+from recording import compiled, record
+from recording import fresh_dynamo as fresh_dynamo
 from slope_compile.options import parse_options
+from toy import token_ids, toy
 
 
 def test_without_options() -> None:
