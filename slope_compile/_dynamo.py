@@ -4,7 +4,8 @@ Private names used, tested on torch 2.11 and 2.13: ``node.meta["grapharg"]`` and
 attribute accesses by which Dynamo reached an input), ``node._dynamo_source`` and ``node.meta["tensor_dict"]``
 (which AOTAutograd expects on every input of a graph from Dynamo), the running ``OutputGraph`` with its local and
 global scope, from which the chain can be followed to the real module, ``install_guard`` with ``GuardBuilder.ID_MATCH``,
-``OptimizedModule`` and ``Module._compiled_call_impl`` (what was handed to ``torch.compile``).
+``OptimizedModule`` and ``Module._compiled_call_impl`` (what was handed to ``torch.compile``), and the code objects of
+``OutputGraph.call_user_compiler`` and ``Module._call_impl`` (by which frames on the stack are recognised).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -94,8 +95,7 @@ def model_of(root: nn.Module) -> tuple[nn.Module, str]:
     """
     compiled: nn.Module | None = None
     around: list[nn.Module] = []
-    for frame in _stack():
-        owner = frame.f_locals.get("self")
+    for owner in _owners(_CALLS):
         if isinstance(owner, nn.Module):
             inner = owner._orig_mod if isinstance(owner, OptimizedModule) else owner
             if compiled is None and (inner is not owner or owner._compiled_call_impl is not None):
@@ -145,15 +145,24 @@ def _source(placeholder: Node) -> Any:
 
 def _running() -> OutputGraph | None:
     """The OutputGraph that called the backend, found on the stack (Dynamo publishes it nowhere else)."""
-    owners = (frame.f_locals.get("self") for frame in _stack())
-    return next((owner for owner in owners if isinstance(owner, OutputGraph)), None)
+    return next((owner for owner in _owners(_COMPILE) if isinstance(owner, OutputGraph)), None)
 
 
-def _stack() -> Iterator[FrameType]:
-    """The frames from here outwards."""
+_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
+"""What every call of a module goes through."""
+_COMPILE = (OutputGraph.call_user_compiler.__code__, OutputGraph._call_user_compiler.__code__)
+
+
+def _owners(codes: tuple[CodeType, ...]) -> Iterator[Any]:
+    """``self`` in the frames that run one of these functions, from here outwards.
+
+    Other frames are not looked into: up to Python 3.12 that leaves a copy of all their variables behind, and so keeps
+    alive what a caller deletes later on.
+    """
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        yield frame
+        if frame.f_code in codes:
+            yield frame.f_locals["self"]
         frame = frame.f_back
 
 
