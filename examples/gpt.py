@@ -98,11 +98,8 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.tokens.weight
-        self.apply(_init)
-        # The residual stream is a sum of 2 * layers outputs; GPT-2 starts each of them smaller by that root.
-        for name, weight in self.named_parameters():
-            if name.endswith(("attention.out.weight", "mlp.down.weight")):
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.layers))
+        for name, parameter in self.named_parameters():
+            _init(name, parameter, layers=config.layers)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats of ``targets [B, T]`` given ``tokens [B, T]``, T at most ``context``."""
@@ -115,9 +112,19 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def _init(module: nn.Module) -> None:
-    """GPT-2's start: weights from N(0, 0.02), biases zero; norms keep ones and zeros."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+def _init(name: str, parameter: nn.Parameter, *, layers: int) -> None:
+    """Start embeddings and head from N(0, 0.02), linears from N(0, 1 / in_features); leave norms at one.
+
+    GPT-2 starts its linears from N(0, 0.02) too, which suits its width; in a narrow model attention and MLP would
+    then begin with hardly any output, and a short run would spend its steps on growing them.
+    """
+    if name.endswith("bias"):
+        nn.init.zeros_(parameter)
+    elif name.startswith(("tokens", "positions", "head")):
+        nn.init.normal_(parameter, std=0.02)
+    elif parameter.dim() == 2:
+        std = 1 / math.sqrt(parameter.shape[1])
+        if name.endswith(("attention.out.weight", "mlp.down.weight")):
+            # The residual stream is a sum of 2 * layers outputs; GPT-2 starts each of them smaller by that root.
+            std /= math.sqrt(2 * layers)
+        nn.init.normal_(parameter, std=std)

@@ -29,7 +29,7 @@ def pruned(model: nn.Module, **fields: Any) -> dict[str, Tensor]:
 
 def outside(model: nn.Module, masks: dict[str, Tensor]) -> float:
     """The largest weight at a pruned position."""
-    return max(float(model.get_submodule(path).weight.detach()[~mask].abs().max()) for path, mask in masks.items())
+    return max(float(model.get_parameter(f"{path}.weight").detach()[~mask].abs().max()) for path, mask in masks.items())
 
 
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "2:8"])
@@ -43,10 +43,10 @@ def test_weights_are_pruned_in_place(pattern: str) -> None:
     assert tuple(masks) == SPARSE
     for path, mask in masks.items():
         assert is_exactly(slope.Pattern.parse(pattern), mask), path
-        original = before.get_submodule(path).weight
-        assert torch.equal(model.get_submodule(path).weight, original * mask), "kept weights keep their value"
+        original = before.get_parameter(f"{path}.weight")
+        assert torch.equal(model.get_parameter(f"{path}.weight"), original * mask), "kept weights keep their value"
     for path in DENSE:
-        assert torch.equal(model.get_submodule(path).weight, before.get_submodule(path).weight)
+        assert torch.equal(model.get_parameter(f"{path}.weight"), before.get_parameter(f"{path}.weight"))
     after = dict(model.named_parameters())
     assert list(after) == list(parameters)
     assert all(after[name] is parameter for name, parameter in parameters.items())
@@ -58,7 +58,7 @@ def test_magnitude_masks_keep_the_largest() -> None:
     model = toy()
     before = copy.deepcopy(model)
     for path, mask in pruned(model, mask="magnitude").items():
-        groups = before.get_submodule(path).weight.detach().abs().view(-1, 4)
+        groups = before.get_parameter(f"{path}.weight").detach().abs().view(-1, 4)
         smallest_kept = groups.masked_fill(~mask.reshape(-1, 4), torch.inf).amin(-1)
         largest_pruned = groups.masked_fill(mask.reshape(-1, 4), 0).amax(-1)
         assert bool((smallest_kept > largest_pruned).all()), path
@@ -126,12 +126,12 @@ def test_pruned_weights_stay_pruned(make_optimizer: Callable[[Any], torch.optim.
         optimizer.zero_grad()
         step(run, token_ids())
         for path, mask in masks.items():
-            grad = model.get_submodule(path).weight.grad
+            grad = model.get_parameter(f"{path}.weight").grad
             assert isinstance(grad, Tensor)
             assert not bool(grad[~mask].any()), path
     assert outside(model, masks) == 0
     for path, mask in masks.items():
-        moved = (model.get_submodule(path).weight != started.get_submodule(path).weight)[mask]
+        moved = (model.get_parameter(f"{path}.weight") != started.get_parameter(f"{path}.weight"))[mask]
         assert bool(moved.all()), f"{path}: kept weights train"
 
 
@@ -142,7 +142,7 @@ def test_a_kept_zero_lets_nothing_in_after_a_recompile() -> None:
     masks = masks_of_pruned(model)
     with torch.no_grad():
         for path, mask in masks.items():
-            weight = model.get_submodule(path).weight
+            weight = model.get_parameter(f"{path}.weight")
             weight[:, :8] = 0  # whole groups of kept zeros
             assert bool(mask[:, :8].any())
     model.zero_grad()
@@ -152,9 +152,9 @@ def test_a_kept_zero_lets_nothing_in_after_a_recompile() -> None:
     reference.zero_grad()
     step(reference, ids)
     for path, mask in masks.items():
-        grad = model.get_submodule(path).weight.grad
+        grad = model.get_parameter(f"{path}.weight").grad
         assert isinstance(grad, Tensor)
-        assert_same(grad, reference.get_submodule(path).weight.grad, path)  # type: ignore[arg-type]
+        assert_same(grad, reference.get_parameter(f"{path}.weight").grad, path)  # type: ignore[arg-type]
         assert bool((grad != 0)[mask].any())
 
 
@@ -164,12 +164,12 @@ def test_a_resumed_checkpoint_finds_its_masks() -> None:
     masks = pruned(model)
     with torch.no_grad():
         for path in SPARSE:
-            model.get_submodule(path).weight[0, :8] = 0
+            model.get_parameter(f"{path}.weight")[0, :8] = 0
     fresh.load_state_dict(model.state_dict())
     step(compiled(fresh), token_ids())
     for path, mask in masks.items():
-        assert torch.equal(fresh.get_submodule(path).weight, model.get_submodule(path).weight)
-        grad = fresh.get_submodule(path).weight.grad
+        assert torch.equal(fresh.get_parameter(f"{path}.weight"), model.get_parameter(f"{path}.weight"))
+        grad = fresh.get_parameter(f"{path}.weight").grad
         assert isinstance(grad, Tensor)
         assert torch.equal(grad != 0, mask), path
 
@@ -205,7 +205,7 @@ def test_frozen_weights_are_pruned_and_stay_frozen(monkeypatch: pytest.MonkeyPat
     recording = record(monkeypatch)
     dense, ids = toy(), token_ids()
     for path in ("blocks.0.up", "blocks.1.out"):
-        dense.get_submodule(path).weight.requires_grad_(False)  # type: ignore[operator, union-attr]
+        dense.get_parameter(f"{path}.weight").requires_grad_(False)
     model = copy.deepcopy(dense)
     logits = step(compiled(model), ids)
     masks = masks_of_pruned(model)
@@ -259,8 +259,8 @@ def test_a_copy_is_a_model_of_its_own() -> None:
     copied.zero_grad()
     with torch.no_grad():
         for path in SPARSE:
-            weight = copied.get_submodule(path).weight
-            weight.mul_(torch.rand_like(weight) + 1)  # type: ignore[operator, arg-type]
+            weight = copied.get_parameter(f"{path}.weight")
+            weight.mul_(torch.rand_like(weight) + 1)
     before = copy.deepcopy(model.state_dict())
     step(compiled(copied), ids)
     assert all(torch.equal(masks[path], mask) for path, mask in masks_of_pruned(copied).items())
@@ -276,16 +276,16 @@ def test_a_parameter_that_is_replaced_is_pruned_too() -> None:
     model = toy()
     run = compiled(model)
     run(token_ids())
-    layer = model.blocks[0].up
-    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+    layer = model.get_submodule("blocks.0.up")
+    layer.weight = replacement = nn.Parameter(torch.randn_like(model.get_parameter("blocks.0.up.weight")))
     run(token_ids())
-    assert is_exactly(NM, layer.weight != 0)
+    assert is_exactly(NM, replacement != 0)
 
 
 def test_models_are_not_kept_alive() -> None:
     model = toy()
     step(compiled(model), token_ids())
-    weak = weakref.ref(model.blocks[0].up.weight)
+    weak = weakref.ref(model.get_parameter("blocks.0.up.weight"))
     del model
     torch._dynamo.reset()
     gc.collect()

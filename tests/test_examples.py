@@ -234,7 +234,7 @@ def test_one_run_can_be_added_to_another(uninterrupted: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        pytest.param(["--heads", "3"], "heads: 3 heads do not divide width", id="heads"),
+        pytest.param(["--heads", "5"], "heads: 5 heads do not divide width", id="heads"),
         pytest.param(["--steps", "0"], "steps: expected 1 or more, got 0", id="steps"),
         pytest.param(["--lr", "-1"], "lr: expected a positive number", id="lr"),
         pytest.param(["--save-every", "0"], "save_every: expected 1 or more", id="save-every"),
