@@ -1,0 +1,103 @@
+// Compress, expand, and the second (column-wise) compression.  Nothing is computed with the numbers: they are moved as
+// bits and compared by magnitude, which for floating point is the order of the bits without the sign.
+#pragma once
+
+#include "parallel.h"
+#include "pattern.h"
+
+namespace slope {
+
+template <class U>
+void compress(int threads, const U* dense, int64_t stride_n, int64_t stride_k, const uint8_t* pattern, U* values,
+              int64_t N, int64_t K) {
+  const int64_t width = (K + 7) / 8;
+  parallel(threads, N, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++)
+      for (int64_t j = 0; j < width; j++) {
+        const auto& at = tables.kept[pattern[n * width + j]];
+        const U* from = dense + n * stride_n + 8 * j * stride_k;
+        U* to = values + n * (K / 2) + 4 * j;
+        const int count = 8 * j + 8 <= K ? 4 : 2;
+        for (int e = 0; e < count; e++) to[e] = from[at[e] * stride_k];
+      }
+  });
+}
+
+// dense[0 .. 8) of one byte; `count` values (4, or 2 in the last byte of a row).
+template <class U> inline void expand_byte(U* dense, const U* values, uint8_t byte, int count) {
+  U from[5] = {};
+  for (int i = 0; i < count; i++) from[i] = values[i];
+  const auto& at = tables.expand[byte];
+  for (int i = 0; i < 8; i++) dense[i] = from[at[i]];
+}
+
+template <class U>
+void expand(int threads, const U* values, const uint8_t* pattern, U* dense, int64_t N, int64_t K) {
+  const int64_t width = (K + 7) / 8;
+  parallel(threads, N, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++)
+      for (int64_t j = 0; j < width; j++) {
+        const U* v = values + n * (K / 2) + 4 * j;
+        U* to = dense + n * K + 8 * j;
+        if (8 * j + 8 <= K) {
+          expand_byte(to, v, pattern[n * width + j], 4);
+        } else {
+          U last[8];
+          expand_byte(last, v, pattern[n * width + j], 2);
+          std::memcpy(to, last, 4 * sizeof(U));
+        }
+      }
+  });
+}
+
+// The two largest of four in magnitude, the earlier of equals first: a nibble.
+template <class U> inline uint8_t largest_two(const U (&v)[4]) {
+  constexpr U magnitude = U(~U(0)) >> 1;
+  U a[4];
+  for (int i = 0; i < 4; i++) a[i] = v[i] & magnitude;
+  // before[i]: how many go before i; of a pair exactly one does.
+  const int g01 = a[1] > a[0], g02 = a[2] > a[0], g03 = a[3] > a[0], g12 = a[2] > a[1], g13 = a[3] > a[1],
+            g23 = a[3] > a[2];
+  const int before[4] = {g01 + g02 + g03, 1 - g01 + g12 + g13, 2 - g02 - g12 + g23, 3 - g03 - g13 - g23};
+  uint8_t nibble = 0;
+  for (int i = 0; i < 4; i++) nibble |= uint8_t(before[i] < 2) << i;
+  return nibble;
+}
+
+// (W^{R,C})^T in compressed form, column_values [K, N / 2].  With `pick` the column pattern is chosen and written, else
+// it is read.  N is a multiple of 4.  Blocks of 32 rows x 64 columns go through a dense copy in L1.
+template <class U>
+void columns(int threads, const U* values, const uint8_t* pattern, uint8_t* written, const uint8_t* read,
+             U* column_values, int64_t N, int64_t K) {
+  constexpr int ROWS_IN = 32, COLUMNS_IN = 64;
+  const int64_t width = (K + 7) / 8, column_width = (N + 7) / 8;
+  parallel(threads, ceil_div(K, COLUMNS_IN), [&](int64_t begin, int64_t end) {
+    alignas(64) U dense[ROWS_IN][COLUMNS_IN];
+    for (int64_t k0 = begin * COLUMNS_IN; k0 < std::min(K, end * COLUMNS_IN); k0 += COLUMNS_IN)
+      for (int64_t n0 = 0; n0 < N; n0 += ROWS_IN) {
+        const int64_t rows = std::min<int64_t>(ROWS_IN, N - n0), count = std::min<int64_t>(COLUMNS_IN, K - k0);
+        for (int64_t n = 0; n < rows; n++)
+          for (int64_t j = 0; j < ceil_div(count, 8); j++)
+            expand_byte(&dense[n][8 * j], values + (n0 + n) * (K / 2) + k0 / 2 + 4 * j,
+                        pattern[(n0 + n) * width + k0 / 8 + j], k0 + 8 * j + 8 <= K ? 4 : 2);
+        for (int64_t c = 0; c < count; c++) {
+          U* to = column_values + (k0 + c) * (N / 2) + n0 / 2;
+          for (int64_t j = 0; j < ceil_div(rows, 8); j++) {
+            const int64_t at = (k0 + c) * column_width + n0 / 8 + j;
+            uint8_t byte = written != nullptr ? 0 : read[at];
+            for (int64_t half = 0; half < 2 && 8 * j + 4 * half < rows; half++) {
+              const int64_t n = 8 * j + 4 * half;
+              const U v[4] = {dense[n][c], dense[n + 1][c], dense[n + 2][c], dense[n + 3][c]};
+              if (written != nullptr) byte |= uint8_t(largest_two(v) << (4 * half));
+              const auto& kept = tables.kept[byte >> (4 * half) & 15];
+              to[n / 2] = v[kept[0]];
+              to[n / 2 + 1] = v[kept[1]];
+            }
+            if (written != nullptr) written[at] = byte;
+          }
+        }
+      }
+  });
+}
+
+}  // namespace slope

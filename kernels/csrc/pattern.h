@@ -1,0 +1,90 @@
+// The packed metadata: bit i (least significant first) of byte [n, j] says that element [n, 8 j + i] is kept.
+// Legal bytes have two bits in each nibble, except that a row's last byte may have an empty upper nibble.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+
+#include "vector.h"
+
+namespace slope {
+
+struct Tables {
+  // Columns of the kept elements of a byte, in order; unused places repeat 0.
+  std::array<std::array<uint8_t, 4>, 256> kept{};
+  // The same as four 16-bit numbers in one word.
+  std::array<uint64_t, 256> kept_words{};
+  // For each of the 8 columns: which of four values lands there, 4 (a zero) if none.
+  alignas(64) std::array<std::array<uint32_t, 8>, 256> expand{};
+
+  constexpr Tables() {
+    for (int byte = 0; byte < 256; byte++) {
+      int count = 0;
+      for (int column = 0; column < 8; column++) {
+        const bool is_kept = (byte >> column & 1) && count < 4;
+        expand[byte][column] = is_kept ? count : 4;
+        if (is_kept) {
+          kept[byte][count] = uint8_t(column);
+          kept_words[byte] |= uint64_t(column) << (16 * count);
+          count++;
+        }
+      }
+    }
+  }
+};
+inline constexpr Tables tables{};
+
+// Four values as floats; `count` may be 2 in the last byte of a row.
+template <class T> inline Vec4 load_values(const T* p, int count) {
+  Vec4 v{};
+  for (int i = 0; i < count; i++) v[i] = to_float(p[i]);
+  return v;
+}
+inline Vec4 load_values(const float* p) {
+  Vec4 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec4 load_values(const BFloat16* p) {
+  typedef uint16_t Half4 __attribute__((vector_size(8)));
+  typedef uint32_t Int4 __attribute__((vector_size(16)));
+  Half4 h;
+  std::memcpy(&h, p, sizeof h);
+  return bit_cast<Vec4>(__builtin_convertvector(h, Int4) << 16);
+}
+inline Vec4 load_values(const Float16* p) {
+#if defined(__F16C__)
+  return (Vec4)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p));
+#else
+  return load_values(p, 4);
+#endif
+}
+
+// The eight dense elements of a byte of metadata.
+inline Vec8 expand8(Vec4 values, uint8_t byte) {
+#if defined(__AVX2__)
+  const __m256i index = _mm256_load_si256((const __m256i*)tables.expand[byte].data());
+  return (Vec8)_mm256_permutevar8x32_ps(_mm256_zextps128_ps256((__m128)values), index);
+#else
+  alignas(32) float from[5] = {values[0], values[1], values[2], values[3], 0};
+  Vec8 v;
+  for (int i = 0; i < 8; i++) v[i] = from[tables.expand[byte][i]];
+  return v;
+#endif
+}
+
+// Groups without exactly two bits, and set bits past K.
+inline int64_t illegal_groups(const uint8_t* pattern, int64_t N, int64_t K) {
+  const int64_t width = (K + 7) / 8;
+  int64_t wrong = 0;
+  for (int64_t n = 0; n < N; n++)
+    for (int64_t j = 0; j < width; j++) {
+      const uint8_t byte = pattern[n * width + j];
+      wrong += __builtin_popcount(byte & 15) != 2;
+      wrong += __builtin_popcount(byte >> 4) != (8 * j + 8 <= K ? 2 : 0);
+    }
+  return wrong;
+}
+
+}  // namespace slope

@@ -1,0 +1,305 @@
+// Y = A S for sparse S, A having 16 rows or more: the forward product and both input gradients.
+//
+//   forward       Y  [M, N] = X  [M, K] W^T      reduction over K, outputs N
+//   grad_input    dX [M, K] = dY [M, N] W        reduction over N, outputs K
+//
+// Lanes run along M.  The activations are packed transposed into tiles [reduction, TILE]; for each output the kernel
+// walks a list of (weight, row of the tile) and adds weight * row into registers: half of the multiplies of a dense
+// product are never issued.  The lists of a block of outputs and a chunk of the reduction are made once from values and
+// metadata and serve every tile of a panel.
+//
+//   panel   PANEL rows of A, packed [tiles][reduction][TILE]     shared by the threads
+//   block   up to BLOCK outputs                                  one thread's
+//   chunk   CHUNK of the reduction: a tile's part of it stays in L1
+#pragma once
+
+#include "parallel.h"
+#include "pattern.h"
+
+namespace slope {
+
+#if defined(__AVX512F__)
+constexpr int VECTORS = 4, ROWS = 2;  // 64 lanes of M a tile; two outputs at once
+#elif defined(__AVX2__)
+constexpr int VECTORS = 8, ROWS = 1;
+#else
+constexpr int VECTORS = 8, ROWS = 1;  // 32 lanes
+#endif
+constexpr int TILE = VECTORS * LANES;
+constexpr int CHUNK = 64;
+constexpr int BLOCK = 64;
+constexpr int64_t PANEL = 1024;
+constexpr int64_t PANEL_FLOATS = 8 << 20;  // of the packed panel, about
+static_assert(CHUNK * TILE * sizeof(float) <= 65536, "offsets are 16 bits");
+
+// A matrix in memory: element [i, j] at data[i * rows + j * columns].
+template <class T> struct Matrix {
+  const T* data;
+  int64_t rows, columns;
+  const T* at(int64_t i, int64_t j) const { return data + i * rows + j * columns; }
+};
+
+// tile[j - j0][i - i0] = a[i, j] for i in [i0, i0 + count), j in [j0, j1); zeros up to `lanes` rows, a multiple of 8.
+// Rows of the tile are `stride` floats apart.
+template <class T>
+inline void pack_transposed(float* tile, int stride, int lanes, Matrix<T> a, int64_t i0, int count, int64_t j0,
+                            int64_t j1) {
+  for (int i = 0; i < lanes; i += 8) {
+    const int rows = std::min(8, std::max(0, count - i));
+    int64_t j = j0;
+    if (rows == 8 && a.columns == 1) {
+      for (; j + 8 <= j1; j += 8) {
+        Vec8 r[8];
+        for (int s = 0; s < 8; s++) r[s] = load8(a.at(i0 + i + s, j));
+        transpose8(r);
+        for (int s = 0; s < 8; s++) store8(tile + (j - j0 + s) * stride + i, r[s]);
+      }
+    } else if (rows == 8 && a.rows == 1) {
+      for (; j < j1; j++) store8(tile + (j - j0) * stride + i, load8(a.at(i0 + i, j)));
+    }
+    for (; j < j1; j++) {
+      float* to = tile + (j - j0) * stride + i;
+      for (int s = 0; s < 8; s++) to[s] = s < rows ? to_float(*a.at(i0 + i + s, j)) : 0.0f;
+    }
+  }
+}
+
+// For each output of a block: which rows of a tile count, and how much.
+struct Lists {
+  float* weights;     // [BLOCK][CHUNK]
+  uint16_t* offsets;  // [BLOCK][CHUNK], in bytes from the start of the tile's part of this chunk
+  int counts[BLOCK];
+};
+
+// sums [R][NV vectors] += list of each of R outputs, over `count` entries from `first` on.
+template <int NV, int R>
+inline void add_entries(float* sums, const float* weights, const uint16_t* offsets, int first, int count,
+                        const char* tile) {
+  Vec s[R][NV];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < NV; v++) std::memcpy(&s[r][v], sums + r * TILE + v * LANES, sizeof(Vec));
+  for (int e = first; e < first + count; e++)
+    for (int r = 0; r < R; r++) {
+      const Vec w = broadcast(weights[r * CHUNK + e]);
+      const Vec* row = reinterpret_cast<const Vec*>(tile + offsets[r * CHUNK + e]);
+      for (int v = 0; v < NV; v++) s[r][v] += w * row[v];
+    }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < NV; v++) std::memcpy(sums + r * TILE + v * LANES, &s[r][v], sizeof(Vec));
+}
+
+// One tile: sums [block][TILE] += the lists.  NV vectors of each tile row hold tokens.
+template <int NV> void add_lists(float* sums, const Lists& lists, int64_t block, const char* tile) {
+  constexpr int R = NV * 2 <= VECTORS ? std::min(4, VECTORS / NV) : ROWS;  // enough sums in flight
+  int64_t o = 0;
+  for (; o + R <= block; o += R) {
+    int common = lists.counts[o];
+    for (int r = 1; r < R; r++) common = std::min(common, lists.counts[o + r]);
+    add_entries<NV, R>(sums + o * TILE, lists.weights + o * CHUNK, lists.offsets + o * CHUNK, 0, common, tile);
+    if constexpr (R > 1)
+      for (int r = 0; r < R; r++)
+        if (lists.counts[o + r] > common)
+          add_entries<NV, 1>(sums + (o + r) * TILE, lists.weights + (o + r) * CHUNK, lists.offsets + (o + r) * CHUNK,
+                             common, lists.counts[o + r] - common, tile);
+  }
+  for (; o < block; o++)
+    add_entries<NV, 1>(sums + o * TILE, lists.weights + o * CHUNK, lists.offsets + o * CHUNK, 0, lists.counts[o], tile);
+}
+
+inline void add_lists(int vectors, float* sums, const Lists& lists, int64_t block, const char* tile) {
+  switch (vectors) {
+    case 1: return add_lists<1>(sums, lists, block, tile);
+    case 2: return add_lists<2>(sums, lists, block, tile);
+    case 3: return add_lists<3>(sums, lists, block, tile);
+    case 4: return add_lists<4>(sums, lists, block, tile);
+#if !defined(__AVX512F__)
+    case 5: return add_lists<5>(sums, lists, block, tile);
+    case 6: return add_lists<6>(sums, lists, block, tile);
+    case 7: return add_lists<7>(sums, lists, block, tile);
+    case 8: return add_lists<8>(sums, lists, block, tile);
+#endif
+  }
+}
+
+// y[i, o0 + o] = sums[o][i] for i < count, o < block.
+template <class T>
+inline void store_transposed(T* y, int64_t stride, const float* sums, int64_t o0, int64_t block, int count) {
+  for (int i = 0; i < count; i += 8) {
+    const int rows = std::min(8, count - i);
+    int64_t o = 0;
+    for (; o + 8 <= block; o += 8) {
+      Vec8 r[8];
+      for (int s = 0; s < 8; s++) r[s] = load8(sums + (o + s) * TILE + i);
+      transpose8(r);
+      for (int s = 0; s < rows; s++) store8(y + (i + s) * stride + o0 + o, r[s]);
+    }
+    for (; o < block; o++)
+      for (int s = 0; s < rows; s++) y[(i + s) * stride + o0 + o] = from_float<T>(sums[o * TILE + i + s]);
+  }
+}
+
+// The product.  `fill(lists, o0, block, r0, r1)` makes the lists of outputs [o0, o0 + block) for rows [r0, r1) of the
+// reduction; `extra` are further columns of A (the low-rank branch), whose weights `extra_weights [outputs, extra]`
+// are dense.  Returns 0, or 1 if there is no memory.
+template <class T, class Fill>
+int product(int threads, Matrix<T> a, int64_t M, int64_t reduction, Matrix<T> extra, const T* extra_weights,
+            int64_t extra_size, const T* bias, T* y, int64_t outputs, const Fill& fill) {
+  const int64_t depth = reduction + extra_size;
+  const int64_t fitting = std::max<int64_t>(TILE, PANEL_FLOATS / std::max<int64_t>(1, depth) / TILE * TILE);
+  const int64_t panel_rows = std::min({PANEL, fitting, ceil_div(M, TILE) * TILE});
+  float* panel = shared_a.floats(panel_rows * std::max<int64_t>(1, depth));
+  if (panel == nullptr) return 1;
+  const int64_t size = block_size(outputs, threads, BLOCK, 8), blocks = ceil_div(outputs, size);
+  const int64_t strips = ceil_div(depth, CHUNK);
+  bool failed = false;
+
+  for (int64_t m0 = 0; m0 < M; m0 += panel_rows) {
+    const int64_t rows = std::min(panel_rows, M - m0), tiles = ceil_div(rows, TILE);
+    parallel(threads, tiles * strips, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t t = i / strips, j0 = i % strips * CHUNK, j1 = std::min(depth, j0 + CHUNK);
+        const int count = int(std::min<int64_t>(TILE, rows - t * TILE)), lanes = int(ceil_div(count, LANES) * LANES);
+        float* tile = panel + t * depth * TILE;
+        const int padded = std::max(8, lanes);
+        const int64_t split = std::clamp(reduction, j0, j1);
+        pack_transposed(tile + j0 * TILE, TILE, padded, a, m0 + t * TILE, count, j0, split);
+        if (split < j1)
+          pack_transposed(tile + split * TILE, TILE, padded, extra, m0 + t * TILE, count, split - reduction,
+                          j1 - reduction);
+      }
+    });
+    parallel(threads, blocks, [&](int64_t begin, int64_t end) {
+      float* memory = own.floats(BLOCK * (panel_rows + CHUNK + CHUNK / 2));
+      if (memory == nullptr) {
+        failed = true;
+        return;
+      }
+      float* sums = memory + BLOCK * (CHUNK + CHUNK / 2);  // [tiles][size][TILE]
+      Lists lists;
+      lists.weights = memory;
+      lists.offsets = reinterpret_cast<uint16_t*>(memory + BLOCK * CHUNK);
+      for (int64_t b = begin; b < end; b++) {
+        const int64_t o0 = b * size, block = std::min(size, outputs - o0);
+        for (int64_t t = 0; t < tiles; t++)
+          for (int64_t o = 0; o < block; o++)
+            std::fill_n(sums + (t * size + o) * TILE, TILE, bias != nullptr ? to_float(bias[o0 + o]) : 0.0f);
+        auto add_chunk = [&](int64_t r0) {
+          for (int64_t t = 0; t < tiles; t++) {
+            const int count = int(std::min<int64_t>(TILE, rows - t * TILE));
+            add_lists(int(ceil_div(count, LANES)), sums + t * size * TILE, lists, block,
+                      reinterpret_cast<const char*>(panel + (t * depth + r0) * TILE));
+          }
+        };
+        for (int64_t r0 = 0; r0 < reduction; r0 += CHUNK) {
+          fill(lists, o0, block, r0, std::min(reduction, r0 + CHUNK));
+          add_chunk(r0);
+        }
+        for (int64_t r0 = 0; r0 < extra_size; r0 += CHUNK) {
+          const int count = int(std::min<int64_t>(CHUNK, extra_size - r0));
+          for (int64_t o = 0; o < block; o++) {
+            lists.counts[o] = count;
+            for (int e = 0; e < count; e++) {
+              lists.weights[o * CHUNK + e] = to_float(extra_weights[(o0 + o) * extra_size + r0 + e]);
+              lists.offsets[o * CHUNK + e] = uint16_t(e * TILE * sizeof(float));
+            }
+          }
+          add_chunk(reduction + r0);
+        }
+        for (int64_t t = 0; t < tiles; t++)
+          store_transposed(y + (m0 + t * TILE) * outputs, outputs, sums + t * size * TILE, o0, block,
+                           int(std::min<int64_t>(TILE, rows - t * TILE)));
+      }
+    });
+    if (failed) return 1;
+  }
+  return 0;
+}
+
+// Lists of the forward product: row o of W, columns [r0, r1).  Values lie in order; the offsets come from a table.
+template <class T> struct ForwardLists {
+  const T* values;         // [N, K / 2]
+  const uint8_t* pattern;  // [N, ceil(K / 8)]
+  int64_t K;
+
+  void operator()(Lists& lists, int64_t o0, int64_t block, int64_t r0, int64_t r1) const {
+    constexpr uint64_t EACH = 0x0001000100010001;
+    const int64_t width = (K + 7) / 8;
+    const int bytes = int((r1 - r0) / 8), rest = int((r1 - r0) / 4 % 2);
+    for (int64_t o = 0; o < block; o++) {
+      const T* v = values + (o0 + o) * (K / 2) + r0 / 2;
+      const uint8_t* p = pattern + (o0 + o) * width + r0 / 8;
+      float* w = lists.weights + o * CHUNK;
+      uint16_t* to = lists.offsets + o * CHUNK;
+      for (int j = 0; j < bytes; j++) {
+        const Vec4 four = load_values(v + 4 * j);
+        std::memcpy(w + 4 * j, &four, sizeof four);
+        const uint64_t words = (tables.kept_words[p[j]] + 8 * j * EACH) * (TILE * sizeof(float));
+        std::memcpy(to + 4 * j, &words, sizeof words);
+      }
+      for (int e = 0; e < 2 * rest; e++) {
+        w[4 * bytes + e] = to_float(v[4 * bytes + e]);
+        to[4 * bytes + e] = uint16_t((8 * bytes + tables.kept[p[bytes] & 15][e]) * TILE * sizeof(float));
+      }
+      lists.counts[o] = 4 * bytes + 2 * rest;
+    }
+  }
+};
+
+// Bit c of row n -> bit n of row c, for 64 x 64 bits (Warren, Hacker's Delight, section 7-3, widened).
+inline void transpose_bits(uint64_t (&rows)[64]) {
+  uint64_t mask = 0x00000000ffffffff;
+  for (int step = 32; step != 0; step >>= 1, mask ^= mask << step)
+    for (int k = 0; k < 64; k = ((k | step) + 1) & ~step) {
+      const uint64_t swap = ((rows[k] >> step) ^ rows[k | step]) & mask;
+      rows[k] ^= swap << step;
+      rows[k | step] ^= swap;
+    }
+}
+
+// Lists of the input gradient: column o of W, rows [r0, r1).  With a column pattern (uint8 [K, ceil(N / 8)]) only the
+// entries that it keeps too count: W^{R,C}, double-pruned.
+template <class T> struct ColumnLists {
+  const T* values;
+  const uint8_t* pattern;
+  const uint8_t* column_pattern;  // or nullptr: exact
+  int64_t N, K;
+
+  void operator()(Lists& lists, int64_t o0, int64_t block, int64_t r0, int64_t r1) const {
+    static_assert(CHUNK == 64 && BLOCK == 64);
+    const int64_t width = (K + 7) / 8, column_width = (N + 7) / 8;
+    const int bytes = int(ceil_div(block, 8)), rows = int(r1 - r0);
+    uint64_t kept[64] = {};
+    alignas(64) float dense[64][64];
+    for (int n = 0; n < rows; n++) {
+      const uint8_t* p = pattern + (r0 + n) * width + o0 / 8;
+      const T* v = values + (r0 + n) * (K / 2) + o0 / 2;
+      uint64_t bits = 0;
+      std::memcpy(&bits, p, bytes);
+      kept[n] = bits;
+      for (int j = 0; j < bytes; j++) {
+        const bool whole = o0 + 8 * j + 8 <= K;
+        store8(&dense[n][8 * j], expand8(whole ? load_values(v + 4 * j) : load_values(v + 4 * j, 2), p[j]));
+      }
+    }
+    transpose_bits(kept);
+    for (int64_t o = 0; o < block; o++) {
+      uint64_t bits = kept[o];
+      if (column_pattern != nullptr) {
+        uint64_t also = 0;
+        std::memcpy(&also, column_pattern + (o0 + o) * column_width + r0 / 8, (rows + 7) / 8);
+        bits &= also;
+      }
+      const int count = __builtin_popcountll(bits);
+      float* w = lists.weights + o * CHUNK;
+      uint16_t* to = lists.offsets + o * CHUNK;
+      for (int e = 0; e < count; e++, bits &= bits - 1) {
+        const int n = __builtin_ctzll(bits);
+        w[e] = dense[n][o];
+        to[e] = uint16_t(n * TILE * sizeof(float));
+      }
+      lists.counts[o] = count;
+    }
+  }
+};
+
+}  // namespace slope
