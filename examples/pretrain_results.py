@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
-import platform
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+import machine
 import slope_compile as slope
 from training import Curves, Kind, Run, Settings
 
@@ -77,8 +79,8 @@ def measure(run: Run, paths: Sequence[str]) -> Result:
     )
 
 
-def table(results: dict[Kind, Result]) -> str:
-    """The figures side by side, with the ratio SLoPe / dense when there are both."""
+def table(results: dict[Kind, Result], form: str = "simple") -> str:
+    """The figures side by side, with the ratio SLoPe / dense when there are both; ``form`` is tabulate's."""
     kinds = list(results)
     both = len(kinds) == 2
     rows: list[list[str]] = []
@@ -110,7 +112,8 @@ def table(results: dict[Kind, Result]) -> str:
     row("adapters: training state", lambda r: r.adapter_bytes or None, _size)
     row("whole model: training state", lambda r: r.model_bytes, _size)
     headers = ["measured", *(NAMES[kind] for kind in kinds)] + (["SLoPe/dense"] if both else [])
-    return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left",) + ("right",) * (len(headers) - 1))
+    align = ("left",) + ("right",) * (len(headers) - 1)
+    return tabulate(rows, headers=headers, tablefmt=form, disable_numparse=True, colalign=align)
 
 
 def plot(curves: dict[Kind, Curves], path: Path) -> None:
@@ -143,8 +146,14 @@ def smoothed(losses: Sequence[float], weight: float = 0.95) -> list[float]:
     return averages
 
 
-def write_json(path: Path, settings: Settings, results: dict[Kind, Result], curves: dict[Kind, Curves]) -> None:
-    """Write settings, versions, figures and curves."""
+def write_json(
+    path: Path,
+    settings: Settings,
+    results: dict[Kind, Result],
+    curves: dict[Kind, Curves],
+    device: torch.device,
+) -> None:
+    """Write settings, machine, versions, figures and curves."""
     runs: dict[str, Any] = {
         kind: {
             "result": dataclasses.asdict(results[kind]) | {"perplexity": results[kind].perplexity},
@@ -152,14 +161,32 @@ def write_json(path: Path, settings: Settings, results: dict[Kind, Result], curv
         }
         for kind in results
     }
-    machine = {
-        "torch": torch.__version__,
-        "slope_compile": slope.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
+    data = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": _command(settings),
+        "settings": dataclasses.asdict(settings),
+        "machine": machine.describe(device) | {"threads": torch.get_num_threads()},
+        "runs": runs,
     }
-    data = {"settings": dataclasses.asdict(settings), "machine": machine, "runs": runs}
     path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def read_runs(data: dict[str, Any]) -> dict[Kind, Result]:
+    """The figures in what :func:`write_json` has written."""
+    names = [field.name for field in dataclasses.fields(Result)]
+    kinds: list[Kind] = [kind for kind in NAMES if kind in data["runs"]]
+    return {kind: Result(**{name: data["runs"][kind]["result"][name] for name in names}) for kind in kinds}
+
+
+def _command(settings: Settings) -> str:
+    """The command line with these settings; those at their defaults are left out."""
+    words = ["python", "examples/pretrain.py"]
+    for field in dataclasses.fields(settings):
+        name, value = "--" + field.name.replace("_", "-"), getattr(settings, field.name)
+        if value == field.default:
+            continue
+        words += [name if value else f"--no{name[1:]}"] if isinstance(value, bool) else [name, str(value)]
+    return shlex.join(words)
 
 
 def _speed_with_adapters(result: Result) -> float | None:

@@ -1,0 +1,65 @@
+"""Cases of decoding: one token a sequence and step with a static key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.cases import AUTOCAST, Case, Measurement, Options, Run, compare
+from benchmarks.layers import label
+from benchmarks.models import Subject, prepared
+from benchmarks.timing import measure
+
+PROMPT, LENGTH = 32, 64
+"""Tokens in the cache at first, and at most; after the last the cache goes back to the prompt."""
+
+CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("inductor", {}),
+    # Weights become constants that Inductor may repack once: the best that dense inference has.
+    "frozen": ("inductor", {"options": {"freezing": True}}),
+    "slope": ("slope", {}),
+}
+"""Contender -> backend, further arguments of ``torch.compile``."""
+
+
+class Decoder:
+    """One compiled model with its cache; calling it decodes one token of each sequence."""
+
+    def __init__(self, subject: Subject, contender: str, batch: int, dtype: str, device: torch.device) -> None:
+        from transformers import StaticCache
+
+        backend, arguments = CONTENDERS[contender]
+        loss = subject.build(dtype).to(device).eval()
+        if backend == "slope":
+            prepared(loss, "exact")
+        model: Any = loss.get_submodule("model")
+        self.cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+        model(input_ids=subject.tokens(batch, PROMPT, device), past_key_values=self.cache, use_cache=True)
+        self.step: Any = torch.compile(model, backend=backend, **arguments)
+        self.token = subject.tokens(batch, 1, device)
+        self.filled = PROMPT
+
+    def __call__(self, _: int) -> object:
+        if self.filled == LENGTH:
+            self.filled = PROMPT
+            for layer in self.cache.layers:
+                layer.cumulative_length.fill_(PROMPT)
+        self.filled += 1
+        return self.step(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits
+
+
+def decode_case(subject: Subject, batch: int, dtype: str, threads: int, options: Options) -> Case:
+    """Decoding with SLoPe weights (without adapters) against dense ones, compiled and compiled with freezing."""
+    assert dtype != AUTOCAST
+
+    @torch.no_grad()
+    def run(given: Run) -> Iterator[Measurement]:
+        decoders = {name: Decoder(subject, name, batch, dtype, options.device) for name in CONTENDERS}
+        samples = measure(decoders, given.plan, given.watch)
+        facts = {"model": subject.name, "batch": batch, "tokens": batch, "cache": LENGTH, "dtype": dtype}
+        yield compare("decode", samples, {name: [name] for name in decoders}, ("dense", "frozen"), facts)
+
+    name = f"model/{subject.name}/decode/b{batch}/{label(dtype, threads)}"
+    return Case(name, run, threads, seconds=20.0, limit=1800.0)

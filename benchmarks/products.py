@@ -1,0 +1,200 @@
+"""The products of one linear layer, dense and 2:4, on rotating cold weights: what layer benchmarks time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import rotation
+from benchmarks.cases import DTYPES
+from benchmarks.timing import Contender
+from slope_compile.kernels import metadata, ops
+from slope_compile.kernels.masks import random_mask
+from slope_compile.pattern import Pattern
+
+NM = Pattern(2, 4)
+_KEEP_GROUP = (NM.keep, NM.group)
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+"""Largest error of a product, as a share of its largest entry; a benchmark of wrong numbers is worth nothing."""
+
+OURS = ("slope", "slope_exact", "slope_double_pruned")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One weight in all its forms; the forms do not share memory."""
+
+    dense: Tensor
+    values: Tensor
+    pattern: Tensor
+    column_pattern: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One linear layer: ``M`` tokens, weight ``[N, K]``."""
+
+    M: int
+    N: int
+    K: int
+    dtype: str
+    device: torch.device
+    weights: list[Weight]
+    """Random numbers; the first one's dense form is the expanded sparse one."""
+    x: Tensor
+    grad: Tensor
+
+    @classmethod
+    def draw(cls, M: int, N: int, K: int, dtype: str, device: torch.device, seed: int = 0) -> Problem:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(DTYPES[dtype])
+
+        pattern = metadata.pack_mask(random_mask(N, K, NM, seed, "benchmark")).to(device)
+        values = normal(N, K // 2)
+        _, column_pattern = ops.compress_columns(values, pattern, *_KEEP_GROUP)
+        weights = [Weight(ops.expand(values, pattern, *_KEEP_GROUP), values, pattern, column_pattern)]
+        smallest = values.nbytes + pattern.nbytes
+        for _ in range(rotation.copies(smallest, rotation.cache_bytes(device)) - 1):
+            # The same positions in memory of their own; drawing masks anew would take longer than the measurement.
+            weights.append(Weight(normal(N, K), normal(N, K // 2), pattern.clone(), column_pattern.clone()))
+        return cls(M, N, K, dtype, device, weights, normal(M, K), normal(M, N))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the record."""
+        weight = self.weights[0]
+        return {
+            "shape": {"M": self.M, "N": self.N, "K": self.K},
+            "dtype": self.dtype,
+            "copies": len(self.weights),
+            "dense_bytes": weight.dense.nbytes,
+            "sparse_bytes": weight.values.nbytes + weight.pattern.nbytes,
+        }
+
+    def products(self, compiled: dict[str, Any] | None = None) -> dict[str, dict[str, Contender]]:
+        """Product -> contender -> what is timed.
+
+        Args:
+            compiled: options of ``torch.compile`` for the dense contender "compiled".
+        """
+        weights, x, grad = self.weights, self.x, self.grad
+        dense = [weight.dense for weight in weights]
+        count = len(weights)
+        options = compiled or {}
+        forward, grad_input, grad_weight = (
+            torch.compile(product, fullgraph=True, dynamic=False, **options)
+            for product in (_forward, _grad_input, _grad_weight)
+        )
+
+        def ours(product: Callable[[Weight], object]) -> Contender:
+            return lambda i: product(weights[i % count])
+
+        def double_pruned(w: Weight) -> Tensor:
+            values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *_KEEP_GROUP)
+            product: Tensor = ops.linear(grad, values, w.column_pattern, None, *_KEEP_GROUP)
+            return product
+
+        return {
+            "forward": {
+                "dense": lambda i: _forward(x, dense[i % count]),
+                "compiled": lambda i: forward(x, dense[i % count]),
+                "slope": ours(lambda w: ops.linear(x, w.values, w.pattern, None, *_KEEP_GROUP)),
+            },
+            "grad_input": {
+                "dense": lambda i: _grad_input(grad, dense[i % count]),
+                "compiled": lambda i: grad_input(grad, dense[i % count]),
+                "slope_exact": ours(lambda w: ops.grad_input(grad, w.values, w.pattern, *_KEEP_GROUP)),
+                "slope_double_pruned": ours(double_pruned),
+            },
+            "grad_weight": {
+                "dense": lambda i: _grad_weight(grad, x),
+                "compiled": lambda i: grad_weight(grad, x),
+                "slope": ours(lambda w: ops.grad_weight(grad, x, w.pattern, *_KEEP_GROUP)),
+            },
+        }
+
+    def columns(self) -> dict[str, Contender]:
+        """The second compression: picking the columns, and compressing with columns that were picked before.
+
+        The contender "copy" reads and writes the dense weight once, as a measure of what memory allows.
+        """
+        weights, count = self.weights, len(self.weights)
+        target = torch.empty_like(weights[0].dense)
+
+        def pick(i: int) -> object:
+            w = weights[i % count]
+            return ops.compress_columns(w.values, w.pattern, *_KEEP_GROUP)
+
+        def compress(i: int) -> object:
+            w = weights[i % count]
+            return ops.recompress_columns(w.values, w.pattern, w.column_pattern, *_KEEP_GROUP)
+
+        return {
+            "copy": lambda i: target.copy_(weights[i % count].dense),
+            "compress_columns": pick,
+            "recompress_columns": compress,
+        }
+
+    def errors(self) -> dict[str, float]:
+        """Largest error of each product of ours, as a share of its largest entry, against float32 on the same numbers.
+
+        Raises:
+            ArithmeticError: an error exceeds the tolerance.
+        """
+        w = self.weights[0]
+        dense, x, grad = (tensor.float() for tensor in (w.dense, self.x, self.grad))
+        column_values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *_KEEP_GROUP)
+        twice = ops.expand(column_values, w.column_pattern, *_KEEP_GROUP).t().float()
+        expected = {
+            "forward": _forward(x, dense),
+            "grad_input_exact": _grad_input(grad, dense),
+            "grad_input_double_pruned": _grad_input(grad, twice),
+            "grad_weight": ops.compress(_grad_weight(grad, x), w.pattern, *_KEEP_GROUP),
+        }
+        products = self.products()
+        actual = {
+            "forward": products["forward"]["slope"](0),
+            "grad_input_exact": products["grad_input"]["slope_exact"](0),
+            "grad_input_double_pruned": products["grad_input"]["slope_double_pruned"](0),
+            "grad_weight": products["grad_weight"]["slope"](0),
+        }
+        errors = {name: _error(actual[name], expected[name]) for name in expected}
+        limit = TOLERANCE[DTYPES[self.dtype]]
+        wrong = {name: error for name, error in errors.items() if not error <= limit}
+        if wrong:
+            raise ArithmeticError(f"errors above {limit}: {wrong}")
+        return errors
+
+
+STEPS: dict[str, Sequence[tuple[str, str]]] = {
+    "dense": [("forward", "dense"), ("grad_input", "dense"), ("grad_weight", "dense")],
+    "compiled": [("forward", "compiled"), ("grad_input", "compiled"), ("grad_weight", "compiled")],
+    "slope_exact": [("forward", "slope"), ("grad_input", "slope_exact"), ("grad_weight", "slope")],
+    "slope_double_pruned": [("forward", "slope"), ("grad_input", "slope_double_pruned"), ("grad_weight", "slope")],
+}
+"""Contender -> the (product, contender) pairs of its forward and backward pass."""
+
+
+def _forward(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def _grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(grad, weight)
+
+
+def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.mm(grad.t(), x)
+
+
+def _error(actual: object, expected: Tensor) -> float:
+    assert isinstance(actual, Tensor)
+    return float((actual.float() - expected).abs().max() / expected.abs().max())

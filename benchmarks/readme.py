@@ -1,0 +1,66 @@
+"""The README's section of measured results: written from committed files, never by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pretrain_results
+from benchmarks import records, select, tables
+from benchmarks.records import Record
+
+BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+_FORM = "github"
+_NOTHING = "No results have been committed yet."
+
+
+def updated(text: str, results: Path) -> str:
+    """The README's text with its section as the files in ``results`` have it.
+
+    Raises:
+        ValueError: the text has no section, or more than one.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"expected one {BEGIN} and one {END}")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{section(results)}\n{END}{after}"
+
+
+def section(results: Path) -> str:
+    """The section's text: the demo's tables first, then those of each results file, in order of the files' names."""
+    parts = [_demo(path) for path in sorted(results.glob("demo-*.json"))]
+    parts += [_benchmark(found) for path in sorted(results.glob("*.jsonl")) if (found := records.read(path))]
+    return "\n\n".join(parts) or _NOTHING
+
+
+def _demo(path: Path) -> str:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    machine, found = data["machine"], pretrain_results.read_runs(data)
+    settings = data["settings"]
+    size = f"{settings['layers']} x {settings['width']}, {settings['batch']} x {settings['context']} tokens a step"
+    lines = select.provenance([{"environment": machine, "date": data["date"], "command": data["command"]}])
+    table = pretrain_results.table(found, _FORM)
+    return f"**Demo** ({size}, {settings['dtype']}, {machine['threads']} threads): {_cited(lines)}\n\n{table}"
+
+
+def _benchmark(found: list[Record]) -> str:
+    parts = [f"**Benchmarks**: {_cited(select.provenance(found))}"]
+    for setting, group in select.grouped(select.ok(found, *select.PRODUCTS), select.setting).items():
+        parts.append(
+            f"Single layers, {select.titled(*setting)}: times faster than eager dense, geometric mean over shapes "
+            f"(worst shape).\n\n{tables.summary(group, _FORM)}"
+        )
+    if rows := select.ok(found, "train", "decode"):
+        parts.append(
+            f"Models against `torch.compile`d dense (first to third quartile).\n\n{tables.models(rows, _FORM)}"
+        )
+    if rows := select.ok(found, "train"):
+        parts.append(f"Training state (weights, metadata, gradients, moments).\n\n{tables.memory(rows, _FORM)}")
+    if failures := select.failed(found):
+        parts.append(f"{len(failures)} cases failed: {', '.join(record['case'] for record in failures)}.")
+    return "\n\n".join(parts)
+
+
+def _cited(lines: list[str]) -> str:
+    return "; ".join(lines) + "."

@@ -1,0 +1,149 @@
+"""Tables of results: everything for a reader of a results folder, and the few that the README shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tabulate import tabulate
+
+from benchmarks import select
+from benchmarks.records import Record
+
+_THROUGHPUT = ("train", "decode")
+
+
+def report(records: Sequence[Record]) -> str:
+    """Every table there is something for."""
+    parts = ["\n".join(select.provenance(records))]
+    for setting, group in select.grouped(select.ok(records, *select.PRODUCTS), select.setting).items():
+        title = select.titled(*setting)
+        parts.append(f"{title}: times faster than eager dense, geometric mean over shapes (worst)\n{summary(group)}")
+        for product, rows in select.grouped(group, lambda record: record["name"]).items():
+            parts.append(f"{title}: {product}\n{details(rows)}")
+    if rows := select.ok(records, "columns"):
+        parts.append(f"Second compression\n{columns(rows)}")
+    if rows := select.ok(records, *_THROUGHPUT):
+        parts.append(f"Models\n{models(rows)}")
+    if rows := select.ok(records, "train"):
+        parts.append(f"Training state\n{memory(rows)}")
+    if rows := select.failed(records):
+        parts.append(f"Failed\n{failures(rows)}")
+    return "\n\n".join(parts)
+
+
+def summary(records: Sequence[Record], form: str = "simple") -> str:
+    """By number of tokens: the speed-up of each product, geometric mean over shapes and the worst of them."""
+    present = {
+        column: (product, contender)
+        for column, (product, contender) in select.COLUMNS.items()
+        if any(record["name"] == product for record in records)
+    }
+    rows = []
+    for M, group in sorted(select.grouped(records, lambda record: record["facts"]["shape"]["M"]).items()):
+        cells = [str(M)]
+        for product, contender in present.values():
+            ratios = [select.speedup(r, contender)["median"] for r in group if r["name"] == product]
+            cells.append(f"{select.geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else "-")
+        rows.append(cells)
+    return _table(rows, ["tokens", *present], form)
+
+
+def details(records: Iterable[Record], form: str = "simple") -> str:
+    """One row a case: the dense time, and how many times faster each contender is (first to third quartile)."""
+    rows = []
+    names: list[str] = []
+    for record in records:
+        names = [name for name in record["seconds"] if name != "dense"]
+        rows.append(
+            [
+                select.shape(record),
+                str(record["facts"]["shape"]["M"]),
+                _milliseconds(record["seconds"]["dense"]["median"]),
+                *(_ratio(select.speedup(record, name)) for name in names),
+                str(record["seconds"]["dense"]["n"]),
+            ]
+        )
+    return _table(rows, ["N x K", "tokens", "dense, ms", *names, "rounds"], form)
+
+
+def columns(records: Iterable[Record], form: str = "simple") -> str:
+    """Times of the second compression."""
+    rows = [
+        [
+            select.shape(record),
+            record["facts"]["dtype"],
+            str(record["threads"]),
+            *(_milliseconds(seconds["median"]) for seconds in record["seconds"].values()),
+        ]
+        for record in records
+    ]
+    return _table(rows, ["N x K", "dtype", "threads", "copy, ms", "pick, ms", "recompress, ms"], form)
+
+
+def models(records: Iterable[Record], form: str = "simple") -> str:
+    """Tokens per second, dense and ours."""
+    rows = []
+    for record in records:
+        facts, name = record["facts"], select.ours(record)
+        tokens = {c: facts["tokens"] / s["median"] for c, s in record["seconds"].items()}
+        train = record["name"] == "train"
+        what = f"train, {name.removeprefix('slope_')}" if train else f"decode, batch {facts['batch']}"
+        frozen = record["speedup"][name].get("frozen")
+        rows.append(
+            [
+                facts["model"],
+                what.replace("_", "-"),
+                facts["dtype"],
+                str(record["threads"]),
+                f"{tokens['dense']:,.1f}",
+                f"{tokens[name]:,.1f}",
+                _ratio(select.speedup(record, name)),
+                "-" if frozen is None else _ratio(frozen),
+            ]
+        )
+    headers = ["model", "what", "dtype", "threads", "dense, tokens/s", "SLoPe, tokens/s", "faster", "than frozen dense"]
+    return _table(rows, headers, form)
+
+
+def memory(records: Iterable[Record], form: str = "simple") -> str:
+    """Bytes of training state: of the linears that are sparse, and of the whole model."""
+    rows = {}
+    for record in records:
+        name = select.ours(record)
+
+        def total(contender: str, groups: Sequence[str], record: Record = record) -> int:
+            return sum(sum(select.state_bytes(record, contender, group).values()) for group in groups)
+
+        cells = [record["facts"]["model"], record["facts"]["dtype"], name.removeprefix("slope_").replace("_", "-")]
+        for groups in (("linears",), ("linears", "adapters", "rest")):
+            dense, sparse = total("dense", groups), total(name, groups)
+            cells += [f"{dense / 2**20:,.2f}", f"{sparse / 2**20:,.2f}", f"{sparse / dense:.3f}"]
+        rows[tuple(cells[:3])] = cells  # Threads make no difference to bytes.
+    headers = ["model", "dtype", "backward", "sparse linears: dense, MiB", "SLoPe, MiB", "ratio"]
+    return _table(list(rows.values()), [*headers, "whole: dense, MiB", "SLoPe, MiB", "ratio"], form)
+
+
+def failures(records: Iterable[Record]) -> str:
+    """The last line of each traceback; the results file has all of it."""
+    rows = [[record["case"], record["error"].strip().splitlines()[-1]] for record in records]
+    return _table(rows, ["case", "error"], "simple")
+
+
+def _table(rows: Sequence[Sequence[str]], headers: Sequence[str], form: str) -> str:
+    # Right-aligned figures, left-aligned words: the first row says which column is which.
+    words = [not cell[:1].isdigit() or " x " in cell for cell in rows[0]] if rows else [True] * len(headers)
+    return tabulate(
+        rows,
+        headers=headers,
+        tablefmt=form,
+        disable_numparse=True,
+        colalign=["left" if word else "right" for word in words],
+    )
+
+
+def _ratio(summary: dict[str, float]) -> str:
+    return f"{summary['median']:.2f} ({summary['low']:.2f}-{summary['high']:.2f})"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}"

@@ -1,0 +1,84 @@
+"""Cases of whole training steps: forward, backward, optimizer; dense and SLoPe both compiled, in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import slope_compile as slope
+from benchmarks.cases import AUTOCAST, Case, Measurement, Options, Run, compare
+from benchmarks.layers import label
+from benchmarks.models import Subject, adamw, prepared
+from benchmarks.timing import measure
+
+
+class Trainee:
+    """One compiled model with its optimizer; calling it takes a training step."""
+
+    def __init__(self, subject: Subject, dtype: str, backward: str | None, options: Options) -> None:
+        self.model = subject.build(dtype).to(options.device)
+        self.sparse_paths = [] if backward is None else prepared(self.model, backward)
+        self.optimizer = adamw(self.model, options.optimizer)
+        # The loss's graph is the same for both; only the backend differs.
+        self.forward: Any = torch.compile(self.model, backend="inductor" if backward is None else "slope")
+        tokens = subject.tokens(subject.batch, subject.context + 1, options.device)
+        self.tokens, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        self.autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if dtype == AUTOCAST:
+            self.autocast = torch.autocast(options.device.type, dtype=torch.bfloat16)
+        self.loss: Tensor | None = None
+
+    def __call__(self, _: int) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast:
+            self.loss = self.forward(self.tokens, self.targets)
+        assert self.loss is not None
+        self.loss.backward()
+        self.optimizer.step()
+
+    def last_loss(self) -> float:
+        """Of the step taken last.
+
+        Raises:
+            ArithmeticError: it is not finite.
+        """
+        assert self.loss is not None
+        loss = float(self.loss.detach())
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"the loss is {loss}")
+        return loss
+
+
+def training_case(subject: Subject, backward: str, dtype: str, threads: int, options: Options) -> Case:
+    """A training step of SLoPe (one kind of backward) against the dense model's, and the bytes of both."""
+    ours = f"slope_{backward}"
+
+    def run(given: Run) -> Iterator[Measurement]:
+        dense, sparse = (Trainee(subject, dtype, way, options) for way in (None, backward))
+        samples = measure({"dense": dense, ours: sparse}, given.plan, given.watch)
+        state = {
+            "dense": slope.training_state(dense.model, dense.optimizer, sparse.sparse_paths),
+            ours: slope.training_state(sparse.model, sparse.optimizer),
+        }
+        facts = {
+            "model": subject.name,
+            "batch": subject.batch,
+            "context": subject.context,
+            "tokens": subject.batch * subject.context,
+            "dtype": dtype,
+            "optimizer": options.optimizer,
+            "parameters": sum(p.numel() for p in dense.model.parameters()),
+            "sparse_linears": len(sparse.sparse_paths),
+            "loss": {"dense": dense.last_loss(), ours: sparse.last_loss()},
+            "state": {name: dataclasses.asdict(value) for name, value in state.items()},
+        }
+        yield compare("train", samples, {"dense": ["dense"], ours: [ours]}, ("dense",), facts)
+
+    name = f"model/{subject.name}/train/{backward}/{label(dtype, threads)}"
+    return Case(name, run, threads, seconds=45.0, limit=1800.0)
