@@ -61,7 +61,7 @@ def kept_columns(pattern: Tensor, K: int, keep: int, group: int) -> Tensor:
         codes = pattern
     else:  # 8 / group codes a byte, the lowest bits first
         shifts = torch.arange(0, 8, group, dtype=torch.uint8, device=pattern.device)
-        codes = ((pattern.unsqueeze(-1) >> shifts) & ((1 << group) - 1)).view(N, -1)
+        codes = ((pattern.unsqueeze(-1) >> shifts) & ((1 << group) - 1)).flatten(1)
     codes = codes[:, : K // group]
     table = _kept_table(keep, group, pattern.device)
     return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(N, K // group, keep)

@@ -44,11 +44,11 @@ template <class T> inline Vec8 expand_step(const T* v, const uint8_t* p) { retur
 #endif
 constexpr int STEP = sizeof(Lane) / sizeof(float);
 
-inline Lane load_lane(const float* p) {
-  Lane v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
+#if defined(__AVX512F__)
+inline Lane load_lane(const float* p) { return *reinterpret_cast<const AnyVec*>(p); }
+#else
+inline Lane load_lane(const float* p) { return load8(p); }
+#endif
 inline float sum_lane(Lane v) {
   float parts[STEP];
   std::memcpy(parts, &v, sizeof parts);

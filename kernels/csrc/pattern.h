@@ -18,8 +18,19 @@ struct Tables {
   // For each of the 8 columns: which of four values lands there, 4 (a zero) if none.
   alignas(64) std::array<std::array<uint32_t, 8>, 256> expand{};
 
+  // Positions of the set bits of any byte, in order; unused places repeat 0.  The first for shuffles, the second to
+  // compute with.
+  alignas(64) std::array<std::array<uint32_t, 8>, 256> gather{};
+  alignas(64) std::array<std::array<uint16_t, 8>, 256> set_bits{};
+
   constexpr Tables() {
     for (int byte = 0; byte < 256; byte++) {
+      int set = 0;
+      for (int bit = 0; bit < 8; bit++)
+        if (byte >> bit & 1) {
+          gather[byte][set] = uint32_t(bit);
+          set_bits[byte][set++] = uint16_t(bit);
+        }
       int count = 0;
       for (int column = 0; column < 8; column++) {
         const bool is_kept = (byte >> column & 1) && count < 4;
@@ -41,11 +52,7 @@ template <class T> inline Vec4 load_values(const T* p, int count) {
   for (int i = 0; i < count; i++) v[i] = to_float(p[i]);
   return v;
 }
-inline Vec4 load_values(const float* p) {
-  Vec4 v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
+inline Vec4 load_values(const float* p) { return *reinterpret_cast<const AnyVec4*>(p); }
 inline Vec4 load_values(const BFloat16* p) {
   typedef uint16_t Half4 __attribute__((vector_size(8)));
   typedef uint32_t Int4 __attribute__((vector_size(16)));
@@ -72,6 +79,24 @@ inline Vec8 expand8(Vec4 values, uint8_t byte) {
   for (int i = 0; i < 8; i++) v[i] = from[tables.expand[byte][i]];
   return v;
 #endif
+}
+
+// The elements of v at the set bits of a byte, closed up.
+inline Vec8 gather8(Vec8 v, uint8_t byte) {
+#if defined(__AVX2__)
+  return (Vec8)_mm256_permutevar8x32_ps((__m256)v, _mm256_load_si256((const __m256i*)tables.gather[byte].data()));
+#else
+  Vec8 result;
+  for (int i = 0; i < 8; i++) result[i] = v[tables.gather[byte][i]];
+  return result;
+#endif
+}
+
+// Positions of the set bits of a byte, closed up.
+inline Half8 set_bits(uint8_t byte) {
+  Half8 positions;
+  std::memcpy(&positions, tables.set_bits[byte].data(), sizeof positions);
+  return positions;
 }
 
 // Groups without exactly two bits, and set bits past K.

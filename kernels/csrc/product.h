@@ -76,23 +76,46 @@ template <int NV, int R>
 inline void add_entries(float* sums, const float* weights, const uint16_t* offsets, int first, int count,
                         const char* tile) {
   Vec s[R][NV];
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < NV; v++) std::memcpy(&s[r][v], sums + r * TILE + v * LANES, sizeof(Vec));
-  for (int e = first; e < first + count; e++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) s[r][v] = *reinterpret_cast<const Vec*>(sums + r * TILE + v * LANES);
+  auto add = [&](int r, Vec w, uint64_t offset) {
+    const Vec* row = reinterpret_cast<const Vec*>(tile + offset);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) s[r][v] += w * row[v];
+  };
+  int e = first;
+  // Loads are what limits this loop, so four weights and four offsets come with one load each.
+  for (; e + 4 <= first + count; e += 4)
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const Vec w = broadcast(weights[r * CHUNK + e]);
-      const Vec* row = reinterpret_cast<const Vec*>(tile + offsets[r * CHUNK + e]);
-      for (int v = 0; v < NV; v++) s[r][v] += w * row[v];
+      const Four w = load_four(weights + r * CHUNK + e);
+      uint64_t four;
+      std::memcpy(&four, offsets + r * CHUNK + e, sizeof four);
+      add(r, lane<0>(w), four & 0xffff);
+      add(r, lane<1>(w), four >> 16 & 0xffff);
+      add(r, lane<2>(w), four >> 32 & 0xffff);
+      add(r, lane<3>(w), four >> 48);
     }
+  for (; e < first + count; e++)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) add(r, broadcast(weights[r * CHUNK + e]), offsets[r * CHUNK + e]);
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < NV; v++) std::memcpy(sums + r * TILE + v * LANES, &s[r][v], sizeof(Vec));
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) *reinterpret_cast<Vec*>(sums + r * TILE + v * LANES) = s[r][v];
 }
 
-// One tile: sums [block][TILE] += the lists.  NV vectors of each tile row hold tokens.
-template <int NV> void add_lists(float* sums, const Lists& lists, int64_t block, const char* tile) {
+// One tile: sums [block][TILE] += the lists.  NV vectors of each tile row hold tokens.  `next` is the tile that will be
+// asked for then: it is brought near meanwhile.
+template <int NV>
+void add_lists(float* sums, const Lists& lists, int64_t block, const char* tile, const char* next) {
+  const int64_t share = CHUNK * TILE * int64_t(sizeof(float)) / block;
   constexpr int R = NV * 2 <= VECTORS ? std::min(4, VECTORS / NV) : ROWS;  // enough sums in flight
   int64_t o = 0;
   for (; o + R <= block; o += R) {
+    for (int64_t i = o * share; i < (o + R) * share; i += 64) __builtin_prefetch(next + i, 0, 2);
     int common = lists.counts[o];
     for (int r = 1; r < R; r++) common = std::min(common, lists.counts[o + r]);
     add_entries<NV, R>(sums + o * TILE, lists.weights + o * CHUNK, lists.offsets + o * CHUNK, 0, common, tile);
@@ -106,17 +129,17 @@ template <int NV> void add_lists(float* sums, const Lists& lists, int64_t block,
     add_entries<NV, 1>(sums + o * TILE, lists.weights + o * CHUNK, lists.offsets + o * CHUNK, 0, lists.counts[o], tile);
 }
 
-inline void add_lists(int vectors, float* sums, const Lists& lists, int64_t block, const char* tile) {
+inline void add_lists(int vectors, float* sums, const Lists& lists, int64_t block, const char* tile, const char* next) {
   switch (vectors) {
-    case 1: return add_lists<1>(sums, lists, block, tile);
-    case 2: return add_lists<2>(sums, lists, block, tile);
-    case 3: return add_lists<3>(sums, lists, block, tile);
-    case 4: return add_lists<4>(sums, lists, block, tile);
+    case 1: return add_lists<1>(sums, lists, block, tile, next);
+    case 2: return add_lists<2>(sums, lists, block, tile, next);
+    case 3: return add_lists<3>(sums, lists, block, tile, next);
+    case 4: return add_lists<4>(sums, lists, block, tile, next);
 #if !defined(__AVX512F__)
-    case 5: return add_lists<5>(sums, lists, block, tile);
-    case 6: return add_lists<6>(sums, lists, block, tile);
-    case 7: return add_lists<7>(sums, lists, block, tile);
-    case 8: return add_lists<8>(sums, lists, block, tile);
+    case 5: return add_lists<5>(sums, lists, block, tile, next);
+    case 6: return add_lists<6>(sums, lists, block, tile, next);
+    case 7: return add_lists<7>(sums, lists, block, tile, next);
+    case 8: return add_lists<8>(sums, lists, block, tile, next);
 #endif
   }
 }
@@ -183,11 +206,12 @@ int product(int threads, Matrix<T> a, int64_t M, int64_t reduction, Matrix<T> ex
         for (int64_t t = 0; t < tiles; t++)
           for (int64_t o = 0; o < block; o++)
             std::fill_n(sums + (t * size + o) * TILE, TILE, bias != nullptr ? to_float(bias[o0 + o]) : 0.0f);
+        auto part = [&](int64_t t, int64_t r0) { return reinterpret_cast<const char*>(panel + (t * depth + r0) * TILE); };
         auto add_chunk = [&](int64_t r0) {
           for (int64_t t = 0; t < tiles; t++) {
             const int count = int(std::min<int64_t>(TILE, rows - t * TILE));
-            add_lists(int(ceil_div(count, LANES)), sums + t * size * TILE, lists, block,
-                      reinterpret_cast<const char*>(panel + (t * depth + r0) * TILE));
+            const char* next = t + 1 < tiles ? part(t + 1, r0) : part(0, r0 + CHUNK < depth ? r0 + CHUNK : 0);
+            add_lists(int(ceil_div(count, LANES)), sums + t * size * TILE, lists, block, part(t, r0), next);
           }
         };
         for (int64_t r0 = 0; r0 < reduction; r0 += CHUNK) {
@@ -215,11 +239,16 @@ int product(int threads, Matrix<T> a, int64_t M, int64_t reduction, Matrix<T> ex
   return 0;
 }
 
+// Asks for `bytes` bytes at p, which need not be readable.
+inline void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
 // Lists of the forward product: row o of W, columns [r0, r1).  Values lie in order; the offsets come from a table.
 template <class T> struct ForwardLists {
   const T* values;         // [N, K / 2]
   const uint8_t* pattern;  // [N, ceil(K / 8)]
-  int64_t K;
+  int64_t N, K;
 
   void operator()(Lists& lists, int64_t o0, int64_t block, int64_t r0, int64_t r1) const {
     constexpr uint64_t EACH = 0x0001000100010001;
@@ -230,9 +259,17 @@ template <class T> struct ForwardLists {
       const uint8_t* p = pattern + (o0 + o) * width + r0 / 8;
       float* w = lists.weights + o * CHUNK;
       uint16_t* to = lists.offsets + o * CHUNK;
+      // What the next chunk, or the first one of the next block, will read: rows are far apart, no hardware sees it.
+      if (r1 < K) {
+        prefetch(v + CHUNK / 2, CHUNK / 2 * sizeof(T));
+        if (r1 / 8 % 64 == 0) prefetch(p + CHUNK / 8, 64);
+      } else if (o0 + block + o < N) {
+        prefetch(values + (o0 + block + o) * (K / 2), CHUNK / 2 * sizeof(T));
+        prefetch(pattern + (o0 + block + o) * width, 64);
+      }
       for (int j = 0; j < bytes; j++) {
         const Vec4 four = load_values(v + 4 * j);
-        std::memcpy(w + 4 * j, &four, sizeof four);
+        *reinterpret_cast<AnyVec4*>(w + 4 * j) = four;
         const uint64_t words = (tables.kept_words[p[j]] + 8 * j * EACH) * (TILE * sizeof(float));
         std::memcpy(to + 4 * j, &words, sizeof words);
       }
@@ -273,6 +310,10 @@ template <class T> struct ColumnLists {
     for (int n = 0; n < rows; n++) {
       const uint8_t* p = pattern + (r0 + n) * width + o0 / 8;
       const T* v = values + (r0 + n) * (K / 2) + o0 / 2;
+      if (r1 + n < N) {
+        prefetch(v + CHUNK * (K / 2), BLOCK / 2 * sizeof(T));
+        prefetch(p + CHUNK * width, 8);
+      }
       uint64_t bits = 0;
       std::memcpy(&bits, p, bytes);
       kept[n] = bits;
@@ -282,22 +323,32 @@ template <class T> struct ColumnLists {
       }
     }
     transpose_bits(kept);
-    for (int64_t o = 0; o < block; o++) {
-      uint64_t bits = kept[o];
-      if (column_pattern != nullptr) {
-        uint64_t also = 0;
-        std::memcpy(&also, column_pattern + (o0 + o) * column_width + r0 / 8, (rows + 7) / 8);
-        bits &= also;
+    for (int64_t o = 0; o < block; o += 8) {
+      const int outputs = int(std::min<int64_t>(8, block - o));
+      uint64_t bits[8];
+      int counts[8] = {};
+      for (int i = 0; i < outputs; i++) {
+        bits[i] = kept[o + i];
+        if (column_pattern != nullptr) {
+          uint64_t also = 0;
+          std::memcpy(&also, column_pattern + (o0 + o + i) * column_width + r0 / 8, (rows + 7) / 8);
+          bits[i] &= also;
+        }
       }
-      const int count = __builtin_popcountll(bits);
-      float* w = lists.weights + o * CHUNK;
-      uint16_t* to = lists.offsets + o * CHUNK;
-      for (int e = 0; e < count; e++, bits &= bits - 1) {
-        const int n = __builtin_ctzll(bits);
-        w[e] = dense[n][o];
-        to[e] = uint16_t(n * TILE * sizeof(float));
+      for (int n = 0; n < rows; n += 8) {
+        Vec8 column[8];
+        for (int i = 0; i < 8; i++) column[i] = load8(&dense[n + i][o]);
+        transpose8(column);
+        for (int i = 0; i < outputs; i++) {
+          const uint8_t byte = uint8_t(bits[i] >> n);
+          // Eight are written, the first popcount(byte) of them count.
+          store8(lists.weights + (o + i) * CHUNK + counts[i], gather8(column[i], byte));
+          const Half8 offsets = (set_bits(byte) + uint16_t(n)) * uint16_t(TILE * sizeof(float));
+          std::memcpy(lists.offsets + (o + i) * CHUNK + counts[i], &offsets, sizeof offsets);
+          counts[i] += __builtin_popcount(byte);
+        }
       }
-      lists.counts[o] = count;
+      for (int i = 0; i < outputs; i++) lists.counts[o + i] = counts[i];
     }
   }
 };

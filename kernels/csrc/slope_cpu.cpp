@@ -93,7 +93,7 @@ EXPORT int slope_cpu_forward(int dtype, int threads, const void* x, int64_t x_st
     const T* u = static_cast<const T*>(up);
     if (M <= FEW) return forward_few(threads, a, v, pattern, b, d, u, R, static_cast<T*>(y), M, N, K);
     return product(threads, a, M, K, Matrix<T>{d, R, 1}, u, R, b, static_cast<T*>(y), N,
-                   ForwardLists<T>{v, pattern, K});
+                   ForwardLists<T>{v, pattern, N, K});
   });
 }
 

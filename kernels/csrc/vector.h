@@ -19,10 +19,15 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;  // SSE2, NEON
 #endif
 
-typedef float Vec __attribute__((vector_size(LANES * 4)));
-typedef float Vec8 __attribute__((vector_size(32)));
-typedef float Vec4 __attribute__((vector_size(16)));
+typedef float Vec __attribute__((vector_size(LANES * 4), may_alias));
+typedef float Vec8 __attribute__((vector_size(32), may_alias));
+typedef float Vec4 __attribute__((vector_size(16), may_alias));
+// The same at any address.
+typedef float AnyVec __attribute__((vector_size(LANES * 4), may_alias, aligned(4)));
+typedef float AnyVec8 __attribute__((vector_size(32), may_alias, aligned(4)));
+typedef float AnyVec4 __attribute__((vector_size(16), may_alias, aligned(4)));
 typedef uint32_t Int8 __attribute__((vector_size(32)));
+typedef uint32_t Int4 __attribute__((vector_size(16)));
 typedef uint16_t Half8 __attribute__((vector_size(16)));
 
 // Element types as they lie in memory.  Every product adds up in float.
@@ -72,11 +77,7 @@ template <> inline Float16 from_float<Float16>(float x) {
 }
 
 // Eight consecutive elements as float, and back.
-inline Vec8 load8(const float* p) {
-  Vec8 v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
+inline Vec8 load8(const float* p) { return *reinterpret_cast<const AnyVec8*>(p); }
 inline Vec8 load8(const BFloat16* p) {
   Half8 h;
   std::memcpy(&h, p, sizeof h);
@@ -91,7 +92,7 @@ inline Vec8 load8(const Float16* p) {
   return v;
 #endif
 }
-inline void store8(float* p, Vec8 v) { std::memcpy(p, &v, sizeof v); }
+inline void store8(float* p, Vec8 v) { *reinterpret_cast<AnyVec8*>(p) = v; }
 inline void store8(BFloat16* p, Vec8 v) {
   const Int8 bits = bit_cast<Int8>(v);
   const Int8 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -109,8 +110,10 @@ inline void store8(Float16* p, Vec8 v) {
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define SLOPE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SLOPE_SHUFFLE4(a, ...) __builtin_shufflevector(a, a, __VA_ARGS__)
 #else
 #define SLOPE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int8{__VA_ARGS__})
+#define SLOPE_SHUFFLE4(a, ...) __builtin_shuffle(a, Int4{__VA_ARGS__})
 #endif
 
 // 8 x 8 transpose in registers: rows[i][j] -> rows[j][i].
@@ -145,18 +148,39 @@ inline Vec8 sums8(const Vec (&v)[8]) {
     r[i] = Vec8{v[i][0], v[i][1], v[i][2], v[i][3], 0, 0, 0, 0};
 #endif
   }
-  transpose8(r);
-  return ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7]));
+  // Three times: two vectors become one that holds sums of pairs of lanes of both.
+  for (int i = 0; i < 8; i += 2)
+    r[i] = SLOPE_SHUFFLE(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13) +
+           SLOPE_SHUFFLE(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  for (int i = 0; i < 8; i += 4)
+    r[i] = SLOPE_SHUFFLE(r[i], r[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
+           SLOPE_SHUFFLE(r[i], r[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  return SLOPE_SHUFFLE(r[0], r[4], 0, 1, 2, 3, 8, 9, 10, 11) + SLOPE_SHUFFLE(r[0], r[4], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-inline float sum(Vec v) {
-  float parts[LANES];
-  std::memcpy(parts, &v, sizeof parts);
-  for (int step = LANES / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; i++) parts[i] += parts[i + step];
-  return parts[0];
-}
+// Four floats in a register, of which `lane<i>` broadcasts one: a shuffle in place of a load.
+#if defined(__AVX512F__)
+typedef Vec Four;
+inline Four load_four(const float* p) { return (Four)_mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+template <int I> inline Vec lane(Four f) { return (Vec)_mm512_permute_ps((__m512)f, I * 0x55); }
+#elif defined(__AVX2__)
+typedef Vec Four;
+inline Four load_four(const float* p) { return (Four)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
+template <int I> inline Vec lane(Four f) { return (Vec)_mm256_permute_ps((__m256)f, I * 0x55); }
+#else
+typedef Vec4 Four;
+inline Four load_four(const float* p) { return *reinterpret_cast<const AnyVec4*>(p); }
+template <int I> inline Vec lane(Four f) { return SLOPE_SHUFFLE4(f, I, I, I, I); }
+#endif
 
-inline Vec broadcast(float x) { return Vec{} + x; }
+inline Vec broadcast(float x) {
+#if defined(__AVX512F__)
+  return Vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+#elif defined(__AVX2__)
+  return Vec{x, x, x, x, x, x, x, x};
+#else
+  return Vec{x, x, x, x};
+#endif
+}
 
 }  // namespace slope

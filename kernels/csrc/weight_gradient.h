@@ -14,11 +14,12 @@ namespace slope {
 
 constexpr int PART = 256;
 constexpr int64_t SPAN = 1024;
-constexpr int64_t ROWS_AT_A_TIME = 512;
+constexpr int64_t ROWS_AT_A_TIME = 1024;
 constexpr int64_t COLUMNS_AT_A_TIME = 512;
 constexpr int64_t GRADIENT_BLOCK = 32;
+static_assert(SPAN % PART == 0);
 
-// a[i0 .. i0 + span, j0 .. j1) -> [tiles of PART][j1 - j0][PART], zero padded to whole vectors.
+// a[i0 .. i0 + span, j0 .. j1) -> [tiles of PART][j1 - j0][PART], zero padded to pairs of vectors.
 template <class T>
 void pack_parts(int threads, float* to, Matrix<T> a, int64_t i0, int64_t span, int64_t j0, int64_t j1) {
   const int64_t tiles = ceil_div(span, PART), strips = ceil_div(j1 - j0, 32);
@@ -26,7 +27,7 @@ void pack_parts(int threads, float* to, Matrix<T> a, int64_t i0, int64_t span, i
     for (int64_t i = begin; i < end; i++) {
       const int64_t t = i / strips, first = j0 + i % strips * 32;
       const int count = int(std::min<int64_t>(PART, span - t * PART));
-      const int lanes = std::max(8, int(ceil_div(count, LANES) * LANES));
+      const int lanes = int(ceil_div(count, 2 * LANES) * 2 * LANES);
       pack_transposed(to + (t * (j1 - j0) + first - j0) * PART, PART, lanes, a, i0 + t * PART, count, first,
                       std::min(j1, first + 32));
     }
@@ -42,8 +43,10 @@ inline Vec8 kept_products(const float* g, const float* x, const uint8_t* bytes, 
   }
   const Vec* grad = reinterpret_cast<const Vec*>(g);
   Vec s[8] = {};
-  for (int v = 0; v < vectors; v++)
-    for (int e = 0; e < 8; e++) s[e] += grad[v] * row[e][v];
+  // Neighbouring loads take opposite halves of a cache line: two from the same half would wait for each other.
+  for (int v = 0; v < vectors; v += 2)
+    for (int half = 0; half < 2; half++)
+      for (int e = 0; e < 8; e++) s[e] += grad[v + (e + half) % 2] * row[e][v + (e + half) % 2];
   return sums8(s);
 }
 
@@ -72,7 +75,7 @@ int grad_weight(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* pattern
           for (int64_t b = begin; b < end; b++)
             for (int64_t k = k0; k < k1; k += 16)
               for (int64_t t = 0; t < tiles; t++) {
-                const int vectors = int(ceil_div(std::min<int64_t>(PART, tokens - t * PART), LANES));
+                const int vectors = 2 * int(ceil_div(std::min<int64_t>(PART, tokens - t * PART), 2 * LANES));
                 const bool first = m0 == 0 && t == 0 && !(direct && accumulate);
                 for (int64_t n = b * size; n < std::min(rows, (b + 1) * size); n++) {
                   const uint8_t* p = pattern + (n0 + n) * width + k / 8;
@@ -81,6 +84,7 @@ int grad_weight(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* pattern
                   const float* tile = inputs + (t * columns + k - k0) * PART;
                   const Vec8 sums = kept_products(grads + (t * rows + n) * PART, tile, bytes, vectors);
                   float* to = out + n * kept + k / 2;
+                  __builtin_prefetch(to + 8 * kept, 1);
                   const int64_t count = std::min<int64_t>(8, (k1 - k) / 2);
                   if (count == 8)
                     store8(to, first ? sums : load8(to) + sums);
