@@ -58,7 +58,7 @@ def _benchmark(found: list[Record]) -> str:
     if rows := select.ok(found, "train"):
         parts.append(f"Training state (weights, metadata, gradients, moments).\n\n{tables.memory(rows, _FORM)}")
     if failures := select.failed(found):
-        parts.append(f"{len(failures)} cases failed: {', '.join(record['case'] for record in failures)}.")
+        parts.append(f"Failed: {', '.join(record['case'] for record in failures)}.")
     return "\n\n".join(parts)
 
 

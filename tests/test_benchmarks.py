@@ -1,0 +1,382 @@
+"""The benchmarks: timing on clocks that do what they are told, the runner, and every kind of case once."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import machine
+from benchmarks import __main__ as command
+from benchmarks import cases, records, rotation, runner, select
+from benchmarks.cases import Case, Measurement, Options, Run, compare
+from benchmarks.timing import Contender, CpuStopwatch, Plan, Samples, Stopwatch, Summary, TimingError, measure, ratios
+from slope_compile.kernels import ops
+
+ROOT = Path(__file__).parents[1]
+MANY = Plan(seconds=1e9, precision=0.0, max_rounds=6)
+"""As many rounds as a test wants."""
+
+
+class Clock:
+    """A clock that goes on only when a contender runs."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[tuple[str, int]] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def contender(self, name: str, *seconds: float) -> Contender:
+        """Takes these times in turn, by call."""
+        times = itertools.cycle(seconds)
+
+        def call(index: int) -> None:
+            self.calls.append((name, index))
+            self.now += next(times)
+
+        return call
+
+    def measure(self, plan: Plan, **contenders: Contender) -> Samples:
+        return measure(contenders, plan, CpuStopwatch(self), now=self)
+
+
+# --- timing ----------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_are_interleaved_in_alternating_order_and_indices_never_repeat() -> None:
+    clock = Clock()
+    samples = clock.measure(MANY, a=clock.contender("a", 1.0), b=clock.contender("b", 2.0))
+    assert samples.rounds == {"a": [1.0] * 6, "b": [2.0] * 6}
+    assert [index for _, index in clock.calls] == list(range(len(clock.calls)))
+    # A warm-up call and one to find the number of repeats, then the rounds.
+    assert "".join(name for name, _ in clock.calls) == "ab" + "ab" + "abba" * 3
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    # The machine becomes ten times slower half-way: ratios of rounds do not see it, ratios of means would.
+    clock = Clock()
+    drift = [1.0, 1.0, 1.0, 1.0, 10.0, 10.0, 10.0, 10.0]
+    samples = clock.measure(
+        MANY, dense=clock.contender("dense", *(2 * d for d in drift)), ours=clock.contender("ours", *drift)
+    )
+    assert ratios(samples.rounds["dense"], samples.rounds["ours"]) == [2.0] * 6
+
+
+def test_a_short_call_is_repeated_until_the_sample_is_long_enough() -> None:
+    clock = Clock()
+    plan = dataclasses.replace(MANY, max_rounds=1)
+    samples = clock.measure(plan, short=clock.contender("short", 1e-6))
+    assert samples.rounds["short"] == [pytest.approx(1e-6)]
+    calls = len(clock.calls)
+    samples = clock.measure(plan, short=clock.contender("short", 1e-6))
+    assert len(clock.calls) - calls > CpuStopwatch.shortest / 1e-6
+
+
+def test_a_clock_that_sees_nothing_is_an_error_and_never_a_zero() -> None:
+    clock = Clock()
+    with pytest.raises(TimingError, match="nothing: 65536 calls take less than"):
+        clock.measure(MANY, nothing=clock.contender("nothing", 0.0))
+    # Long enough at first, then nothing: coarse clocks do that.
+    with pytest.raises(TimingError, match=r"odd: 1 calls took 0\.0 s"):
+        clock.measure(MANY, odd=clock.contender("odd", 1.0, 1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("plan", "seconds", "rounds"),
+    [
+        pytest.param(Plan(seconds=50.0, precision=0.0), (10.0,), 5, id="budget"),
+        pytest.param(Plan(seconds=5.0), (10.0,), 3, id="at least three"),
+        pytest.param(Plan(seconds=1e9), (10.0,), 9, id="settled"),
+        pytest.param(Plan(seconds=1e9), (10.0, 20.0, 30.0), 60, id="never settled"),
+    ],
+)
+def test_number_of_rounds(plan: Plan, seconds: tuple[float, ...], rounds: int) -> None:
+    clock = Clock()
+    samples = clock.measure(plan, one=clock.contender("one", *seconds))
+    assert len(samples.rounds["one"]) == rounds
+
+
+def test_summary() -> None:
+    assert Summary.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Summary(3.0, 2.0, 4.0, 1.0, 5.0, 5)
+    assert Summary.of([7.0]) == Summary(7.0, 7.0, 7.0, 7.0, 7.0, 1)
+    assert Summary.of([1.0, 3.0]).uncertainty == pytest.approx(1.57 * 1.0 / 2**0.5 / 2.0)
+
+
+def test_sums_are_taken_within_rounds() -> None:
+    samples = Samples({"a": [1.0, 10.0], "b": [3.0, 30.0], "c": [2.0, 5.0], "d": [2.0, 5.0]})
+    found = compare("step", samples, {"dense": ["a", "b"], "ours": ["c", "d"]}, ["dense"], {})
+    assert found.seconds["dense"] == Summary.of([4.0, 40.0])
+    assert found.speedup == {"dense": {}, "ours": {"dense": Summary.of([1.0, 4.0])}}
+
+
+def test_copies_exceed_the_cache_several_times() -> None:
+    assert rotation.copies(1 << 20, 32 << 20) == 128
+    assert rotation.copies(1 << 30, 32 << 20) == 2
+    assert rotation.cache_bytes(torch.device("cpu")) >= 1 << 20
+
+
+# --- runner ----------------------------------------------------------------------------------------------------------
+
+
+def constant(name: str, dense: float, ours: float) -> Measurement:
+    facts = {"shape": {"M": 4, "N": 8, "K": 16}, "dtype": "float32"}
+    return compare(name, Samples({"dense": [dense] * 3, "slope": [ours] * 3}), {"dense": ["dense"], "slope": ["slope"]},
+                   ["dense"], facts)  # fmt: skip
+
+
+def case(name: str, *problems: BaseException | None, done: list[str] | None = None) -> Case:
+    """Each time it is run it meets the next problem, if that is one."""
+    remaining = iter(problems)
+
+    def run(_: Run) -> Iterator[Measurement]:
+        problem = next(remaining, None)
+        if problem is not None:
+            raise problem
+        if done is not None:
+            done.append(name)
+        yield constant("forward", 4.0, 2.0)
+        yield constant("grad_weight", 4.0, 1.0)
+
+    return Case(name, run, threads=1)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> runner.Job:
+    return runner.Job("cpu", tmp_path, "python -m benchmarks run", lambda: machine.describe(torch.device("cpu")))
+
+
+def results(job: runner.Job) -> list[records.Record]:
+    return records.read(job.out)
+
+
+def test_a_failing_case_is_recorded_and_the_others_are_not_lost(job: runner.Job) -> None:
+    outcome = runner.execute(job, [case("a"), case("b", ValueError("bad luck")), case("c")])
+    assert outcome == runner.Outcome(done=2, failed=1)
+    found = results(job)
+    assert [(r["case"], r["status"]) for r in found] == [
+        ("a", "ok"), ("a", "ok"), ("b", "failed"), ("c", "ok"), ("c", "ok"),
+    ]  # fmt: skip
+    error = found[2]["error"]
+    assert "Traceback" in error
+    assert "ValueError: bad luck" in error
+    assert str(ROOT) not in error
+    assert {"suite", "case", "date", "command", "threads", "took", "environment"} <= found[2].keys()
+
+
+def test_a_record_says_where_it_comes_from(job: runner.Job) -> None:
+    runner.execute(job, [case("a")])
+    record = results(job)[0]
+    assert {"device", "capability", "features", "torch", "triton", "python", "commit", "dirty"} <= (
+        record["environment"].keys()
+    )
+    assert record["seconds"]["dense"] == {"median": 4.0, "low": 4.0, "high": 4.0, "min": 4.0, "max": 4.0, "n": 3}
+    assert record["speedup"]["slope"]["dense"]["median"] == 2.0
+
+
+def test_finished_cases_are_skipped_and_failed_ones_tried_again(job: runner.Job) -> None:
+    done: list[str] = []
+    todo = [case("a", done=done), case("b", ValueError("bad luck"), done=done)]
+    runner.execute(job, todo)
+    assert runner.execute(job, [*todo, case("c", done=done)]) == runner.Outcome(done=2, skipped=1)
+    assert done == ["a", "b", "c"]
+    # The failure is still in the file, and does not count any more.
+    assert "bad luck" in (job.out / records.FILE).read_text()
+    assert all(record["status"] == "ok" for record in results(job))
+
+
+def test_an_interrupt_leaves_a_file_to_go_on_from(job: runner.Job) -> None:
+    todo = [case("a"), case("b", KeyboardInterrupt()), case("c")]
+    assert runner.execute(job, todo) == runner.Outcome(done=1, left=2)
+    assert [record["case"] for record in results(job)] == ["a", "a"]
+    assert runner.execute(job, todo) == runner.Outcome(done=2, skipped=1)
+
+
+def test_half_a_line_is_left_out_and_not_continued(job: runner.Job) -> None:
+    runner.execute(job, [case("a"), case("b")])
+    path = job.out / records.FILE
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:2]) + "\n" + lines[2][:40])
+    assert runner.execute(job, [case("a"), case("b")]) == runner.Outcome(done=1, skipped=1)
+    assert [record["case"] for record in results(job)] == ["a", "a", "b", "b"]
+
+
+def test_no_case_begins_after_the_budget(job: runner.Job) -> None:
+    clock = itertools.count(0.0, 10.0)
+    outcome = runner.execute(dataclasses.replace(job, budget=15.0), [case("a"), case("b")], now=lambda: next(clock))
+    assert outcome == runner.Outcome(done=1, left=1)
+
+
+def test_a_case_over_its_limit_fails(job: runner.Job) -> None:
+    def forever(_: Run) -> Iterator[Measurement]:
+        while True:
+            pass
+        yield
+
+    endless = Case("endless", forever, threads=1, limit=0.2)
+    assert runner.execute(job, [endless, case("b")]) == runner.Outcome(done=1, failed=1)
+    assert "TimeoutError" in results(job)[0]["error"]
+
+
+def test_threads_are_those_of_the_case(job: runner.Job) -> None:
+    before = torch.get_num_threads()
+    seen = []
+
+    def run(_: Run) -> Iterator[Measurement]:
+        seen.append(torch.get_num_threads())
+        yield constant("forward", 1.0, 1.0)
+
+    runner.execute(job, [Case("a", run, threads=before + 1)])
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before
+
+
+# --- cases -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suite", [suite for suite, modules in cases.SUITES.items() if modules])
+@pytest.mark.parametrize("tiny", [False, True])
+def test_every_case_has_an_id_of_its_own(suite: str, tiny: bool) -> None:
+    found = cases.cases(suite, Options(tiny=tiny))
+    assert len({c.id for c in found}) == len(found) > 0
+
+
+def test_options_choose_cases() -> None:
+    ids = [c.id for c in cases.cases("cpu", Options(threads=(2,), dtypes=("float32",), layers=3))]
+    assert all(name.endswith("fp32/t2") for name in ids)
+    assert "layer/4096x11008/m2048/fp32/t2" in ids
+    assert "model/gpt2-l3/train/exact/fp32/t2" in ids
+    assert "model/llama-300m-l3/decode/b8/fp32/t2" in ids
+
+
+@pytest.mark.parametrize("suite", ["layer", "no such suite"])
+def test_a_suite_without_cases_is_an_error(suite: str) -> None:
+    with pytest.raises(ValueError, match=suite):
+        cases.cases(suite, Options())
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes most of a tiny case's time, and other tests compile these models."""
+
+    def identity(function: Any, **_: Any) -> Any:
+        return function
+
+    monkeypatch.setattr(torch, "compile", identity)
+    monkeypatch.setattr(rotation, "cache_bytes", lambda _: 1 << 14)
+
+
+QUICK = Plan(seconds=0.0, min_rounds=2)
+
+
+def run_cases(suite: str, pattern: str) -> list[Measurement]:
+    """What the tiny cases whose id matches yield."""
+    given = Run(QUICK, CpuStopwatch())
+    chosen = [c for c in cases.cases(suite, Options(tiny=True, threads=(1,))) if re.fullmatch(pattern, c.id)]
+    assert chosen
+    return [measurement for c in chosen for measurement in c.measure(given)]
+
+
+@pytest.mark.parametrize("suite", ["cpu", "kernels"])
+def test_layer_cases(suite: str, uncompiled: None) -> None:
+    found = run_cases(suite, r".*/64x64/.*")
+    assert {m.name for m in found} == {"forward", "grad_input", "grad_weight", "step", "columns"}
+    assert all(summary.median > 0 and summary.n == 2 for m in found for summary in m.seconds.values())
+    for m in found:
+        if m.name != "columns":
+            assert set(m.speedup["dense"]) == {"compiled"}
+            assert all(set(m.speedup[name]) == {"dense", "compiled"} for name in m.seconds if name.startswith("slope"))
+            assert all(0 <= error < 1e-2 for error in m.facts.get("errors", {}).values())
+    errors = {name for m in found for name in m.facts.get("errors", ())}
+    assert errors == {"forward", "grad_input_exact", "grad_input_double_pruned", "grad_weight"}
+
+
+def test_wrong_numbers_are_not_timed(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "grad_weight", lambda grad, x, *_: grad.new_zeros(64, 32))
+    with pytest.raises(ArithmeticError, match="grad_weight"):
+        run_cases("cpu", r"layer/64x64/m16/fp32/t1")
+
+
+def test_training_cases(uncompiled: None) -> None:
+    pytest.importorskip("transformers")
+    found = run_cases("cpu", r"model/(demo|gpt2|llama-300m)/train/(double_pruned/fp32|exact/autocast)/t1")
+    assert len(found) == 6
+    for m in found:
+        ours = select.ours(dataclasses.asdict(m))
+        sparse, dense = (m.facts["state"][name]["linears"] for name in (ours, "dense"))
+        assert sum(sparse.values()) < 0.53 * sum(dense.values())
+        assert all(dense[part] for part in ("weights", "gradients", "moments"))
+        assert m.facts["sparse_linears"] > 4
+        assert all(loss < 8 for loss in m.facts["loss"].values())
+
+
+def test_decode_cases(uncompiled: None) -> None:
+    pytest.importorskip("transformers")
+    found = run_cases("cpu", r"model/(gpt2|llama-300m)/decode/b8/.*")
+    assert len(found) == 4
+    assert all(set(m.speedup["slope"]) == {"dense", "frozen"} for m in found)
+    assert {m.facts["tokens"] for m in found} == {8}
+
+
+@pytest.mark.slow
+def test_cases_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(rotation, "cache_bytes", lambda _: 1 << 14)
+    found = run_cases("cpu", r"layer/64x64/m16/fp32/t1|model/gpt2/(train/double_pruned|decode/b1)/fp32/t1")
+    assert [m.name for m in found] == ["forward", "grad_input", "grad_weight", "step", "train", "decode"]
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_runs_resumes_and_lists(
+    tmp_path: Path, uncompiled: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "--suite", "cpu", "--tiny", "--threads", "1", "--only", r"layer/64x64/(columns|m1)/fp32"]
+    assert command.main([*words, "--list"]) == 0
+    assert capsys.readouterr().out.split() == ["layer/64x64/columns/fp32/t1", "layer/64x64/m1/fp32/t1"]
+    words += ["--case-seconds", "0.01", "--out", str(tmp_path)]
+    assert command.main(words) == 0
+    assert "2 done, 0 failed, 0 done before, 0 left" in capsys.readouterr().out
+    assert command.main(words) == 0
+    assert "0 done, 0 failed, 2 done before, 0 left" in capsys.readouterr().out
+    recorded = records.read(tmp_path)[0]["command"]
+    assert recorded.startswith("python -m benchmarks run --suite cpu --only ")
+    assert str(tmp_path) not in recorded
+    assert command.main([*words, "--out", str(tmp_path / "late"), "--budget", "0"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(["run", "--suite", "cpu", "--only", "no such case"], "matches no case", id="only"),
+        pytest.param(["run", "--suite", "cpu", "--only", "("], "not a regular expression", id="regex"),
+        pytest.param(["run", "--suite", "quality"], "has no cases yet", id="suite"),
+        pytest.param(["run", "--suite", "cpu", "--threads", "0"], "expected 1 or more", id="threads"),
+        pytest.param(["report", "no/such/folder"], "has no results", id="folder"),
+    ],
+)
+def test_an_unusable_command_is_explained(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(words)
+    assert message in capsys.readouterr().err
+
+
+def test_paths_are_taken_out_of_tracebacks() -> None:
+    text = f'File "{ROOT}/benchmarks/x.py"\nFile "{Path(torch.__file__).parent}/y.py"\nFile "{Path.home()}/z.py"'
+    clean = records.without_paths(text)
+    assert clean.splitlines()[0] == 'File "./benchmarks/x.py"'
+    assert clean.splitlines()[1] == 'File "<packages>/torch/y.py"'
+    assert clean.splitlines()[2] == 'File "<home>/z.py"'
+
+
+def test_a_stopwatch_is_what_the_protocol_says() -> None:
+    watch: Stopwatch = CpuStopwatch()
+    assert watch.seconds([lambda: sum(range(1000))]) > 0
