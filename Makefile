@@ -61,4 +61,4 @@ lint: $(STAMP) ## ruff and mypy
 
 clean: ## Remove the environments, builds and caches
 	rm -rf .venv .venv-torch* .venv-python* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find slope_compile passes kernels tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find slope_compile passes kernels tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

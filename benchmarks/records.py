@@ -19,7 +19,7 @@ from benchmarks.cases import Measurement
 
 Record = dict[str, Any]
 """``suite``, ``case``, ``status`` ("ok" or "failed"), ``environment``, ``command``, ``date``, ``took`` (seconds of the
-whole case); then the fields of a Measurement, or ``error`` with the traceback."""
+whole case), ``load`` (of the machine before it); then the fields of a Measurement, or ``error`` with the traceback."""
 
 FILE = "results.jsonl"
 ROOT = Path(__file__).resolve().parents[1]

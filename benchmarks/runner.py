@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import os
 import signal
 import threading
 import time
@@ -94,6 +95,7 @@ def _run(job: Job, case: Case) -> list[records.Record]:
         "command": job.command,
         "threads": case.threads,
         "environment": job.environment(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
     start = time.monotonic()
     try:

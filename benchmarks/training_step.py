@@ -81,4 +81,4 @@ def training_case(subject: Subject, backward: str, dtype: str, threads: int, opt
         yield compare("train", samples, {"dense": ["dense"], ours: [ours]}, ("dense",), facts)
 
     name = f"model/{subject.name}/train/{backward}/{label(dtype, threads)}"
-    return Case(name, run, threads, seconds=45.0, limit=1800.0)
+    return Case(name, run, threads, seconds=90.0, limit=1800.0)
