@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from slope_compile.adapter_nodes import has_adapters, set_adapter_nodes
 from slope_compile.config import SlopeConfig
 from slope_compile.errors import ConversionError, ScheduleError
+from slope_compile.graph_state import ADAPTER_A, ADAPTER_B
 from slope_compile.log import log
 from slope_compile.parametrizations import LowRank
 from slope_compile.sparsify import add_adapters_
@@ -109,7 +110,9 @@ class AdapterSchedule:
         self.model = model
         self.total_steps = total_steps
         share = 0.01 if fraction is None else fraction
-        self.start_step = total_steps - math.ceil(total_steps * share) if start_step is None else start_step
+        # Rounded up, but not because 100 * 0.07 is 7.000000000000001 in floating point.
+        adapted = math.ceil(total_steps * share * (1 - 1e-12))
+        self.start_step = total_steps - adapted if start_step is None else start_step
         self.lr_scale = lr_scale
         self.warmup_steps = warmup_steps
         self.step_count = 0
@@ -183,7 +186,8 @@ class AdapterSchedule:
         """A and B of every adapter."""
         found: list[Tensor] = [p for adapter in adapters_of(self.model) for p in (adapter.A, adapter.B)]
         if isinstance(self.model, GraphModule):
-            found += [p for name, p in self.model.named_parameters() if "_adapter_" in name]
+            suffixes = (ADAPTER_A, ADAPTER_B)
+            found += [p for name, p in self.model.named_parameters() if name.endswith(suffixes)]
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Iterable
 
@@ -27,6 +28,20 @@ class DenseNote:
 
     def __call__(self) -> str:
         return self.text
+
+
+class _ShowsNote:
+    """Mixed into a layer's class where that has a ``__repr__`` of its own, which does not ask for ``extra_repr``."""
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__().removesuffix(')')}, {self.__dict__['extra_repr']()})"
+
+
+@functools.cache
+def _showing_note(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """One class for all layers of a class, so that a graph which Dynamo compiled for one block serves the others."""
+    name, module = layer_class.__name__, layer_class.__module__
+    return type(name, (_ShowsNote, layer_class), {"__module__": module, "__qualname__": layer_class.__qualname__})
 
 
 def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
@@ -101,6 +116,8 @@ def densify_(model: nn.Module) -> Report:
         _remove(layer)
     for layer in linear_layers(model):
         layer.module.__dict__.pop("extra_repr", None)
+        if isinstance(layer.module, _ShowsNote):
+            layer.module.__class__ = type(layer.module).__mro__[2]
     return Report([decision for _, decision in decide(model, SlopeConfig(include=()))])
 
 
@@ -139,9 +156,7 @@ def _register(layer: LinearLayer, settings: LayerConfig, pattern: Tensor) -> Non
     requires_grad = layer.weight.requires_grad
     sparse = SparseWeight(pattern, layer.shape, settings, layer.transposed)
     parametrize.register_parametrization(layer.module, "weight", sparse)
-    # The class of a parametrized module is its own; where the original class prints itself in a way that hides its
-    # children (Conv1D does), let it print as any module does.
-    type(layer.module).__repr__ = nn.Module.__repr__  # type: ignore[method-assign]
+    _print_children(layer.module)
     layer.weight.requires_grad_(requires_grad)
     sparse.pick_columns(layer.weight)
     if settings.adapter_rank:
@@ -176,8 +191,20 @@ def _remove(layer: LinearLayer) -> None:
 
 
 def _note(layer: LinearLayer, decision: Decision) -> None:
+    module, note = layer.module, f"dense: {decision.why}"
+    if parametrize.is_parametrized(module):  # by another library
+        _print_children(module)
+    if type(module).__repr__ is not nn.Module.__repr__:
+        module.__dict__["extra_repr"] = DenseNote(note)
+        module.__class__ = _showing_note(type(module))  # type: ignore[arg-type]  # "not Hashable"
+        return
     # An instance attribute in front of the method; nn.Module.__repr__ looks it up on the instance.
-    layer.module.__dict__["extra_repr"] = DenseNote(f"{layer.module.extra_repr()}, dense: {decision.why}")
+    module.__dict__["extra_repr"] = DenseNote(", ".join(filter(None, (module.extra_repr(), note))))
+
+
+def _print_children(module: nn.Module) -> None:
+    """Let a parametrized module print as any module does, where its class hides the children (Conv1D does)."""
+    type(module).__repr__ = nn.Module.__repr__  # type: ignore[method-assign]  # its class is its own
 
 
 def _check_not_prepared(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import OrderedDict
 from typing import Any, cast
 
 import pytest
@@ -177,6 +178,32 @@ def test_print_shows_pattern_and_backward_of_sparse_layers() -> None:
     assert str(model.get_submodule("blocks.1.up")).count("backward=exact") == 1
     assert "rank=4, scale=0.25, off" in text
     assert "Linear(in_features=8, out_features=16, bias=True, dense: first linear after the input)" in text
+
+
+def test_print_says_why_a_conv1d_is_dense() -> None:
+    """Hugging Face's class has a ``__repr__`` of its own, which knows no ``extra_repr``."""
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    Conv1D = pytorch_utils.Conv1D
+    names = ("first", "up", "normed", "down", "head")
+    layers = [Conv1D(8, 8), Conv1D(16, 8), parametrizations.weight_norm(Conv1D(16, 16)), Conv1D(8, 16), Conv1D(6, 8)]
+    model = nn.Sequential(OrderedDict(zip(names, layers, strict=True)))
+    others = [model.first, model.up, model.down, model.head]
+    plain = [(str(layer), type(layer)) for layer in others]
+    report = sparsify_(model)
+    lines = str(model).splitlines()
+    assert "  (first): Conv1D(nf=8, nx=8, dense: first linear after the input)" in lines
+    assert "  (head): Conv1D(nf=6, nx=8, dense: output head)" in lines
+    assert f"dense: {report.dense[1].why}" in str(model.normed)
+    assert "_WeightNorm" in report.dense[1].why
+    assert str(model).count("dense: ") == 3
+
+    first, copied = model.first, copy.deepcopy(model)
+    assert isinstance(first, Conv1D)
+    assert str(copied) == str(model)
+    assert type(model.head) is type(first), "one class for all, or each block would be compiled on its own"
+    densify_(model)
+    assert [(str(layer), type(layer)) for layer in others] == plain
+    assert "dense: output head" in str(copied), "the copy keeps its notes"
 
 
 def test_rules_that_match_nothing_are_logged(caplog: pytest.LogCaptureFixture) -> None:
