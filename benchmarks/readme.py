@@ -41,7 +41,8 @@ def _demo(path: Path) -> str:
     size = f"{settings['layers']} x {settings['width']}, {settings['batch']} x {settings['context']} tokens a step"
     lines = select.provenance([{"environment": machine, "date": data["date"], "command": data["command"]}])
     table = pretrain_results.table(found, _FORM)
-    return f"**Demo** ({size}, {settings['dtype']}, {machine['threads']} threads): {_cited(lines)}\n\n{table}"
+    what = f"{size}, {settings['dtype']}, {select.counted(machine['threads'], 'thread')}"
+    return f"**Demo** ({what}): {_cited(lines)}\n\n{table}"
 
 
 def _benchmark(found: list[Record]) -> str:

@@ -45,7 +45,12 @@ def setting(record: Record) -> tuple[str, str, int]:
 
 def titled(suite: str, dtype: str, threads: int) -> str:
     """A setting in words."""
-    return f"suite {suite}, {dtype}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"suite {suite}, {dtype}, {counted(threads, 'thread')}"
+
+
+def counted(number: int, what: str) -> str:
+    """``"1 thread"``, ``"2 threads"``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def shape(record: Record) -> str:

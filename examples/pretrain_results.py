@@ -152,6 +152,7 @@ def write_json(
     results: dict[Kind, Result],
     curves: dict[Kind, Curves],
     device: torch.device,
+    compiled: bool,
 ) -> None:
     """Write settings, machine, versions, figures and curves."""
     runs: dict[str, Any] = {
@@ -163,7 +164,7 @@ def write_json(
     }
     data = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": _command(settings),
+        "command": _command(settings, compiled),
         "settings": dataclasses.asdict(settings),
         "machine": machine.describe(device) | {"threads": torch.get_num_threads()},
         "runs": runs,
@@ -178,7 +179,7 @@ def read_runs(data: dict[str, Any]) -> dict[Kind, Result]:
     return {kind: Result(**{name: data["runs"][kind]["result"][name] for name in names}) for kind in kinds}
 
 
-def _command(settings: Settings) -> str:
+def _command(settings: Settings, compiled: bool) -> str:
     """The command line with these settings; those at their defaults are left out."""
     words = ["python", "examples/pretrain.py"]
     for field in dataclasses.fields(settings):
@@ -186,7 +187,7 @@ def _command(settings: Settings) -> str:
         if value == field.default:
             continue
         words += [name if value else f"--no{name[1:]}"] if isinstance(value, bool) else [name, str(value)]
-    return shlex.join(words)
+    return shlex.join(words if compiled else [*words, "--no-compile"])
 
 
 def _speed_with_adapters(result: Result) -> float | None:
