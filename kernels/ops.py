@@ -6,12 +6,14 @@
 | ``expand(values, pattern)`` | values -> dense ``[N, K]``; carries the directions for the compiled rewrite |
 | ``linear(x, values, pattern, bias)`` | forward product ``Y = X W^T + bias`` |
 | ``grad_input(grad, values, pattern)`` | exact input gradient ``dX = dY W`` |
+| ``grad_input_columns(grad, values, pattern, column_pattern)`` | double-pruned ``dX = dY W^{R,C}`` |
 | ``grad_weight(grad, x, pattern)`` | ``dY^T X`` at the kept positions, compressed |
 | ``compress_columns(values, pattern)`` | second pruning by magnitude: transposed values and pattern |
 | ``recompress_columns(values, pattern, column_pattern)`` | transposed values for a given column pattern |
 
-The double-pruned input gradient needs no operator of its own: ``dX = dY W^{R,C}`` is the forward product of dY with
-the transposed compressed weight, ``linear(dY, column_values, column_pattern)``.
+The double-pruned input gradient ``dX = dY W^{R,C}`` is the forward product of dY with the transposed compressed
+weight, ``linear(dY, column_values, column_pattern)``.  Where the column pattern is given, ``grad_input_columns`` says
+the same without asking for the transposed values: a kernel may read the forward storage instead.
 
 All are closed under differentiation, so second derivatives work: each gradient is again one of these operators
 (``compress`` and ``expand`` are each other's adjoints; the three products differentiate into one another).
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_compile.kernels import reference
+from slope_compile.kernels import cpu_ops, reference
 from slope_compile.kernels._autocast import register_autocast
 
 _lib = torch.library.Library("slope", "DEF")
@@ -41,6 +43,9 @@ _SCHEMAS = {
         "bool double_pruned=False, Tensor? column_pattern=None) -> Tensor"
     ),
     "grad_input": "(Tensor grad, Tensor values, Tensor pattern, int keep, int group) -> Tensor",
+    "grad_input_columns": (
+        "(Tensor grad, Tensor values, Tensor pattern, Tensor column_pattern, int keep, int group) -> Tensor"
+    ),
     "grad_weight": "(Tensor grad, Tensor x, Tensor pattern, int keep, int group) -> Tensor",
     "compress_columns": "(Tensor values, Tensor pattern, int keep, int group) -> (Tensor, Tensor)",
     "recompress_columns": (
@@ -54,6 +59,7 @@ compress = torch.ops.slope.compress.default
 expand = torch.ops.slope.expand.default
 linear = torch.ops.slope.linear.default
 grad_input = torch.ops.slope.grad_input.default
+grad_input_columns = torch.ops.slope.grad_input_columns.default
 grad_weight = torch.ops.slope.grad_weight.default
 compress_columns = torch.ops.slope.compress_columns.default
 recompress_columns = torch.ops.slope.recompress_columns.default
@@ -95,12 +101,15 @@ _DEFINITIONS = {
     "expand": _expand_definition,
     "linear": _linear_definition,
     "grad_input": reference.grad_input,
+    "grad_input_columns": reference.grad_input_columns,
     "grad_weight": reference.grad_weight,
     "compress_columns": reference.compress_columns,
     "recompress_columns": reference.recompress_columns,
 }
 for _name, _definition in _DEFINITIONS.items():
     _lib.impl(_name, _definition, "CompositeExplicitAutograd")
+for _name, _implementation in cpu_ops.IMPLEMENTATIONS.items():
+    _lib.impl(_name, _implementation, "CPU")
 
 
 # --- shapes, for fake tensors with symbolic sizes --------------------------------------------------------------------
@@ -130,6 +139,11 @@ def _(
 
 @torch.library.register_fake("slope::grad_input", lib=_lib)
 def _(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], values.shape[1] // keep * group)
+
+
+@torch.library.register_fake("slope::grad_input_columns", lib=_lib)
+def _(grad: Tensor, values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], values.shape[1] // keep * group)
 
 
@@ -186,9 +200,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[0] and ctx.double_pruned:
         if column_pattern is None:
             column_values, column_pattern = compress_columns(values, pattern, *ctx.nm)
+            grad_x = linear(grad, column_values, column_pattern, None, *ctx.nm)
         else:
-            column_values = recompress_columns(values, pattern, column_pattern, *ctx.nm)
-        grad_x = linear(grad, column_values, column_pattern, None, *ctx.nm)
+            grad_x = grad_input_columns(grad, values, pattern, column_pattern, *ctx.nm)
     elif ctx.needs_input_grad[0]:
         grad_x = grad_input(grad, values, pattern, *ctx.nm)
     if ctx.needs_input_grad[1]:
@@ -207,6 +221,18 @@ def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         None,
         None,
     )
+
+
+def _grad_input_columns_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_out, values, pattern, column_pattern = ctx.saved_tensors
+    grad_grad = grad_values = None
+    if ctx.needs_input_grad[0]:
+        column_values = recompress_columns(values, pattern, column_pattern, *ctx.nm)
+        grad_grad = grad_input(grad, column_values, column_pattern, *ctx.nm)
+    if ctx.needs_input_grad[1]:
+        column_grad = grad_weight(grad, grad_out, column_pattern, *ctx.nm)  # [K, N keep/group]
+        grad_values = _columns_adjoint(column_grad, pattern, column_pattern, *ctx.nm)
+    return grad_grad, grad_values, None, None, None, None
 
 
 def _grad_weight_backward(ctx: Any, grad_values: Tensor) -> tuple[Any, ...]:
@@ -250,6 +276,11 @@ for _name, _backward, _setup in (
     ("expand", _expand_backward, _save(expand, "pattern")),
     ("linear", _linear_backward, _linear_setup),
     ("grad_input", _grad_input_backward, _save(grad_input, "grad", "values", "pattern")),
+    (
+        "grad_input_columns",
+        _grad_input_columns_backward,
+        _save(grad_input_columns, "grad", "values", "pattern", "column_pattern"),
+    ),
     ("grad_weight", _grad_weight_backward, _save(grad_weight, "grad", "x", "pattern")),
     ("compress_columns", _compress_columns_backward, _compress_columns_setup),
     (

@@ -55,6 +55,14 @@ def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: 
     return torch.matmul(grad, expand(values, pattern, keep, group)).contiguous()
 
 
+def grad_input_columns(
+    grad: Tensor, values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int
+) -> Tensor:
+    """``dX = dY W^{R,C}``, double-pruned by a given column pattern uint8 ``[K, ceil(N / 8)]``."""
+    column_values = recompress_columns(values, pattern, column_pattern, keep, group)
+    return forward(grad, column_values, column_pattern, None, keep, group)
+
+
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """``dV = dY^T X`` at the kept positions only: grad ``[..., N]``, x ``[..., K]`` -> ``[N, K * keep / group]``."""
     dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])  # [N, M] @ [M, K] -> [N, K]

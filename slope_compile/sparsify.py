@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from slope_compile.config import LayerConfig, SlopeConfig
 from slope_compile.errors import ConversionError
+from slope_compile.kernels import cpu_library
 from slope_compile.kernels.masks import choose_mask
 from slope_compile.kernels.metadata import pack_mask
 from slope_compile.layers import LinearLayer, decide, linear_layers
@@ -95,6 +96,8 @@ def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
     for rule in config.unused([layer.path for layer, _ in decisions]):
         log.warning("sparsify_: %s matched no linear layer", rule)
     log.info("sparsify_: %d of %d linear layers are sparse now", len(report.sparse), len(report))
+    if any(layer.weight.device.type == "cpu" for layer, _ in chosen):
+        cpu_library.start_loading()  # compiled while the user builds the optimizer and reads data
     return report
 
 

@@ -59,11 +59,11 @@ inline float sum_lane(Lane v) {
 
 // sums[m] = W[n] . x[m] for M rows x [M, K].
 template <class T, int M> inline void dot_row(float* sums, const float* x, const T* v, const uint8_t* p, int64_t K) {
-  constexpr int CHAINS = M == 1 ? 4 : M == 2 ? 2 : 1;  // independent sums, to hide the latency of an addition
-  Lane s[M][CHAINS] = {};
   const int64_t whole = K / STEP * STEP;
   int64_t k = 0;
 #if defined(__AVX2__)
+  constexpr int CHAINS = M == 1 ? 4 : M == 2 ? 2 : 1;  // independent sums, to hide the latency of an addition
+  Lane s[M][CHAINS] = {};
   for (; k + CHAINS * STEP <= whole; k += CHAINS * STEP) {
     __builtin_prefetch(reinterpret_cast<const char*>(v + k / 2) + PREFETCH);
     for (int c = 0; c < CHAINS; c++) {
@@ -135,13 +135,12 @@ int forward_few(int threads, Matrix<T> a, const T* values, const uint8_t* patter
 
 // dX [M, K] = dY [M, N] W: each row of W is read once and added, times dY[m, n], to row m.  Threads share out columns.
 template <class T>
-int grad_input_few(int threads, Matrix<T> a, const T* values, const uint8_t* pattern, const uint8_t* column_pattern,
-                   T* dx, int64_t M, int64_t N, int64_t K) {
+int grad_input_few(int threads, Matrix<T> a, const T* values, const uint8_t* pattern, T* dx, int64_t M, int64_t N,
+                   int64_t K) {
   const float* g = float_rows(shared_a, a, M, N);
   float* sums = shared_b.floats(std::max<int64_t>(1, M * ceil_div(K, 8) * 8));  // [M, K rounded up to 8]
   if (g == nullptr || sums == nullptr) return 1;
   const int64_t size = block_size(K, threads, 1 << 20, 64), width = (K + 7) / 8, padded = width * 8;
-  const int64_t column_width = (N + 7) / 8;
   parallel(threads, ceil_div(K, size), [&](int64_t begin, int64_t end) {
     const int64_t k0 = begin * size, k1 = std::min(K, end * size);
     for (int64_t m = 0; m < M; m++) std::fill(sums + m * padded + k0, sums + m * padded + ceil_div(k1, 8) * 8, 0.0f);
@@ -149,10 +148,7 @@ int grad_input_few(int threads, Matrix<T> a, const T* values, const uint8_t* pat
       const T* v = values + n * (K / 2);
       const uint8_t* p = pattern + n * width;
       for (int64_t k = k0; k < k1; k += 8) {
-        Vec8 w = expand8(k + 8 <= K ? load_values(v + k / 2) : load_values(v + k / 2, 2), p[k / 8]);
-        if (column_pattern != nullptr)
-          for (int64_t c = 0; c < std::min<int64_t>(8, K - k); c++)
-            if (!(column_pattern[(k + c) * column_width + n / 8] >> (n % 8) & 1)) w[c] = 0;
+        const Vec8 w = expand8(k + 8 <= K ? load_values(v + k / 2) : load_values(v + k / 2, 2), p[k / 8]);
         for (int64_t m = 0; m < M; m++) {
           float* to = sums + m * padded + k;
           store8(to, load8(to) + w * g[m * N + n]);

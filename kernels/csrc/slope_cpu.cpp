@@ -106,7 +106,8 @@ EXPORT int slope_cpu_grad_input(int dtype, int threads, const void* grad, int64_
     using T = std::remove_pointer_t<decltype(type)>;
     const Matrix<T> a{static_cast<const T*>(grad), g_stride_m, g_stride_n};
     const T* v = static_cast<const T*>(values);
-    if (M <= 2) return grad_input_few(threads, a, v, pattern, column_pattern, static_cast<T*>(dx), M, N, K);
+    if (M <= 2 && column_pattern == nullptr)
+      return grad_input_few(threads, a, v, pattern, static_cast<T*>(dx), M, N, K);
     return product(threads, a, M, N, Matrix<T>{}, static_cast<const T*>(nullptr), 0, static_cast<const T*>(nullptr),
                    static_cast<T*>(dx), K, ColumnLists<T>{v, pattern, column_pattern, N, K});
   });

@@ -49,6 +49,10 @@ CALLS: dict[str, tuple[Any, Callable[[Problem], tuple[Any, ...]]]] = {
         lambda p: (leaf(p.x), leaf(p.values), p.pattern, None, *p.ints, True, columns(p)),
     ),
     "grad_input": (ops.grad_input, lambda p: (leaf(p.grad), leaf(p.values), p.pattern, *p.ints)),
+    "grad_input_columns": (
+        ops.grad_input_columns,
+        lambda p: (leaf(p.grad), leaf(p.values), p.pattern, columns(p), *p.ints),
+    ),
     "grad_weight": (ops.grad_weight, lambda p: (leaf(p.grad), leaf(p.x), p.pattern, *p.ints)),
     "compress_columns": (ops.compress_columns, lambda p: (leaf(p.values), p.pattern, *p.ints)),
     "recompress_columns": (
