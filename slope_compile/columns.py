@@ -1,20 +1,24 @@
 """Stored column patterns of W^{R,C}: who refreshes them, and when.
 
-A stock training loop tells nobody that it took an optimizer step.  But an optimizer updates weights in place, and
-every in-place update raises a tensor's version counter.  So the compiled function looks, before each training forward,
-whether a weight's version differs from the one it saw last: if so, a step has been taken since.  Micro-batches of
-gradient accumulation and recomputed forwards see the same version and do not count.  The count (``column_age``) and
-the pattern are updated in place, outside the compiled graph, so that saved addresses stay valid.
+A stock training loop tells nobody that it took an optimizer step.  Two things give it away: an optimizer updates
+weights in place, which raises a tensor's version counter, and every ``torch.optim.Optimizer`` calls the hooks of
+``register_optimizer_step_post_hook``.  Neither is enough: fused optimizers leave the counter alone, and not every
+optimizer is a ``torch.optim`` one.  So the compiled function looks, before each training forward, whether a weight's
+version or its number of hooked steps differs from what it saw last: if so, a step has been taken since.  Micro-batches
+of gradient accumulation and recomputed forwards see the same and do not count.  The count (``column_age``) and the
+pattern are updated in place, outside the compiled graph, so that saved addresses stay valid.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_compile.errors import ConversionError
@@ -24,8 +28,24 @@ from slope_compile.passes.graph import Region, attribute, regions
 from slope_compile.pattern import Pattern
 
 _seen = WeakTensorKeyDictionary()
-"""column_age tensor -> version of the weight when it was last looked at.  Ephemeral, keyed by identity: models do not
+"""column_age tensor -> state of the weight when it was last looked at.  Ephemeral, keyed by identity: models do not
 share entries, and a fresh entry (a resumed run, a copied model) only means that one step is taken as done."""
+
+_steps = WeakTensorKeyDictionary()
+"""Weight with stored columns -> optimizer steps that reported themselves since it was first looked at."""
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Have every optimizer of ``torch.optim`` report its steps; once in a process, and only when there is a use."""
+    register_optimizer_step_post_hook(torch.compiler.disable(_count_step))
+
+
+def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight in _steps:
+                _steps[weight] += 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +64,20 @@ class StoredColumns:
     interval: int
 
     def before_forward(self) -> None:
-        """Count an optimizer step if there was one since the last call, and refresh when the interval is over."""
-        version = self.weight._version
-        if _seen.get(self.column_age) == version:
+        """Count an optimizer step if there was one since the last call, and refresh when the interval is over.
+
+        The first training forward picks too: the model may have been loaded, or trained elsewhere, in the meantime.
+        """
+        _watch_optimizers()
+        state = self._state()
+        if _seen.get(self.column_age) == state:
             return
-        _seen[self.column_age] = version
-        self.column_age.add_(1)
-        if int(self.column_age) >= self.interval:
+        age = int(self.column_age)
+        if age < 0 or age + 1 >= self.interval:
             self.refresh()
+        else:
+            self.column_age.add_(1)
+            _seen[self.column_age] = state
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -59,6 +85,11 @@ class StoredColumns:
         _, picked = ops.compress_columns(self.values(), self.pattern, self.nm.keep, self.nm.group)
         self.column_pattern.copy_(picked)
         self.column_age.zero_()
+        _seen[self.column_age] = self._state()
+
+    def _state(self) -> tuple[int, int]:
+        """Differs after every optimizer step."""
+        return self.weight._version, _steps.setdefault(self.weight, 0)
 
 
 def before_training_forward(stored: Iterable[StoredColumns]) -> None:
