@@ -7,8 +7,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
+from slope_compile.graph_state import ADAPTER_A, ADAPTER_B, ADAPTER_SCALE, COLUMN_PATTERN, PATTERN, VALUES
 from slope_compile.layers import linear_layers
+
+Groups = dict[int, tuple[str, str]]
+"""id of a tensor -> group (``linears``, ``adapters``, ``rest``) and kind (``weights``, ``metadata``, ...)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +54,13 @@ def training_state(
     Call it between ``backward()`` and ``zero_grad()`` to see the gradients.  Activations are not part of it.
 
     Args:
-        model: any module.
+        model: any module, also a transformed GraphModule.
         optimizer: whose state to count; None counts none.
         paths: module paths of the linears to count apart; default are the prepared ones.  Give the sparse paths of a
             report to measure the same linears of a dense model.
     """
     wanted = None if paths is None else set(paths)
-    groups: dict[int, tuple[str, str]] = {}  # id of tensor -> (group, kind)
+    groups = _groups_of_graph(model, wanted) if isinstance(model, GraphModule) else {}
     for layer in linear_layers(model):
         if layer.low_rank is not None:
             groups |= {id(p): ("adapters", "weights") for p in layer.low_rank.parameters()}
@@ -67,10 +72,13 @@ def training_state(
     counted: dict[str, dict[str, int]] = {"linears": {}, "adapters": {}, "rest": {}}
     seen: set[int] = set()
 
-    def count(tensor: object, group: str, kind: str) -> None:
-        if not isinstance(tensor, Tensor):
+    def count(item: object, group: str, kind: str) -> None:
+        if isinstance(item, list | tuple | dict):  # L-BFGS keeps lists of tensors
+            for part in item.values() if isinstance(item, dict) else item:
+                count(part, group, kind)
+        if not isinstance(item, Tensor):
             return
-        storage = tensor.untyped_storage()
+        storage = item.untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)
             counted[group][kind] = counted[group].get(kind, 0) + storage.nbytes()
@@ -80,6 +88,22 @@ def training_state(
         group, kind = groups.get(id(tensor), ("rest", "weights"))
         count(tensor, group, kind)
         count(tensor.grad, group, "gradients")
-        for item in state.get(tensor, {}).values():
-            count(item, group, "moments")
+        count(state.get(tensor), group, "moments")
     return TrainingState(**{group: StateBytes(**kinds) for group, kinds in counted.items()})
+
+
+def _groups_of_graph(module: GraphModule, wanted: set[str] | None) -> Groups:
+    """The state of a transformed graph, by the names of ``graph_state``."""
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    groups: Groups = {}
+    for name in tensors:
+        prefix = name.removesuffix(VALUES)
+        if prefix == name or prefix + PATTERN not in tensors:
+            continue
+        roles = {ADAPTER_A: ("adapters", "weights"), ADAPTER_B: ("adapters", "weights")}
+        roles[ADAPTER_SCALE] = ("adapters", "metadata")
+        if wanted is None or (prefix.rpartition(".")[0] or prefix) in wanted:
+            roles |= {VALUES: ("linears", "weights"), PATTERN: ("linears", "metadata")}
+            roles[COLUMN_PATTERN] = ("linears", "metadata")
+        groups |= {id(tensors[prefix + suffix]): role for suffix, role in roles.items() if prefix + suffix in tensors}
+    return groups
