@@ -69,6 +69,8 @@ class Select(PassBase):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         found = regions(graph_module)
+        for node in (n for region in found for n in region.graph.nodes):
+            node.meta.pop(META, None)  # notes of an earlier run, on a graph that was transformed before
         sites = [_site(region, n) for region in found for n in region.graph.nodes if _is_site(region, n)]
         judge = _Judge(self.context, found, sites)
         selected = 0

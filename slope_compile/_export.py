@@ -73,7 +73,11 @@ class ExportedWeights:
 
 
 def rebuild(program: ExportedProgram, module: GraphModule, weights: ExportedWeights) -> ExportedProgram:
-    """The program with the rewritten graph; dense weights that nothing reads any more are dropped."""
+    """The program with the rewritten graph; dense weights that nothing reads any more are dropped.
+
+    What is left of the program's state is copied (tied tensors stay tied): the result is there to be trained, and an
+    exported program shares its state with the model that it came from.
+    """
     for node in [n for n in module.graph.nodes if n.op == "placeholder"]:
         spec = weights.specs[node]
         replaced = spec.target is not None and f"{spec.target}{VALUES}" in weights.state
@@ -81,6 +85,8 @@ def rebuild(program: ExportedProgram, module: GraphModule, weights: ExportedWeig
             module.graph.erase_node(node)
             assert spec.target is not None
             del weights.state[spec.target]
+    memo: dict[int, object] = {}
+    state = {n: copy.deepcopy(t, memo) if n in program.state_dict else t for n, t in weights.state.items()}
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     for node in placeholders:
         weights.specs[node].arg.name = node.name
@@ -94,7 +100,7 @@ def rebuild(program: ExportedProgram, module: GraphModule, weights: ExportedWeig
         root=module,
         graph=module.graph,
         graph_signature=ExportGraphSignature([weights.specs[n] for n in placeholders], outputs),
-        state_dict=weights.state,
+        state_dict=state,
         range_constraints=copy.deepcopy(program.range_constraints),
         module_call_graph=list(program.module_call_graph),
         example_inputs=program.example_inputs,

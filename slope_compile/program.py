@@ -31,10 +31,11 @@ def transform(
 ) -> ExportedProgram | GraphModule:
     """Make the linears of a graph sparse, with compressed state in the result.
 
-    The argument is not changed.  The result's parameters are the compressed values (names: ``graph_state``); an
-    ExportedProgram can be saved, loaded and run with ``slope_compile`` imported, and is trainable through
-    ``.module()``; a GraphModule is trainable as it is.  Adapters (``adapter_rank``) are part of the state and off;
-    :func:`~slope_compile.schedule.set_adapters` or an ``AdapterSchedule`` inserts their nodes in a GraphModule.
+    The argument is not changed, and the result shares no parameter with it.  The result's parameters are the
+    compressed values (names: ``graph_state``); an ExportedProgram can be saved, loaded and run with ``slope_compile``
+    imported, and is trainable through ``.module()``; a GraphModule is trainable as it is.  Adapters (``adapter_rank``)
+    are part of the state and off; :func:`~slope_compile.schedule.set_adapters` or an ``AdapterSchedule`` inserts their
+    nodes in a GraphModule.
 
     With ``backward="double_pruned"`` and a column pattern that is stored (``column_refresh`` a number or "never"), the
     pattern is refreshed by :func:`~slope_compile.columns.refresh_columns_`: a graph has nobody who counts steps.
