@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,16 +27,17 @@ def state_bytes(program: torch.export.ExportedProgram) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/export", help="folder for the saved programs")
+    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--steps", type=int, default=30, help="training steps on the loaded program")
-    arguments = parser.parse_args()
-    folder = Path(arguments.out)
+    given = parser.parse_args(arguments)
+    folder = Path(given.out)
     folder.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(0)
-    model = GPT(GPTConfig(layers=2, width=128, heads=4, context=64))
+    model = GPT(GPTConfig(layers=2, width=given.width, heads=4, context=64))
     tokens = torch.randint(0, 256, (4, 64))
     batch = Dim("batch", min=1, max=1024)
     inputs = (tokens, tokens.roll(-1, dims=1))
@@ -59,10 +61,10 @@ def main() -> None:
 
     # Training it is a plain loop; the schedule inserts the adapter nodes in the loaded graph near the end.
     optimizer = torch.optim.AdamW(loaded.parameters(), lr=3e-3)
-    schedule = slope.AdapterSchedule(loaded, total_steps=arguments.steps, fraction=0.2)
+    schedule = slope.AdapterSchedule(loaded, total_steps=given.steps, fraction=0.2)
     nodes = len(loaded.graph.nodes)
     losses = []
-    for _ in range(arguments.steps):
+    for _ in range(given.steps):
         loss = loaded(*inputs)
         loss.backward()
         optimizer.step()
@@ -70,7 +72,7 @@ def main() -> None:
         schedule.step()
         losses.append(float(loss.detach()))
     assert math.isfinite(losses[-1])
-    print(f"\ntrained the loaded program: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {arguments.steps} steps")
+    print(f"\ntrained the loaded program: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {given.steps} steps")
     print(f"adapters came on after step {schedule.start_step}: {nodes} -> {len(loaded.graph.nodes)} graph nodes")
 
 

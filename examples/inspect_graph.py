@@ -10,7 +10,7 @@ products, low-rank adapters and dense linears in colours of their own, everythin
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -110,7 +110,7 @@ def draw(axes: Axes, module: GraphModule, title: str) -> None:
     axes.set_axis_off()
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--width", type=int, default=64)
@@ -119,17 +119,17 @@ def main() -> None:
     parser.add_argument("--adapter-rank", type=int, default=4)
     parser.add_argument("--adapters", action="store_true", help="draw the graph with the adapters on")
     parser.add_argument("--out", default="runs/inspect/graph.svg", help="drawing, .svg or .png")
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
 
     torch.manual_seed(0)
-    model = GPT(GPTConfig(layers=arguments.layers, width=arguments.width, heads=arguments.heads, context=32))
+    model = GPT(GPTConfig(layers=given.layers, width=given.width, heads=given.heads, context=32))
     tokens = torch.randint(0, 256, (2, 32))
     targets = torch.randint(0, 256, (2, 32))
     before = torch.export.export(model, (tokens, targets)).module()
-    config = slope.SlopeConfig(pattern=arguments.pattern, adapter_rank=arguments.adapter_rank)
+    config = slope.SlopeConfig(pattern=given.pattern, adapter_rank=given.adapter_rank)
     assert isinstance(before, GraphModule)
     after = slope.transform(before, config)
-    if arguments.adapters:
+    if given.adapters:
         slope.set_adapters(after, True)
 
     headers = ("node", "weight", "N x K", "pattern", "density", "density W^{R,C}", "decision", "reason")
@@ -144,9 +144,10 @@ def main() -> None:
     figure.legend(
         handles=[Patch(color=colour, label=name) for name, colour in COLOURS.items()], loc="lower center", ncols=4
     )
-    path = Path(arguments.out)
+    path = Path(given.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with plt.rc_context({"svg.fonttype": "none"}):  # text stays text, which can be searched
+        figure.savefig(path, dpi=110)
     print(f"drawing: {path}")
 
 
