@@ -1,6 +1,7 @@
 """When the 2:4 kernels are used on a CPU, and when a dense product with the expanded weight is.
 
-The rule comes from interleaved measurements (``python -m benchmarks run --suite cpu``).  In float32 and float16 a 2:4
+A machine on which ``slope-compile tune`` has run goes by what was measured there.  Elsewhere a rule decides, which
+comes from interleaved measurements (``python -m benchmarks run --suite cpu``): in float32 and float16 a 2:4
 kernel beats expanding at every M but for the weight gradient of a handful of tokens.  In bfloat16 that holds where
 PyTorch has no bfloat16 instructions to use; where it has (AVX512_BF16), its dense product runs at twice the rate of
 float32, and the 2:4 kernels, which add up in float32, only win while they are bound by memory.
@@ -9,6 +10,8 @@ float32, and the 2:4 kernels, which add up in float32, only win while they are b
 from __future__ import annotations
 
 import torch
+
+from slope_compile.kernels import cpu_tuning
 
 FEW_TOKENS = 16
 """Below: memory-bound forward products; weight gradients whose set-up is most of the work."""
@@ -23,6 +26,10 @@ def sparse(op: str, M: int, dtype: torch.dtype, isa: str) -> bool:
         dtype: of activations and weight.
         isa: level of the library, see ``cpu_build``.
     """
+    table = cpu_tuning.load(isa, torch.get_num_threads())
+    measured = None if table is None else table.sparse(op, M, dtype)
+    if measured is not None:
+        return measured
     if dtype is torch.bfloat16 and isa == "avx512_bf16":
         return op == "forward" and M < FEW_TOKENS
     return op != "grad_weight" or M >= FEW_TOKENS

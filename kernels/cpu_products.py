@@ -1,0 +1,184 @@
+"""The products and conversions of 2:4 weights by the CPU library, called with tensors.
+
+Nothing here decides anything: ``sparse`` says whether a product runs on compressed weights or as PyTorch's dense one on
+the expanded weight.  Tensors must be on the CPU, of one dtype in ``CODES``, and fit together; layouts are any.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slope_compile.kernels.cpu_library import CpuLibrary
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""dtype -> its number in the C interface."""
+
+
+def forward(
+    library: CpuLibrary, sparse: bool, x: Tensor, values: Tensor, pattern: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The forward product by the 2:4 kernel, or by a dense one with the expanded weight."""
+    if not sparse:
+        return torch.nn.functional.linear(x, expand(library, values, pattern), bias).contiguous()
+    N, K = values.shape[0], values.shape[1] * 2
+    rows = x.reshape(-1, K)
+    values, pattern = values.contiguous(), pattern.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(*x.shape[:-1], N)
+    status = library.forward(
+        CODES[x.dtype],
+        torch.get_num_threads(),
+        rows.data_ptr(),
+        *rows.stride(),
+        values.data_ptr(),
+        pattern.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None,
+        None,
+        0,
+        y.data_ptr(),
+        rows.shape[0],
+        N,
+        K,
+    )
+    check(status, "slope::linear", rows.shape[0], N, K)
+    return y
+
+
+def grad_input(
+    library: CpuLibrary, sparse: bool, grad: Tensor, values: Tensor, pattern: Tensor, column_pattern: Tensor | None
+) -> Tensor:
+    """The input gradient by the 2:4 kernel or by a dense one; exact without a column pattern."""
+    N, K = values.shape[0], values.shape[1] * 2
+    if not sparse and column_pattern is None:
+        return torch.matmul(grad, expand(library, values, pattern)).contiguous()
+    if not sparse and column_pattern is not None:
+        column_values = recompress_columns(library, values, pattern, column_pattern)
+        return torch.nn.functional.linear(grad, expand(library, column_values, column_pattern)).contiguous()
+    rows = grad.reshape(-1, N)
+    values, pattern = values.contiguous(), pattern.contiguous()
+    column_pattern = None if column_pattern is None else column_pattern.contiguous()
+    dx = grad.new_empty(*grad.shape[:-1], K)
+    status = library.grad_input(
+        CODES[grad.dtype],
+        torch.get_num_threads(),
+        rows.data_ptr(),
+        *rows.stride(),
+        values.data_ptr(),
+        pattern.data_ptr(),
+        None if column_pattern is None else column_pattern.data_ptr(),
+        dx.data_ptr(),
+        rows.shape[0],
+        N,
+        K,
+    )
+    check(status, "slope::grad_input", rows.shape[0], N, K)
+    return dx
+
+
+def grad_weight(library: CpuLibrary, sparse: bool, grad: Tensor, x: Tensor, pattern: Tensor) -> Tensor:
+    """The compressed weight gradient by the 2:4 kernel, or compressed from a dense one."""
+    N, K = grad.shape[-1], x.shape[-1]
+    rows, inputs = grad.reshape(-1, N), x.reshape(-1, K)
+    if not sparse:
+        return compress(library, rows.t() @ inputs, pattern)
+    pattern = pattern.contiguous()
+    values_grad = grad.new_empty(N, K // 2)
+    status = library.grad_weight(
+        CODES[grad.dtype],
+        torch.get_num_threads(),
+        rows.data_ptr(),
+        *rows.stride(),
+        inputs.data_ptr(),
+        *inputs.stride(),
+        pattern.data_ptr(),
+        values_grad.data_ptr(),
+        0,
+        rows.shape[0],
+        N,
+        K,
+    )
+    check(status, "slope::grad_weight", rows.shape[0], N, K)
+    return values_grad
+
+
+def compress(library: CpuLibrary, weight: Tensor, pattern: Tensor) -> Tensor:
+    """Values ``[N, K / 2]`` of a dense ``[N, K]``."""
+    N, K = weight.shape
+    pattern = pattern.contiguous()
+    values = weight.new_empty(N, K // 2)
+    library.compress(
+        CODES[weight.dtype],
+        torch.get_num_threads(),
+        weight.data_ptr(),
+        *weight.stride(),
+        pattern.data_ptr(),
+        values.data_ptr(),
+        N,
+        K,
+    )
+    return values
+
+
+def expand(library: CpuLibrary, values: Tensor, pattern: Tensor) -> Tensor:
+    """Dense ``[N, K]`` of values ``[N, K / 2]``."""
+    N, K = values.shape[0], values.shape[1] * 2
+    values, pattern = values.contiguous(), pattern.contiguous()
+    dense = values.new_empty(N, K)
+    library.expand(
+        CODES[values.dtype],
+        torch.get_num_threads(),
+        values.data_ptr(),
+        pattern.data_ptr(),
+        dense.data_ptr(),
+        N,
+        K,
+    )
+    return dense
+
+
+def compress_columns(library: CpuLibrary, values: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
+    """The second pruning: column values ``[K, N / 2]`` and column pattern uint8 ``[K, ceil(N / 8)]``."""
+    N, K = values.shape[0], values.shape[1] * 2
+    values, pattern = values.contiguous(), pattern.contiguous()
+    column_values, column_pattern = values.new_empty(K, N // 2), pattern.new_empty(K, (N + 7) // 8)
+    library.compress_columns(
+        CODES[values.dtype],
+        torch.get_num_threads(),
+        values.data_ptr(),
+        pattern.data_ptr(),
+        column_values.data_ptr(),
+        column_pattern.data_ptr(),
+        N,
+        K,
+    )
+    return column_values, column_pattern
+
+
+def recompress_columns(library: CpuLibrary, values: Tensor, pattern: Tensor, column_pattern: Tensor) -> Tensor:
+    """Column values ``[K, N / 2]`` for a given column pattern."""
+    N, K = values.shape[0], values.shape[1] * 2
+    values, pattern, column_pattern = values.contiguous(), pattern.contiguous(), column_pattern.contiguous()
+    column_values = values.new_empty(K, N // 2)
+    library.recompress_columns(
+        CODES[values.dtype],
+        torch.get_num_threads(),
+        values.data_ptr(),
+        pattern.data_ptr(),
+        column_pattern.data_ptr(),
+        column_values.data_ptr(),
+        N,
+        K,
+    )
+    return column_values
+
+
+def check(status: int, name: str, M: int, N: int, K: int) -> None:
+    """Raise what a kernel's status says.
+
+    Raises:
+        MemoryError: the kernel found no memory for its working space.
+    """
+    if status:
+        raise MemoryError(f"{name}: no memory for the working space of M = {M}, N = {N}, K = {K}")

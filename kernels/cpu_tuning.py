@@ -1,0 +1,171 @@
+"""Which of two ways is faster on this machine, measured: the 2:4 kernel, or a dense product with the expanded weight.
+
+``slope-compile tune`` writes the answer beside the compiled library, under a name that says for which CPU, library
+level, number of threads and torch it holds; ``cpu_rules`` reads it.  Both ways give the same numbers to rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slope_compile.kernels import cpu_build, cpu_products, reference
+from slope_compile.kernels.cpu_library import CpuLibrary
+from slope_compile.kernels.masks import random_mask
+from slope_compile.kernels.metadata import pack_mask
+from slope_compile.log import log
+from slope_compile.pattern import Pattern
+
+OPS = ("forward", "grad_input", "grad_input_columns", "grad_weight")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENS = (1, 4, 16, 64, 256, 1024)
+SHAPES = ((768, 768), (3072, 768), (768, 3072))
+"""(N, K)"""
+
+ROUNDS = 7
+SLOW_SECONDS = 0.5
+"""A product that takes longer is measured once and not with more tokens: the winner will not change any more."""
+
+MARGIN = 0.97
+"""The kernel also wins a near tie: its alternative needs memory for the expanded weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One measured case."""
+
+    op: str
+    dtype: str
+    tokens: int
+    speedup: float
+    """Time of the dense way over time of the kernel, geometric mean over the shapes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What was measured with one number of threads."""
+
+    threads: int
+    entries: tuple[Entry, ...]
+
+    def sparse(self, op: str, M: int, dtype: torch.dtype) -> bool | None:
+        """Whether the kernel won at the number of tokens nearest to M (by ratio); None if nothing like it is there."""
+        near = [e for e in self.entries if e.op == op and DTYPES[e.dtype] is dtype]
+        if not near:
+            return None
+        return min(near, key=lambda e: abs(math.log(e.tokens / max(1, M)))).speedup >= MARGIN
+
+
+def table_path(isa: str, threads: int) -> Path:
+    """Where the table of this machine lies."""
+    machine = (platform.machine(), platform.processor(), " ".join(sorted(cpu_build.cpu_features())), torch.__version__)
+    digest = hashlib.sha256("\0".join(machine).encode()).hexdigest()[:16]
+    return cpu_build.cache_folder() / f"tuned-{isa}-{threads}-{digest}.json"
+
+
+def save(table: Table, isa: str) -> Path:
+    """Write a table; the running process uses it from now on."""
+    path = table_path(isa, table.threads)
+    text = json.dumps({"threads": table.threads, "entries": [dataclasses.asdict(e) for e in table.entries]}, indent=1)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    os.replace(temporary, path)
+    load.cache_clear()
+    return path
+
+
+@functools.lru_cache(maxsize=16)
+def load(isa: str, threads: int) -> Table | None:
+    """The table of this machine, if it was ever tuned with this number of threads."""
+    try:
+        data = json.loads(table_path(isa, threads).read_text())
+        return Table(int(data["threads"]), tuple(Entry(**entry) for entry in data["entries"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be read (%s); run `slope-compile tune` again", table_path(isa, threads), error)
+        return None
+
+
+def measure(library: CpuLibrary) -> Iterator[Entry]:
+    """Measure every case with the current number of threads; some minutes."""
+    for name, dtype in DTYPES.items():
+        too_slow = set()
+        problems = [_Problem(N, K, dtype) for N, K in SHAPES]
+        for tokens in TOKENS:
+            for op in OPS:
+                if op in too_slow:
+                    continue
+                ratios = []
+                for problem in problems:
+                    kernel, dense = problem.ways(library, op, tokens)
+                    ratio, slowest = _compare(kernel, dense)
+                    ratios.append(ratio)
+                    if slowest > SLOW_SECONDS:
+                        too_slow.add(op)
+                        break
+                yield Entry(op, name, tokens, statistics.geometric_mean(ratios))
+
+
+class _Problem:
+    """One weight, in both forms."""
+
+    def __init__(self, N: int, K: int, dtype: torch.dtype) -> None:
+        self.N, self.K, self.dtype = N, K, dtype
+        self.generator = torch.Generator().manual_seed(0)
+        nm = Pattern(2, 4)
+        self.pattern = pack_mask(random_mask(N, K, nm, seed=0, path="tune"))
+        self.values = self.numbers(N, K // 2)
+        self.column_values, self.column_pattern = reference.compress_columns(self.values, self.pattern, 2, 4)
+
+    def numbers(self, *sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=self.generator).to(self.dtype)
+
+    def ways(self, library: CpuLibrary, op: str, M: int) -> tuple[Callable[[], object], Callable[[], object]]:
+        """The kernel and its dense alternative on M fresh random tokens, as ``cpu_ops`` chooses between them."""
+        x, grad = self.numbers(M, self.K), self.numbers(M, self.N)
+        calls: dict[str, Callable[[bool], object]] = {
+            "forward": lambda sparse: cpu_products.forward(library, sparse, x, self.values, self.pattern, None),
+            "grad_input": lambda sparse: cpu_products.grad_input(
+                library, sparse, grad, self.values, self.pattern, None
+            ),
+            "grad_input_columns": lambda sparse: cpu_products.grad_input(
+                library, sparse, grad, self.values, self.pattern, self.column_pattern
+            ),
+            "grad_weight": lambda sparse: cpu_products.grad_weight(library, sparse, grad, x, self.pattern),
+        }
+        call = calls[op]
+        return (lambda: call(True)), (lambda: call(False))
+
+
+def _compare(kernel: Callable[[], object], dense: Callable[[], object]) -> tuple[float, float]:
+    """(time of dense over time of kernel, longest time), medians of interleaved rounds."""
+
+    def seconds(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    first = seconds(kernel), seconds(dense)  # also the warm-up
+    if max(first) > SLOW_SECONDS:
+        return first[1] / first[0], max(first)
+    rounds = []
+    for i in range(ROUNDS):
+        pair = [(kernel, dense), (dense, kernel)][i % 2]
+        times = dict(zip(pair, (seconds(pair[0]), seconds(pair[1])), strict=True))
+        rounds.append(times[dense] / times[kernel])
+    return statistics.median(rounds), max(first)

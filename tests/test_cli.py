@@ -1,0 +1,88 @@
+"""The command ``slope-compile``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import slope_compile
+from slope_compile import cli
+from slope_compile.kernels import cpu_library, cpu_tuning
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Tables go to a folder of the test."""
+    monkeypatch.setattr("slope_compile.kernels.cpu_build.cache_folder", lambda: tmp_path)
+    cpu_tuning.load.cache_clear()
+    yield tmp_path
+    cpu_tuning.load.cache_clear()
+
+
+def test_doctor(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for part in (slope_compile.__version__, torch.__version__, "CPU kernels", "C++ compiler", "slope-compile tune"):
+        assert part in text
+    if (library := cpu_library.load()) is not None:
+        assert library.isa in text
+        assert "grad_input_columns" in text
+
+
+def test_doctor_without_a_library(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("slope_compile.kernels.cpu_library.load", lambda: None)
+    monkeypatch.setattr("slope_compile.kernels.cpu_build.find_compiler", lambda: None)
+    assert cli.main(["doctor"]) == 0
+    assert "none: install g++ 11" in capsys.readouterr().out
+    assert cli.main(["tune"]) == 1
+    assert "no CPU kernels to measure" in capsys.readouterr().err
+
+
+def test_tune(own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if (library := cpu_library.load()) is None:
+        pytest.skip("no CPU library: no C++ compiler, or switched off")
+    monkeypatch.setattr(cpu_tuning, "TOKENS", (1, 20))
+    monkeypatch.setattr(cpu_tuning, "SHAPES", ((16, 24),))
+    before = torch.get_num_threads()
+    assert cli.main(["tune", "--threads", "2"]) == 0
+    assert torch.get_num_threads() == before
+    table = cpu_tuning.load(library.isa, 2)
+    assert table is not None
+    assert {e.op for e in table.entries} == set(cpu_tuning.OPS)
+    out = capsys.readouterr().out
+    assert str(own_cache) in out
+    assert "grad_weight" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param([], "COMMAND", id="no command"),
+        pytest.param(["tun"], "invalid choice: 'tun'", id="unknown"),
+    ],
+)
+def test_wrong_calls(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_negative_number_of_threads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune", "--threads", "-1"]) == 2
+    assert "--threads" in capsys.readouterr().err
+
+
+def test_a_wrong_variable_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpu_library.VARIABLE, "sse9")
+    done = subprocess.run(
+        [sys.executable, "-m", "slope_compile.cli", "doctor"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert cpu_library.VARIABLE in line
+    assert "sse9" in line
