@@ -14,10 +14,12 @@ void compress(int threads, const U* dense, int64_t stride_n, int64_t stride_k, c
   parallel(threads, N, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++)
       for (int64_t j = 0; j < width; j++) {
-        const auto& at = tables.kept[pattern[n * width + j]];
+        const bool whole = 8 * j + 8 <= K;
+        const int count = whole ? 4 : 2;
+        // The last byte of a row may have four columns only: nothing beyond them is read, whatever its upper bits say.
+        const auto& at = tables.kept[pattern[n * width + j] & (whole ? 255 : 15)];
         const U* from = dense + n * stride_n + 8 * j * stride_k;
         U* to = values + n * (K / 2) + 4 * j;
-        const int count = 8 * j + 8 <= K ? 4 : 2;
         for (int e = 0; e < count; e++) to[e] = from[at[e] * stride_k];
       }
   });

@@ -11,10 +11,11 @@ namespace slope {
 constexpr int64_t FEW = 8;
 constexpr int64_t PREFETCH = 2048;  // bytes ahead of the one stream of values
 
-// Contiguous float rows [M, K] of a, in place if they are that already.
+// Contiguous float rows [M, K] of a, in place if they are that already.  An empty tensor has no address; nullptr says
+// that there is no memory.
 template <class T> const float* float_rows(Scratch& scratch, Matrix<T> a, int64_t M, int64_t K) {
   if constexpr (std::is_same_v<T, float>)
-    if (a.columns == 1 && (a.rows == K || M == 1)) return a.data;
+    if (a.data != nullptr && a.columns == 1 && (a.rows == K || M == 1)) return a.data;
   float* rows = scratch.floats(std::max<int64_t>(1, M * K));
   if (rows != nullptr)
     for (int64_t m = 0; m < M; m++) {

@@ -3,7 +3,8 @@
 // Letters: M tokens, N out_features, K in_features; W [N, K], 2:4 along K, stored as values [N, K / 2] and pattern
 // uint8 [N, ceil(K / 8)] (pattern.h).  Sizes and strides are in elements.  dtype: 0 float32, 1 bfloat16, 2 float16;
 // every product adds up in float32.  Each function returns 0, 1 if there is no memory, or 2 for an unknown dtype.
-// The metadata must be legal: check it with slope_cpu_illegal_groups.
+// The metadata should be legal (slope_cpu_illegal_groups): with any other bytes the results mean nothing, but nothing out
+// of bounds is read or written.
 #include <bit>
 #include <type_traits>
 
