@@ -150,7 +150,8 @@ class Job:
         curves = {kind: Curves.from_dict(self.states[kind]["curves"]) for kind in done}
         print(results.table(done))
         results.plot(curves, out / "loss.png")
-        results.write_json(out / "results.json", self.settings, done, curves, self.device, self.place.compile)
+        place = self.place
+        results.write_json(out / "results.json", self.settings, done, curves, self.device, place.threads, place.compile)
         print(f"Written: {out / 'loss.png'}, {out / 'results.json'}, {self.place.checkpoint}")
 
     def _train(self, run: Run, interrupt: Interrupt) -> None:

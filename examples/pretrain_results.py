@@ -152,6 +152,7 @@ def write_json(
     results: dict[Kind, Result],
     curves: dict[Kind, Curves],
     device: torch.device,
+    threads: int,
     compiled: bool,
 ) -> None:
     """Write settings, machine, versions, figures and curves."""
@@ -164,7 +165,7 @@ def write_json(
     }
     data = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": _command(settings, compiled),
+        "command": _command(settings, threads, compiled),
         "settings": dataclasses.asdict(settings),
         "machine": machine.describe(device) | {"threads": torch.get_num_threads()},
         "runs": runs,
@@ -179,14 +180,16 @@ def read_runs(data: dict[str, Any]) -> dict[Kind, Result]:
     return {kind: Result(**{name: data["runs"][kind]["result"][name] for name in names}) for kind in kinds}
 
 
-def _command(settings: Settings, compiled: bool) -> str:
-    """The command line with these settings; those at their defaults are left out."""
+def _command(settings: Settings, threads: int, compiled: bool) -> str:
+    """The command line with these settings; those at their defaults are left out (threads: 0)."""
     words = ["python", "examples/pretrain.py"]
     for field in dataclasses.fields(settings):
         name, value = "--" + field.name.replace("_", "-"), getattr(settings, field.name)
         if value == field.default:
             continue
         words += [name if value else f"--no{name[1:]}"] if isinstance(value, bool) else [name, str(value)]
+    if threads:
+        words += ["--threads", str(threads)]
     return shlex.join(words if compiled else [*words, "--no-compile"])
 
 

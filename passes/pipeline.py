@@ -36,7 +36,7 @@ def run_passes(graph_module: GraphModule, context: Context) -> GraphModule:
     except Exception as error:
         # PassManager wraps whatever a pass raises; a message meant for the user must reach the user.
         if isinstance(error.__cause__, SlopeError):
-            raise error.__cause__ from None
+            raise error.__cause__ from error.__cause__.__cause__
         raise
     module = result.graph_module
     assert isinstance(module, GraphModule)

@@ -70,7 +70,6 @@ class Sparsify(PassBase):
                 (x, values, pattern, bias, keep, group, double_pruned, column_pattern),
                 like=node,
             )
-        product.meta[META] = node.meta[META]
         replace(node, product)
         erase_unused(region, weight)
 

@@ -131,13 +131,13 @@ def test_demo_table(tmp_path: Path) -> None:
     }
     curves = {kind: Curves() for kind in done}
     path = tmp_path / "demo-some-cpu.json"
-    pretrain_results.write_json(path, settings, done, curves, torch.device("cpu"), compiled=False)
+    pretrain_results.write_json(path, settings, done, curves, torch.device("cpu"), threads=1, compiled=False)
     data = json.loads(path.read_text())
-    assert data["command"] == "python examples/pretrain.py --tied --steps 10 --no-compile"
+    assert data["command"] == "python examples/pretrain.py --tied --steps 10 --threads 1 --no-compile"
     assert data["machine"]["device"] == machine.cpu_name()
     assert pretrain_results.read_runs(data) == done
     section = readme.section(tmp_path)
-    assert "`python examples/pretrain.py --tied --steps 10 --no-compile`" in section
+    assert "`python examples/pretrain.py --tied --steps 10 --threads 1 --no-compile`" in section
     assert ["tokens/s, adapters off (median step)", "100", "150", "1.500"] in cells(section)
 
 
