@@ -96,7 +96,7 @@ def rebuild(program: ExportedProgram, module: GraphModule, weights: ExportedWeig
         if isinstance(node, Node) and hasattr(spec.arg, "name"):
             spec.arg.name = node.name
     module.recompile()
-    return ExportedProgram(
+    result = ExportedProgram(
         root=module,
         graph=module.graph,
         graph_signature=ExportGraphSignature([weights.specs[n] for n in placeholders], outputs),
@@ -107,3 +107,7 @@ def rebuild(program: ExportedProgram, module: GraphModule, weights: ExportedWeig
         constants=program.constants,
         verifiers=[program.verifier],
     )
+    # The constructor reads them off the shape environment, where torch 2.11 also notes the sizes of the example while
+    # fake tensors go through new nodes.  The rewrite asks nothing of sizes that the program did not ask already.
+    result._guards_code = list(program._guards_code)
+    return result

@@ -157,8 +157,9 @@ def test_compiled_equals_the_masked_reference(
 
 
 def test_through_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In float32: Inductor of torch 2.11 cannot compile this model in float64, dense or not.
     recording = record(monkeypatch)
-    dense, ids = dense_model(gpt2), torch.randint(3, VOCABULARY, (2, 7))
+    dense, ids = dense_model(gpt2).float(), torch.randint(3, VOCABULARY, (2, 7))
     model, compiled_model = compiled_way("B", dense, "inductor")
     logits = run(compiled_model, ids)
     check(recording, gpt2)
