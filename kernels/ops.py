@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_compile.kernels import cpu_ops, reference
+from slope_compile.kernels import cpu_ops, gpu_ops, reference
 from slope_compile.kernels._autocast import register_autocast
 
 _lib = torch.library.Library("slope", "DEF")
@@ -110,6 +110,8 @@ for _name, _definition in _DEFINITIONS.items():
     _lib.impl(_name, _definition, "CompositeExplicitAutograd")
 for _name, _implementation in cpu_ops.IMPLEMENTATIONS.items():
     _lib.impl(_name, _implementation, "CPU")
+for _name, _implementation in gpu_ops.IMPLEMENTATIONS.items():
+    _lib.impl(_name, _implementation, "CUDA")
 
 
 # --- shapes, for fake tensors with symbolic sizes --------------------------------------------------------------------

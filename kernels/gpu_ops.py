@@ -1,0 +1,154 @@
+"""The operators on CUDA tensors: Triton kernels where they should win, PyTorch's dense products where those should.
+
+Registered for CUDA over the definitions in ``reference``.  A call goes to the definition when the pattern is not 2:4,
+the dtype is not one of the kernels', or the kernels cannot be used on the device; the log says why, once.  Nothing of
+Triton is imported before the first call on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+
+import torch
+from torch import Tensor
+
+from slope_compile.kernels import gpu_rules, gpu_self_test, reference, triton_products
+from slope_compile.log import log
+
+OLDEST = (8, 0)
+"""Compute capability from which the kernels are compiled and checked."""
+
+
+@functools.lru_cache(maxsize=16)
+def _missing(device: torch.device) -> str | None:
+    """What the kernels lack on a device."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.version.hip is not None:
+        return "they are written for CUDA"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= OLDEST else f"its compute capability {capability} is below {OLDEST}"
+
+
+@functools.lru_cache(maxsize=16)
+def available(device: torch.device) -> bool:
+    """Whether Triton kernels can run on a device; the log says why not."""
+    missing = _missing(device)
+    if missing is not None:
+        log.warning("no Triton kernels on %s: %s; the plain PyTorch definitions are used", device, missing)
+    return missing is None
+
+
+@functools.lru_cache(maxsize=16)
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def usable(keep: int, group: int, *tensors: Tensor | None) -> bool:
+    """Whether the kernels apply to a call: 2:4, one dtype and device that they know, and they passed their test."""
+    if keep != 2 or group != 4:
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    device, dtype = given[0].device, given[0].dtype
+    if dtype not in triton_products.DTYPES or any((t.dtype, t.device) != (dtype, device) for t in given):
+        return False
+    if not available(device):
+        return False
+    # The first use compiles and compares, which a graph capture cannot record: warm up before, as PyTorch asks anyway.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing and (device, dtype) not in _tested:
+        return False
+    _tested.add((device, dtype))
+    return gpu_self_test.passes(device, dtype)
+
+
+_tested: set[tuple[torch.device, torch.dtype]] = set()
+"""For what the result of the self-test is known."""
+
+
+def tokens(x: Tensor) -> int:
+    """M of activations ``[..., features]``."""
+    return math.prod(x.shape[:-1])
+
+
+def _sparse(op: str, x: Tensor, N: int, K: int) -> bool:
+    return gpu_rules.sparse(op, tokens(x), N, K, x.dtype, _name(x.device))
+
+
+def expand(
+    values: Tensor,
+    pattern: Tensor,
+    keep: int,
+    group: int,
+    double_pruned: bool = False,
+    column_pattern: Tensor | None = None,
+    column_age: Tensor | None = None,
+    interval: int = 0,
+) -> Tensor:
+    """See :func:`reference.expand`; the last four arguments speak to the compiler only."""
+    if not usable(keep, group, values):
+        return reference.expand(values, pattern, keep, group)
+    return triton_products.expand(values, pattern)
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    bias: Tensor | None,
+    keep: int,
+    group: int,
+    double_pruned: bool = False,
+    column_pattern: Tensor | None = None,
+) -> Tensor:
+    """See :func:`reference.forward`."""
+    N, K = values.shape[0], values.shape[1] * 2
+    if not usable(keep, group, x, values, bias) or x.shape[-1] != K:
+        return reference.forward(x, values, pattern, bias, keep, group)
+    if _sparse("forward", x, N, K):
+        return triton_products.forward(x, values, pattern, bias)
+    return torch.nn.functional.linear(x, triton_products.expand(values, pattern), bias).contiguous()
+
+
+def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
+    """See :func:`reference.grad_input`."""
+    N, K = values.shape[0], values.shape[1] * 2
+    if not usable(keep, group, grad, values) or grad.shape[-1] != N:
+        return reference.grad_input(grad, values, pattern, keep, group)
+    if _sparse("grad_input", grad, N, K):
+        return triton_products.grad_input(grad, values, pattern)
+    return torch.matmul(grad, triton_products.expand(values, pattern)).contiguous()
+
+
+def grad_input_columns(
+    grad: Tensor, values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int
+) -> Tensor:
+    """See :func:`reference.grad_input_columns`: the entries that both patterns keep, read from the forward storage."""
+    N, K = values.shape[0], values.shape[1] * 2
+    if not usable(keep, group, grad, values) or grad.shape[-1] != N or N % 4:
+        return reference.grad_input_columns(grad, values, pattern, column_pattern, keep, group)
+    if _sparse("grad_input_columns", grad, N, K):
+        return triton_products.grad_input(grad, values, pattern, column_pattern)
+    return reference.grad_input_columns(grad, values, pattern, column_pattern, keep, group)
+
+
+def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
+    """See :func:`reference.grad_weight`."""
+    N, K = grad.shape[-1], x.shape[-1]
+    if not usable(keep, group, grad, x) or K % 4 or grad.shape[:-1] != x.shape[:-1]:
+        return reference.grad_weight(grad, x, pattern, keep, group)
+    if _sparse("grad_weight", x, N, K):
+        return triton_products.grad_weight(grad, x, pattern)
+    return reference.grad_weight(grad, x, pattern, keep, group)
+
+
+IMPLEMENTATIONS = {
+    "expand": expand,
+    "linear": linear,
+    "grad_input": grad_input,
+    "grad_input_columns": grad_input_columns,
+    "grad_weight": grad_weight,
+}
+"""Operator -> its implementation for CUDA tensors; those that are not here run their definition."""

@@ -1,0 +1,159 @@
+"""Launches of the Triton kernels, called with tensors.
+
+Nothing here decides anything.  2:4 only; the tensors of a call share a dtype out of ``DTYPES`` and a device: a GPU, or
+the CPU while Triton interprets (``TRITON_INTERPRET=1``, set before the first launch).  Activations may have any
+layout, with a copy where the features of a token lie apart; empty products are answered without a launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slope_compile.kernels import triton_configs
+from slope_compile.kernels.triton_configs import Config
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def _kernels() -> Any:
+    from slope_compile.kernels import triton_kernels
+
+    return triton_kernels
+
+
+def precision() -> str:
+    """How float32 is multiplied: TF32 where PyTorch's own products may use it, IEEE otherwise.  16 bits ignore it."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def forward(
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """``Y = X W^T + T B^T + bias``: x ``[..., K]`` -> contiguous ``[..., N]``.
+
+    Args:
+        low_rank: ``(T [..., R], B [N, R])``, for an adapter ``T = X A^T``; summed up with the product in float32.
+        config: tile sizes; the default ones without.
+    """
+    N, K = values.shape[0], values.shape[1] * 2
+    y = x.new_empty(*x.shape[:-1], N)
+    rows = _rows(x)
+    M = rows.shape[0]
+    t, b = (x, x) if low_rank is None else (low_rank[0].reshape(M, -1).contiguous(), low_rank[1].contiguous())
+    R = 0 if low_rank is None else b.shape[1]
+    if M * N == 0:
+        return y
+    if K == 0:
+        y.zero_()
+        if R:
+            y += (t @ b.t()).view_as(y)
+        return y if bias is None else y.add_(bias)
+    config = config or triton_configs.default("forward", M, x.dtype, _aligned(N, K, rows))
+    values, pattern = values.contiguous(), pattern.contiguous()
+    with _on(x):
+        _kernels().forward[(_tiles(M, config.BM) * _tiles(N, config.BN),)](
+            rows, values, pattern, x if bias is None else bias.contiguous(), t, b, y,
+            M, N, K, R, rows.stride(0), pattern.stride(0),
+            BM=config.BM, BN=config.BN, BK=config.BK, BR=16 if R <= 16 else 32,
+            HAS_BIAS=bias is not None, HAS_LOW_RANK=R > 0, EVEN=K % config.BK == 0, PRECISION=precision(),
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return y
+
+
+def grad_input(
+    grad: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    column_pattern: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """``dX = dY W``: grad ``[..., N]`` -> contiguous ``[..., K]``; with a column pattern that of ``W^{R,C}``."""
+    N, K = values.shape[0], values.shape[1] * 2
+    dx = grad.new_empty(*grad.shape[:-1], K)
+    rows = _rows(grad)
+    M = rows.shape[0]
+    if M * K == 0 or N == 0:
+        return dx.zero_()
+    config = config or triton_configs.default("grad_input", M, grad.dtype, _aligned(N, K, rows))
+    values, pattern = values.contiguous(), pattern.contiguous()
+    columns = pattern if column_pattern is None else column_pattern.contiguous()
+    with _on(grad):
+        _kernels().grad_input[(_tiles(M, config.BM) * _tiles(K, config.BK),)](
+            rows, values, pattern, columns, dx,
+            M, N, K, rows.stride(0), pattern.stride(0), columns.stride(0),
+            BM=config.BM, BN=config.BN, BK=config.BK,
+            HAS_COLUMNS=column_pattern is not None, EVEN=N % config.BN == 0,
+            TRANSPOSED=grad.dtype is torch.float32, PRECISION=precision(),
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return dx
+
+
+def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, config: Config | None = None) -> Tensor:
+    """``dV``: ``dY^T X`` at the kept positions; grad ``[..., N]``, x ``[..., K]`` -> ``[N, K / 2]``."""
+    N, K = grad.shape[-1], x.shape[-1]
+    M = math.prod(x.shape[:-1])
+    rows, inputs = _rows(grad), _rows(x)
+    values_grad = grad.new_empty(N, K // 2)
+    if N * K == 0 or M == 0:
+        return values_grad.zero_()
+    config = config or triton_configs.default("grad_weight", M, x.dtype, _aligned(N, K, rows, inputs))
+    pattern = pattern.contiguous()
+    with _on(grad):
+        _kernels().grad_weight[(_tiles(N, config.BN) * _tiles(K, config.BK),)](
+            rows, inputs, pattern, values_grad,
+            M, N, K, rows.stride(0), inputs.stride(0), pattern.stride(0),
+            BM=config.BM, BN=config.BN, BK=config.BK, EVEN=M % config.BM == 0, PRECISION=precision(),
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return values_grad
+
+
+def expand(values: Tensor, pattern: Tensor, config: Config | None = None) -> Tensor:
+    """Dense ``[N, K]`` of values ``[N, K / 2]``."""
+    N, K = values.shape[0], values.shape[1] * 2
+    dense = values.new_empty(N, K)
+    if N * K == 0:
+        return dense
+    config = config or triton_configs.default("expand", 0, values.dtype)
+    values, pattern = values.contiguous(), pattern.contiguous()
+    with _on(values):
+        _kernels().expand[(_tiles(N, config.BN) * _tiles(K, config.BK),)](
+            values, pattern, dense, N, K, pattern.stride(0),
+            BN=config.BN, BK=config.BK, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return dense
+
+
+def _rows(activations: Tensor) -> Tensor:
+    """``[M, features]`` with the features of a token side by side; other layouts are copied."""
+    rows = activations.reshape(math.prod(activations.shape[:-1]), activations.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _aligned(N: int, K: int, *activations: Tensor) -> bool:
+    """Whether every row, that of the pattern too, begins at a multiple of 16 elements."""
+    return N % 16 == 0 and K % 128 == 0 and all(rows.stride(0) % 16 == 0 for rows in activations)
+
+
+def _tiles(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

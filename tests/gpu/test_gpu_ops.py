@@ -1,0 +1,74 @@
+"""The operators on CUDA tensors, whichever way each call takes, and the self-test of the kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from problems import Shape, draw, draw_mask, every_dtype, packed
+from slope_compile.kernels import gpu_ops, gpu_rules, gpu_self_test, ops, reference, triton_products
+from slope_compile.pattern import Pattern
+from tolerances import UNIT_ROUNDOFF, relative_error
+from triton_interpreter import close_gaps, interpreting
+
+if interpreting():
+    close_gaps()
+    DEVICE = "cpu"
+else:
+    DEVICE = "cuda"
+    pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["kernel", "dense"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of every product, whatever the rule would say; on CPU tensors the device is said to be fit."""
+    monkeypatch.setattr(gpu_rules, "sparse", lambda *_: request.param == "kernel")
+    if DEVICE == "cpu":
+        monkeypatch.setattr(gpu_ops, "available", lambda _: True)
+        monkeypatch.setattr(gpu_ops, "_name", lambda _: "CPU")
+
+
+def assert_near(result: Tensor, truth: Tensor, scale: Tensor) -> None:
+    bound = 2.0 * UNIT_ROUNDOFF[result.dtype] + scale.numel() * 2.0**-24
+    assert relative_error(result.cpu(), truth, scale) <= bound
+
+
+@every_dtype
+@pytest.mark.usefixtures("way")
+def test_both_ways(dtype: torch.dtype) -> None:
+    p = draw(Pattern(2, 4), Shape((2, 5), 20, 9), dtype)
+    columns = packed(draw_mask(36, 20, p.nm))
+    # On a GPU through the dispatcher; interpreted, the functions that are registered for it.
+    table = ops if DEVICE == "cuda" else gpu_ops
+
+    def check(name: str, *arguments: Tensor | None) -> None:
+        moved = [None if t is None else t.to(DEVICE) for t in arguments]
+        result = getattr(table, name)(*moved, *p.ints)
+        definition = getattr(reference, "forward" if name == "linear" else name)
+        exact = [t.double() if t is not None and t.is_floating_point() else t for t in arguments]
+        sizes = [t.abs() if t is not None and t.is_floating_point() else t for t in exact]
+        assert_near(result, definition(*exact, *p.ints), definition(*sizes, *p.ints))
+
+    check("linear", p.x, p.values, p.pattern, p.bias)
+    check("linear", p.x, p.values, p.pattern, None)
+    check("grad_input", p.grad, p.values, p.pattern)
+    check("grad_input_columns", p.grad, p.values, p.pattern, columns)
+    check("grad_weight", p.grad, p.x, p.pattern)
+    check("expand", p.values, p.pattern)
+
+
+@every_dtype
+def test_the_self_test_passes(dtype: torch.dtype) -> None:
+    assert gpu_self_test.passes(torch.device(DEVICE), dtype)
+
+
+def test_the_self_test_notices_a_wrong_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = triton_products.grad_weight
+    monkeypatch.setattr(triton_products, "grad_weight", lambda *a: right(*a).roll(1))
+    gpu_self_test.passes.cache_clear()
+    assert not gpu_self_test.passes(torch.device(DEVICE), torch.float32)
+    assert "grad_weight" in caplog.text
+    gpu_self_test.passes.cache_clear()

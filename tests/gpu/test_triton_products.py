@@ -1,0 +1,212 @@
+"""The Triton kernels against float64 and the dense product: on a GPU, or in Triton's interpreter on CPU tensors.
+
+``TRITON_INTERPRET=1 python -m pytest tests/gpu/test_triton_products.py`` interprets; the default suite does it in a
+process of its own (``tests/kernels/test_triton_interpreted.py``).  Elsewhere a GPU is needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from problems import SHAPES, Problem, Shape, draw, draw_mask, every_dtype, kept, packed
+from slope_compile.kernels import triton_configs, triton_products
+from slope_compile.pattern import Pattern
+from tolerances import UNIT_ROUNDOFF, relative_error
+from triton_interpreter import close_gaps, interpreting
+
+if interpreting():
+    close_gaps()
+    DEVICE = "cpu"
+else:
+    DEVICE = "cuda"
+    pytestmark = pytest.mark.gpu
+
+TWO_FOUR = Pattern(2, 4)
+AWKWARD = {
+    **SHAPES,
+    "N_not_multiple_of_4": Shape((9,), 7, 5),
+    "several_tiles": Shape((70,), 132, 67),
+    "whole_tiles": Shape((64,), 128, 64),
+}
+every_shape = pytest.mark.parametrize("shape", [pytest.param(s, id=name) for name, s in AWKWARD.items()])
+
+
+def tokens(t: Tensor) -> Tensor:
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def on_device(t: Tensor) -> Tensor:
+    """Moved with its strides: a copy of an expanded or strided tensor would be contiguous."""
+    if DEVICE == "cpu":
+        return t
+    empty = torch.empty(0, dtype=t.dtype, device=DEVICE)
+    storage: Any = t.untyped_storage().cuda()
+    return empty.set_(storage, t.storage_offset(), t.shape, t.stride())
+
+
+def assert_as_good(result: Tensor, product: Callable[[torch.dtype], Tensor], scale: Tensor, dtype: torch.dtype) -> None:
+    """No further from float64 than 1.1 of the dense product in the same dtype, and one rounding of the result."""
+    truth, dense = product(torch.float64), product(dtype)
+    result = result.cpu()
+    assert result.dtype == dense.dtype
+    assert result.shape == dense.shape
+    assert result.is_contiguous()
+    assert bool(torch.isfinite(result).all())
+    bound = 1.1 * relative_error(dense, truth, scale) + UNIT_ROUNDOFF[dtype]
+    assert relative_error(result, truth, scale) <= bound
+
+
+def check_forward(p: Problem, dtype: torch.dtype, config: triton_configs.Config | None = None) -> None:
+    x, values, pattern, bias = map(on_device, (p.x, p.values, p.pattern, p.bias))
+    result = triton_products.forward(x, values, pattern, bias, config=config)
+    scale = F.linear(p.x.double().abs(), p.weight.double().abs(), p.bias.double().abs())
+    assert_as_good(result, lambda d: F.linear(p.x.to(d), p.weight.to(d), p.bias.to(d)), scale, dtype)
+
+
+def check_grad_input(
+    p: Problem, dtype: torch.dtype, columns: Tensor | None, config: triton_configs.Config | None = None
+) -> None:
+    grad, values, pattern = map(on_device, (p.grad, p.values, p.pattern))
+    weight = p.weight if columns is None else p.weight * columns.t()
+    stored = None if columns is None else on_device(packed(columns))
+    result = triton_products.grad_input(grad, values, pattern, stored, config=config)
+    scale = p.grad.double().abs() @ weight.double().abs()
+    assert_as_good(result, lambda d: p.grad.to(d) @ weight.to(d), scale, dtype)
+
+
+def check_grad_weight(p: Problem, dtype: torch.dtype, config: triton_configs.Config | None = None) -> None:
+    grad, x, pattern = map(on_device, (p.grad, p.x, p.pattern))
+    result = triton_products.grad_weight(grad, x, pattern, config=config)
+    dy, inputs = tokens(p.grad), tokens(p.x)
+    scale = kept(dy.double().abs().t() @ inputs.double().abs(), p.mask)
+    assert_as_good(result, lambda d: kept(dy.to(d).t() @ inputs.to(d), p.mask), scale, dtype)
+
+
+@every_dtype
+@every_shape
+def test_products(shape: Shape, dtype: torch.dtype) -> None:
+    p = draw(TWO_FOUR, shape, dtype)
+    check_forward(p, dtype)
+    check_grad_input(p, dtype, None)
+    if shape.N % 4 == 0:
+        check_grad_input(p, dtype, draw_mask(p.weight.shape[1], shape.N, TWO_FOUR))
+    check_grad_weight(p, dtype)
+    assert torch.equal(triton_products.expand(on_device(p.values), on_device(p.pattern)).cpu(), p.weight)
+
+
+@every_dtype
+@pytest.mark.parametrize("kernel", ["forward", "grad_input", "grad_weight"])
+def test_every_configuration(kernel: str, dtype: torch.dtype) -> None:
+    p = draw(TWO_FOUR, Shape((37,), 76, 35), dtype)
+    columns = draw_mask(p.weight.shape[1], 76, TWO_FOUR)
+    for config in triton_configs.configurations(kernel, dtype):
+        if kernel == "forward":
+            check_forward(p, dtype, config)
+        elif kernel == "grad_input":
+            check_grad_input(p, dtype, columns, config)
+        else:
+            check_grad_weight(p, dtype, config)
+
+
+@every_dtype
+@pytest.mark.parametrize("R", [1, 16, 40])
+def test_low_rank_update(R: int, dtype: torch.dtype) -> None:
+    p = draw(TWO_FOUR, Shape((2, 9), 20, 9), dtype)
+    t, b = torch.randn(2, 9, R).to(dtype), torch.randn(20, R).to(dtype)
+    x, values, pattern = map(on_device, (p.x, p.values, p.pattern))
+    result = triton_products.forward(x, values, pattern, None, (on_device(t), on_device(b)))
+    scale = p.x.double().abs() @ p.weight.double().abs().t() + t.double().abs() @ b.double().abs().t()
+    # One product of the joined operands: what the kernel sums up in one accumulator.
+    joined, weight = torch.cat([p.x, t], -1), torch.cat([p.weight, b], -1)
+    assert_as_good(result, lambda d: joined.to(d) @ weight.to(d).t(), scale, dtype)
+
+
+def six_patterns() -> Tensor:
+    """Keep mask ``[6, 32]``: each pattern of two of four in each of eight neighbouring groups."""
+    pairs = list(itertools.combinations(range(4), 2))
+    rows = [[i in pairs[(r + g) % 6] for g in range(8) for i in range(4)] for r in range(6)]
+    return torch.tensor(rows)
+
+
+@every_dtype
+def test_every_pattern_in_every_position(dtype: torch.dtype) -> None:
+    # Small whole numbers: every product is exact in every dtype, so one misplaced value shows.
+    mask = six_patterns().repeat(2, 2)
+    weight = (torch.arange(mask.numel()).view_as(mask) % 7 + 1).to(dtype) * mask
+    values, pattern = on_device(kept(weight, mask)), on_device(packed(mask))
+    x = (torch.arange(3 * 64).view(3, 64) % 5 - 2).to(dtype)
+    grad = (torch.arange(3 * 12).view(3, 12) % 3 - 1).to(dtype)
+    columns = six_patterns().repeat(11, 1)[:64, :12]
+    assert torch.equal(triton_products.expand(values, pattern).cpu(), weight)
+    y = triton_products.forward(on_device(x), values, pattern)
+    assert torch.equal(y.cpu().double(), x.double() @ weight.double().t())
+    dx = triton_products.grad_input(on_device(grad), values, pattern)
+    assert torch.equal(dx.cpu().double(), grad.double() @ weight.double())
+    dx = triton_products.grad_input(on_device(grad), values, pattern, on_device(packed(columns)))
+    assert torch.equal(dx.cpu().double(), grad.double() @ (weight * columns.t()).double())
+    dv = triton_products.grad_weight(on_device(grad), on_device(x), pattern)
+    assert torch.equal(dv.cpu().double(), kept(grad.double().t() @ x.double(), mask))
+
+
+@every_dtype
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_pruned_does_not_leak(bad: float, dtype: torch.dtype) -> None:
+    p = draw(TWO_FOUR, Shape((5,), 16, 9), dtype)
+    # A kept value that the column pattern drops: the double-pruned gradient must not see it.
+    columns = draw_mask(36, 16, TWO_FOUR)
+    dropped = p.mask & ~columns.t()
+    poisoned = torch.where(dropped, bad, p.weight)
+    grad, pattern, stored = map(on_device, (p.grad, p.pattern, packed(columns)))
+    result = triton_products.grad_input(grad, on_device(kept(poisoned, p.mask)), pattern, stored)
+    expected = triton_products.grad_input(grad, on_device(p.values), pattern, stored)
+    assert torch.equal(result, expected)
+    # A sum that is not finite at pruned positions alone: one input feature, pruned in every row.
+    mask = p.mask.clone()
+    mask[:, :4] = torch.tensor([True, False, True, False])
+    x = p.x.clone()
+    x[:, [1, 3]] = bad
+    result = triton_products.grad_weight(grad, on_device(x), on_device(packed(mask)))
+    assert bool(result.isfinite().all())
+    # Where it is kept, it must arrive.
+    values = p.values.clone()
+    values[3, 4] = bad
+    y = triton_products.forward(on_device(p.x), on_device(values), pattern)
+    assert not bool(y[:, 3].isfinite().any())
+    assert bool(y[:, torch.arange(16) != 3].isfinite().all())
+
+
+@every_dtype
+def test_nothing_outside_the_tensors_is_read(dtype: torch.dtype) -> None:
+    # Numbers beside the views are NaN: a tail that is not masked would bring them in.
+    p = draw(TWO_FOUR, Shape((5,), 12, 9), dtype)
+
+    def framed(t: Tensor) -> Tensor:
+        frame = torch.full((t.shape[0] + 2, t.shape[1] + 6), math.nan, dtype=t.dtype)
+        view = frame[1:-1, 3:-3]
+        view.copy_(t)
+        return on_device(view)
+
+    x, grad, values, pattern = framed(p.x), framed(p.grad), on_device(p.values), on_device(p.pattern)
+    assert bool(triton_products.forward(x, values, pattern).isfinite().all())
+    assert bool(triton_products.grad_input(grad, values, pattern).isfinite().all())
+    assert bool(triton_products.grad_weight(grad, x, pattern).isfinite().all())
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(0, 8, 16), (4, 0, 16), (4, 8, 0)])
+def test_zero_sizes(M: int, N: int, K: int) -> None:
+    mask = draw_mask(N, K, TWO_FOUR)
+    values = torch.ones(N, K // 2, device=DEVICE)
+    pattern = packed(mask).to(DEVICE)
+    x, grad, bias = (torch.ones(*size, device=DEVICE) for size in ((M, K), (M, N), (N,)))
+    assert torch.equal(triton_products.forward(x, values, pattern, bias), F.linear(x, x.new_zeros(N, K), bias))
+    assert torch.equal(triton_products.grad_input(grad, values, pattern), grad.new_zeros(M, K))
+    assert torch.equal(triton_products.grad_weight(grad, x, pattern), grad.new_zeros(N, K // 2))
+    assert triton_products.expand(values, pattern).shape == (N, K)

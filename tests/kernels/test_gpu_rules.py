@@ -1,0 +1,64 @@
+"""The choice between the Triton kernels and dense products, and what goes to neither."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from problems import every_dtype
+from slope_compile.kernels import cpu_build, gpu_ops, gpu_rules
+
+OPS = tuple(gpu_rules.SHARE)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_build, "cache_folder", lambda: tmp_path)
+    gpu_rules.load.cache_clear()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_kernels_win_where_the_weight_is_what_is_read(op: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        assert gpu_rules.sparse(op, 1, 4096, 4096, dtype, "some GPU")
+        assert not gpu_rules.sparse(op, 1 << 16, 4096, 4096, dtype, "some GPU")
+    assert not gpu_rules.sparse(op, 1, 4096, 4096, torch.float32, "some GPU")
+
+
+def test_a_measured_table_overrules_the_roofline() -> None:
+    entry = {"op": "forward", "dtype": "bfloat16", "tokens": 1, "speedup": 0.5}
+    gpu_rules.table_path("measured GPU").write_text(json.dumps({"entries": [entry]}))
+    assert not gpu_rules.sparse("forward", 1, 4096, 4096, torch.bfloat16, "measured GPU")
+    assert gpu_rules.sparse("grad_input", 1, 4096, 4096, torch.bfloat16, "measured GPU")
+    assert gpu_rules.sparse("forward", 1, 4096, 4096, torch.bfloat16, "another GPU")
+
+
+def test_a_broken_table_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    gpu_rules.table_path("broken GPU").write_text("{")
+    assert gpu_rules.sparse("forward", 1, 4096, 4096, torch.bfloat16, "broken GPU")
+    assert "cannot be read" in caplog.text
+
+
+@every_dtype
+def test_what_the_kernels_do_not_take(dtype: torch.dtype) -> None:
+    tensor = torch.ones(1, dtype=dtype)
+    assert not gpu_ops.usable(1, 4, tensor)
+    assert not gpu_ops.usable(2, 4, tensor, torch.ones(1, dtype=torch.float64))
+    assert not gpu_ops.usable(2, 4, tensor.double())
+
+
+def test_every_product_is_registered_for_cuda_and_importing_them_loads_no_triton() -> None:
+    code = """
+import sys, torch
+from slope_compile.kernels import gpu_ops, ops
+assert "triton" not in sys.modules
+for name in gpu_ops.IMPLEMENTATIONS:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"slope::{name}", "CUDA"), name
+assert not torch.cuda.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
