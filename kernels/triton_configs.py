@@ -31,12 +31,12 @@ HALF = {
     "forward": (
         Config(16, 64, 128, 4, 4),
         Config(32, 64, 64, 4, 4),
-        Config(64, 128, 64, 8, 3),
+        Config(64, 64, 64, 8, 3),
         Config(128, 64, 64, 8, 3, aligned_only=True),
     ),
     "grad_input": (
         Config(16, 64, 64, 4, 4),
-        Config(32, 64, 64, 4, 4),
+        Config(32, 64, 32, 4, 3),
         Config(64, 64, 64, 8, 3),
         Config(128, 64, 64, 8, 3, aligned_only=True),
     ),
@@ -50,8 +50,16 @@ HALF = {
 """bfloat16 and float16; in the order of the tokens they are meant for."""
 
 SINGLE = {
-    "forward": (Config(16, 32, 32, 4, 2), Config(32, 32, 32, 4, 2), Config(64, 64, 32, 8, 2, aligned_only=True)),
-    "grad_input": (Config(16, 32, 32, 4, 2), Config(32, 32, 32, 4, 2), Config(64, 32, 64, 8, 2)),
+    "forward": (
+        Config(16, 32, 32, 4, 2),
+        Config(32, 32, 32, 4, 2, aligned_only=True),
+        Config(64, 64, 32, 8, 2, aligned_only=True),
+    ),
+    "grad_input": (
+        Config(16, 32, 32, 4, 2),
+        Config(32, 32, 32, 4, 2),
+        Config(64, 32, 64, 8, 2, aligned_only=True),
+    ),
     "grad_weight": (Config(16, 32, 32, 4, 2), Config(32, 64, 64, 8, 2)),
     "expand": (Config(0, 32, 64, 4, 1),),
 }
