@@ -134,9 +134,7 @@ class _Judge:
                 if isinstance(module, torch.nn.Embedding):
                     rows.add(module.num_embeddings)
                 if node.op == "call_function" and node.target in _EMBEDDINGS:
-                    table = next((a for a in node.args if _is_matrix(a)), None)
-                    if isinstance(table, Node):
-                        rows.add(int(value(table).shape[0]))
+                    rows.update(int(value(n).shape[0]) for n in node.all_input_nodes if _is_table(n))
         return rows
 
     def _owners(self, found: list[Region]) -> dict[Tensor, list[Node]]:
@@ -233,8 +231,10 @@ class _Judge:
         )
 
 
-def _is_matrix(argument: object) -> bool:
-    return isinstance(argument, Node) and isinstance(value(argument), Tensor) and value(argument).dim() == 2
+def _is_table(node: Node) -> bool:
+    """Whether an input of an embedding is its table; the other one, the token ids, may be a matrix as well."""
+    found = value(node)
+    return isinstance(found, Tensor) and found.dim() == 2 and found.is_floating_point()
 
 
 def _readers(found: list[Region]) -> dict[Node, list[Node]]:

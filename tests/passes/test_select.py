@@ -261,6 +261,18 @@ def test_symbolic_trace_knows_the_vocabulary() -> None:
     assert {d.weight: d.reason for d in within.report} == {"project": Reason.HEAD, "after": Reason.HEAD}
 
 
+def test_a_batch_of_token_ids_is_no_vocabulary() -> None:
+    """Ids ``[8, 3]`` come before the table in the call of an embedding; 8 rows say nothing of a linear with N = 8."""
+    module = Layers(
+        lambda m, ids: m.after(m.middle(m.table(ids))),
+        table=nn.Embedding(12, 8, dtype=FLOAT),
+        middle=linear(8, 8),
+        after=linear(8, 8),
+    )
+    report = decided(module, torch.randint(0, 12, (8, 3)), heads_dense=True)
+    assert {d.weight: d.reason for d in report} == {"middle": S, "after": Reason.HEAD}
+
+
 def test_details_of_a_selected_linear() -> None:
     report = decided(
         linear(8, 12), x8(), pattern="2:8", backward="double_pruned", overrides=(Override(path="x"),)

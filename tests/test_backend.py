@@ -1,0 +1,338 @@
+"""``torch.compile(model, backend="slope")`` as a user runs it: modes, shapes, precisions, frozen parts, several models.
+
+Partial graphs, dense weights, options and the models of transformers have files of their own.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
+
+import slope_compile as slope
+from masked import assert_same_gradients, masked_copy, masks_of, picked_now
+from recording import compiled, compiled_way, every_way, record
+from recording import fresh_dynamo as fresh_dynamo
+from tolerances import assert_same
+from toy import DENSE, SPARSE, gradients, loss_of, step, token_ids, toy
+
+no_gradients = pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+
+
+def by_name(**arguments: Any) -> Any:
+    """A compiled dense toy, the backend found by its name."""
+    return torch.compile(toy(torch.float32), backend="slope", **arguments)
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@every_way
+def test_one_graph_for_every_shape(way: str) -> None:
+    """Counted by Dynamo, which may call the backend twice for it: it starts again once floats turn out constant."""
+    counters.clear()
+    dense = toy()
+    model, run = compiled_way(way, dense, dynamic=True, fullgraph=True)
+    step(run, token_ids(3, 5))
+    reference = masked_copy(dense, masks_of(model), picked_now)
+    for shape in ((2, 7), (5, 4), (9, 11)):
+        model.zero_grad()
+        reference.zero_grad()
+        ids = token_ids(*shape)
+        assert_same(step(run, ids), step(reference, ids), str(shape))
+        assert_same_gradients(model, reference)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_shape_that_changes_is_compiled_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo's default: static at first, dynamic from the second length on."""
+    recording = record(monkeypatch)
+    model, run = compiled_way("B", toy())
+    outputs = [step(run, token_ids(3, length)).shape[1] for length in (5, 6, 7, 9)]
+    assert outputs == [5, 6, 7, 9]
+    assert [one.sparse for one in recording] == [len(SPARSE)] * 2
+    assert len(masks_of(model)) == len(SPARSE)
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+def error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """Largest error of a set of tensors, each relative to its largest entry."""
+    return max(float((found[n].double() - t).abs().max() / t.abs().max()) for n, t in truth.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_way
+def test_autocast(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in half precision, weights and gradients in float32, as near to float64 as the masked dense model."""
+    recording = record(monkeypatch)
+    dense, ids = toy(torch.float32), token_ids(6, 9)
+    model, run = compiled_way(way, dense, fields={"backward": "exact"})
+
+    def autocast_step(any_model: Any) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            logits: Tensor = any_model(ids)
+        loss_of(logits.float(), ids).backward()
+        return logits.detach()
+
+    logits = autocast_step(run)
+    assert logits.dtype == dtype
+    assert recording.sparse == len(SPARSE)
+    masks = masks_of(model)
+    assert all(g.dtype == torch.float32 for g in gradients(model).values())
+
+    # The yardstick: the same masks on a dense model, under stock autocast, and in float64.
+    stock, truth = masked_dense(dense, masks), masked_dense(dense, masks).double()
+    yardstick = {"logits": autocast_step(stock), **kept_gradients(stock, masks)}
+    exact = {"logits": step(truth, ids), **kept_gradients(truth, masks)}
+    found = {"logits": logits, **compressed_gradients(model, masks)}
+    assert found.keys() == exact.keys()
+    assert error(found, exact) <= 1.5 * error(yardstick, exact)
+
+
+def masked_dense(dense: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
+    """A copy with zeros in the weights: stock layers, so that autocast treats them as any others."""
+    copied = copy.deepcopy(dense)
+    for path, mask in masks.items():
+        weight = copied.get_parameter(f"{path}.weight")
+        with torch.no_grad():
+            weight.mul_(mask)
+    return copied
+
+
+def kept_gradients(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = gradients(model)
+    return {f"{path}.weight": found[f"{path}.weight"][mask] for path, mask in masks.items()}
+
+
+def compressed_gradients(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = gradients(model)
+    if f"{SPARSE[0]}.weight" in found:
+        return kept_gradients(model, masks)
+    return {f"{path}.weight": found[f"{path}.parametrizations.weight.original"].flatten() for path in masks}
+
+
+@every_way
+def test_bfloat16_model(way: str) -> None:
+    """No autocast, everything in half precision: no worse than the masked dense model in the same dtype."""
+    dense, ids = toy(torch.bfloat16), token_ids(6, 9)
+    model, run = compiled_way(way, dense, fields={"backward": "exact"})
+    logits = step(run, ids)
+    masks = masks_of(model)
+    stock, truth = masked_dense(dense, masks), masked_dense(dense, masks).double()
+    yardstick = {"logits": step(stock, ids), **kept_gradients(stock, masks)}
+    exact = {"logits": step(truth, ids), **kept_gradients(truth, masks)}
+    found = {"logits": logits, **compressed_gradients(model, masks)}
+    assert all(t.dtype == torch.bfloat16 for t in found.values())
+    assert error(found, exact) <= 1.5 * error(yardstick, exact)
+
+
+# --- without gradients -----------------------------------------------------------------------------------------------
+
+
+@no_gradients
+@every_way
+def test_forward_only(way: str, context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference, then training of the same compiled model."""
+    recording = record(monkeypatch)
+    dense, ids = toy(), token_ids()
+    model, run = compiled_way(way, dense)
+    with context():
+        logits = run(ids)
+    assert not logits.requires_grad
+    reference = masked_copy(dense, masks_of(model), picked_now)
+    assert recording.sparse == len(SPARSE)
+    assert_same(logits.clone(), reference(ids).detach())
+    assert_same(step(run, ids), step(reference, ids))
+    assert_same_gradients(model, reference)
+
+
+@every_way
+def test_switching_between_training_and_evaluation(way: str) -> None:
+    """Dropout acts in training alone, before and after a step of the optimizer."""
+    dense, ids = toy(), token_ids()
+    dense.blocks[1].down = nn.Sequential(dense.blocks[1].down, nn.Dropout(0.5))  # type: ignore[arg-type]
+    model, run = compiled_way(way, dense)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        run.eval()
+        with torch.no_grad():
+            first, second = run(ids), run(ids)
+            assert torch.equal(first, second)
+            assert_same(first, masked_now(dense, model)(ids))
+        run.train()
+        assert not torch.equal(run(ids), run(ids))
+        step(run, ids)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def masked_now(dense: nn.Module, model: nn.Module) -> nn.Module:
+    """The masked dense twin of a model as it is now, in evaluation."""
+    state = copy.deepcopy(model).eval()
+    if "blocks.1.out.weight" not in dict(state.named_parameters()):
+        slope.densify_(state)
+    twin = copy.deepcopy(dense).eval()
+    twin.load_state_dict(state.state_dict())
+    return masked_copy(twin, masks_of(model))
+
+
+@pytest.mark.parametrize("gradients_on", [False, True], ids=["inference", "training"])
+@every_way
+def test_weights_changed_in_place(way: str, gradients_on: bool) -> None:
+    """New values between two calls are used by the second one: nothing derived from the old ones is kept."""
+    dense, ids = toy(), token_ids()
+    model, run = compiled_way(way, dense)
+    with torch.set_grad_enabled(gradients_on):
+        before = run(ids)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+        after = run(ids)
+    assert not torch.allclose(before, after)
+    assert_same(after.detach(), masked_now(dense, model)(ids).detach())
+
+
+@every_way
+def test_a_loaded_state_is_used(way: str) -> None:
+    dense, ids = toy(), token_ids()
+    model, run = compiled_way(way, dense)
+    step(run, ids)
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        expected = run(ids)
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert not torch.allclose(run(ids), expected)
+        model.load_state_dict(state)
+        assert torch.equal(run(ids), expected)
+
+
+# --- frozen parts ----------------------------------------------------------------------------------------------------
+
+
+@every_way
+def test_frozen_layers_get_no_gradient(way: str) -> None:
+    """A frozen block passes the gradient on to the one below it."""
+    dense, ids = toy(), token_ids()
+    dense.blocks[1].requires_grad_(False)
+    model, run = compiled_way(way, dense)
+    logits = step(run, ids)
+    reference = masked_copy(dense, masks_of(model), picked_now)
+    assert_same(logits, step(reference, ids))
+    frozen = [n for n, p in model.named_parameters() if n.startswith("blocks.1.") and p.grad is not None]
+    assert frozen == []
+    found, expected = gradients(model), gradients(reference)
+    for name in ("embedding.weight", "blocks.0.norm.weight", "blocks.0.up.bias", "head.weight"):
+        assert_same(found[name], expected[name], name)
+
+
+# --- what runs -------------------------------------------------------------------------------------------------------
+
+
+@every_way
+def test_no_dense_product_but_those_of_the_dense_layers(way: str) -> None:
+    """Counted while it runs, backward included: what a sparse operator does inside is its own business."""
+    _, run = compiled_way(way, toy(torch.float32))
+    ids = token_ids()
+    step(run, ids)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step(run, ids)
+    counted: collections.Counter[str] = collections.Counter()
+    for event in profiler.events() or ():
+        parent = event.cpu_parent
+        while parent is not None and not parent.name.startswith("slope::"):
+            parent = parent.cpu_parent
+        if parent is None:
+            counted[event.name] += 1
+    # Forward one each; backward one for the input's gradient (the embedding trains) and one for the weight's.
+    assert counted["aten::addmm"] + counted["aten::mm"] == 3 * len(DENSE)
+    assert sum(n for name, n in counted.items() if name.startswith("slope::")) >= 3 * len(SPARSE)
+
+
+# --- several models --------------------------------------------------------------------------------------------------
+
+
+def test_models_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Different ways, patterns and backwards in one process, trained in turns."""
+    recording = record(monkeypatch)
+    settings: list[tuple[str, dict[str, Any]]] = [
+        ("A", {"seed": 1}),
+        ("B", {"backward": "exact"}),
+        ("A", {"backward": "exact", "mask": "magnitude"}),
+        ("B", {"seed": 2}),
+    ]
+    runs = []
+    for way, fields in settings:
+        dense = toy()
+        model, run = compiled_way(way, dense, fields=fields)
+        runs.append((dense, model, run, fields))
+    ids = token_ids()
+    references = []
+    for dense, model, run, fields in runs:
+        run(ids)
+        columns = {} if fields.get("backward") == "exact" else {"columns": picked_now}
+        references.append(masked_copy(dense, masks_of(model), **columns))
+    for _ in range(2):
+        for (_, model, run, _), reference in zip(runs, references, strict=True):
+            model.zero_grad()
+            reference.zero_grad()
+            assert_same(step(run, ids), step(reference, ids))
+            assert_same_gradients(model, reference)
+    assert [one.sparse for one in recording] == [len(SPARSE)] * len(runs)
+
+
+def test_compiling_again_after_a_reset() -> None:
+    """Recompiled from nothing, a model keeps its masks and its values."""
+    dense, ids = toy(), token_ids()
+    for way in "AB":
+        model, run = compiled_way(way, dense)
+        first = step(run, ids)
+        masks = masks_of(model)
+        torch._dynamo.reset()
+        assert torch.equal(step(compiled(model), ids), first)
+        assert all(torch.equal(mask, masks[path]) for path, mask in masks_of(model).items())
+
+
+# --- Inductor --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_modes_through_inductor(mode: str) -> None:
+    """Forward only, by name: each mode compiles and computes what the masked model does."""
+    run = by_name(mode=mode)
+    del run._orig_mod.blocks[1]
+    dense, ids = copy.deepcopy(run._orig_mod), token_ids()
+    with torch.no_grad():
+        logits = run(ids)
+        reference = masked_copy(dense, masks_of(run._orig_mod))
+        assert_same(logits, reference(ids))
+
+
+def test_dynamic_training_through_inductor() -> None:
+    dense = toy(torch.float32)
+    del dense.blocks[1]
+    model, run = compiled_way("B", dense, compiler="inductor", dynamic=True)
+    reference = masked_copy(dense, masks_of(model), picked_now)
+    for shape in ((3, 5), (4, 6)):
+        model.zero_grad()
+        reference.zero_grad()
+        ids = token_ids(*shape)
+        assert_same(step(run, ids), step(reference, ids), str(shape))
+        assert_same_gradients(model, reference)
+
+
+def test_freezing_folds_no_stale_weight() -> None:
+    """Inductor's freezing makes constants of the parameters; the first result must be that of the pruned weights."""
+    run = by_name(options={"freezing": True})
+    dense, ids = copy.deepcopy(run._orig_mod), token_ids()
+    with torch.no_grad():
+        logits = run(ids)
+    assert_same(logits, masked_copy(dense, masks_of(run._orig_mod))(ids).detach())
