@@ -107,7 +107,4 @@ def rebuild(program: ExportedProgram, module: GraphModule, weights: ExportedWeig
         constants=program.constants,
         verifiers=[program.verifier],
     )
-    # The constructor reads them off the shape environment, where torch 2.11 also notes the sizes of the example while
-    # fake tensors go through new nodes.  The rewrite asks nothing of sizes that the program did not ask already.
-    result._guards_code = list(program._guards_code)
     return result

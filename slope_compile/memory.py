@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from slope_compile.errors import ConfigError
 from slope_compile.graph_state import ADAPTER_A, ADAPTER_B, ADAPTER_SCALE, COLUMN_PATTERN, PATTERN, VALUES
 from slope_compile.layers import linear_layers
 
@@ -58,16 +59,24 @@ def training_state(
         optimizer: whose state to count; None counts none.
         paths: module paths of the linears to count apart; default are the prepared ones.  Give the sparse paths of a
             report to measure the same linears of a dense model.
+
+    Raises:
+        ConfigError: ``paths`` names what is not a linear of the model.
     """
     wanted = None if paths is None else set(paths)
-    groups = _groups_of_graph(model, wanted) if isinstance(model, GraphModule) else {}
+    groups, known = _groups_of_graph(model, wanted) if isinstance(model, GraphModule) else ({}, set())
     for layer in linear_layers(model):
+        known.add(layer.path)
         if layer.low_rank is not None:
             groups |= {id(p): ("adapters", "weights") for p in layer.low_rank.parameters()}
         if layer.path in wanted if wanted is not None else layer.sparse is not None:
             groups[id(layer.weight)] = ("linears", "weights")
             if layer.sparse is not None:
                 groups |= {id(b): ("linears", "metadata") for b in layer.sparse.buffers()}
+    unknown = sorted((wanted or set()) - known)
+    if unknown:
+        names = ", ".join(map(repr, unknown))
+        raise ConfigError(f"training_state: paths: no linear at {names}; the linears are: {_some(known)}")
 
     counted: dict[str, dict[str, int]] = {"linears": {}, "adapters": {}, "rest": {}}
     seen: set[int] = set()
@@ -92,18 +101,26 @@ def training_state(
     return TrainingState(**{group: StateBytes(**kinds) for group, kinds in counted.items()})
 
 
-def _groups_of_graph(module: GraphModule, wanted: set[str] | None) -> Groups:
-    """The state of a transformed graph, by the names of ``graph_state``."""
+def _some(paths: set[str], most: int = 8) -> str:
+    names = sorted(paths)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"
+
+
+def _groups_of_graph(module: GraphModule, wanted: set[str] | None) -> tuple[Groups, set[str]]:
+    """The state of a transformed graph, by the names of ``graph_state``, and the paths of its linears."""
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     groups: Groups = {}
+    known: set[str] = set()
     for name in tensors:
         prefix = name.removesuffix(VALUES)
         if prefix == name or prefix + PATTERN not in tensors:
             continue
+        path = prefix.rpartition(".")[0] or prefix
+        known.add(path)
         roles = {ADAPTER_A: ("adapters", "weights"), ADAPTER_B: ("adapters", "weights")}
         roles[ADAPTER_SCALE] = ("adapters", "metadata")
-        if wanted is None or (prefix.rpartition(".")[0] or prefix) in wanted:
+        if wanted is None or path in wanted:
             roles |= {VALUES: ("linears", "weights"), PATTERN: ("linears", "metadata")}
             roles[COLUMN_PATTERN] = ("linears", "metadata")
         groups |= {id(tensors[prefix + suffix]): role for suffix, role in roles.items() if prefix + suffix in tensors}
-    return groups
+    return groups, known

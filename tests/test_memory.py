@@ -187,3 +187,10 @@ def test_tensors_in_other_containers_of_the_state() -> None:
     optimizer.state[parameter] = {"name": "x", "count": 3, "history": [torch.zeros(5)], "moment": torch.zeros(7)}
     kept: Tensor = optimizer.state[parameter]["history"][0]
     assert slope.training_state(model, optimizer).rest.moments == 7 * 4 + kept.numel() * 4
+
+
+def test_paths_that_are_no_linears_are_refused() -> None:
+    model = net(torch.float32)
+    message = r"paths: no linear at 'no\.such', 'nothing'; the linears are: blocks\.0\.down"
+    with pytest.raises(slope.ConfigError, match=message):
+        slope.training_state(model, paths=[*SPARSE, "nothing", "no.such"])
