@@ -16,16 +16,25 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def forward(
-    library: CpuLibrary, sparse: bool, x: Tensor, values: Tensor, pattern: Tensor, bias: Tensor | None
+    library: CpuLibrary,
+    sparse: bool,
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The forward product by the 2:4 kernel, or by a dense one with the expanded weight."""
+    """The forward product by the 2:4 kernel, or by a dense one with the expanded weight.
+
+    ``out``, here and below: a contiguous tensor of the result's shape and dtype to write to, instead of a new one.
+    """
     if not sparse:
-        return torch.nn.functional.linear(x, expand(library, values, pattern), bias).contiguous()
+        return _give(torch.nn.functional.linear(x, expand(library, values, pattern), bias), out)
     N, K = values.shape[0], values.shape[1] * 2
     rows = x.reshape(-1, K)
     values, pattern = values.contiguous(), pattern.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = x.new_empty(*x.shape[:-1], N)
+    y = x.new_empty(*x.shape[:-1], N) if out is None else out
     status = library.forward(
         CODES[x.dtype],
         torch.get_num_threads(),
@@ -47,19 +56,25 @@ def forward(
 
 
 def grad_input(
-    library: CpuLibrary, sparse: bool, grad: Tensor, values: Tensor, pattern: Tensor, column_pattern: Tensor | None
+    library: CpuLibrary,
+    sparse: bool,
+    grad: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    column_pattern: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The input gradient by the 2:4 kernel or by a dense one; exact without a column pattern."""
     N, K = values.shape[0], values.shape[1] * 2
     if not sparse and column_pattern is None:
-        return torch.matmul(grad, expand(library, values, pattern)).contiguous()
+        return _give(torch.matmul(grad, expand(library, values, pattern)), out)
     if not sparse and column_pattern is not None:
         column_values = recompress_columns(library, values, pattern, column_pattern)
-        return torch.nn.functional.linear(grad, expand(library, column_values, column_pattern)).contiguous()
+        return _give(torch.nn.functional.linear(grad, expand(library, column_values, column_pattern)), out)
     rows = grad.reshape(-1, N)
     values, pattern = values.contiguous(), pattern.contiguous()
     column_pattern = None if column_pattern is None else column_pattern.contiguous()
-    dx = grad.new_empty(*grad.shape[:-1], K)
+    dx = grad.new_empty(*grad.shape[:-1], K) if out is None else out
     status = library.grad_input(
         CODES[grad.dtype],
         torch.get_num_threads(),
@@ -77,14 +92,16 @@ def grad_input(
     return dx
 
 
-def grad_weight(library: CpuLibrary, sparse: bool, grad: Tensor, x: Tensor, pattern: Tensor) -> Tensor:
+def grad_weight(
+    library: CpuLibrary, sparse: bool, grad: Tensor, x: Tensor, pattern: Tensor, out: Tensor | None = None
+) -> Tensor:
     """The compressed weight gradient by the 2:4 kernel, or compressed from a dense one."""
     N, K = grad.shape[-1], x.shape[-1]
     rows, inputs = grad.reshape(-1, N), x.reshape(-1, K)
     if not sparse:
-        return compress(library, rows.t() @ inputs, pattern)
+        return _give(compress(library, rows.t() @ inputs, pattern), out)
     pattern = pattern.contiguous()
-    values_grad = grad.new_empty(N, K // 2)
+    values_grad = grad.new_empty(N, K // 2) if out is None else out
     status = library.grad_weight(
         CODES[grad.dtype],
         torch.get_num_threads(),
@@ -101,6 +118,10 @@ def grad_weight(library: CpuLibrary, sparse: bool, grad: Tensor, x: Tensor, patt
     )
     check(status, "slope::grad_weight", rows.shape[0], N, K)
     return values_grad
+
+
+def _give(result: Tensor, out: Tensor | None) -> Tensor:
+    return result.contiguous() if out is None else out.copy_(result)
 
 
 def compress(library: CpuLibrary, weight: Tensor, pattern: Tensor) -> Tensor:

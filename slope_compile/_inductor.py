@@ -40,7 +40,9 @@ def compile_graph(
     if compiler == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        compiled: Any = compile_fx(module, list(inputs), config_patches=patches or None)
+        from slope_compile._inductor_lowerings import marked
+
+        compiled: Any = compile_fx(module, list(inputs), config_patches=marked(patches))
         return cast(Compiled, compiled)
     if compiler == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager

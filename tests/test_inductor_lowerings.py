@@ -1,0 +1,235 @@
+"""Products in Inductor's code: called directly, measured against dense under max_autotune, operators elsewhere.
+
+Values and gradients are compared with the same graph run without Inductor, whose own tests compare it with float64.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor import config
+from torch._inductor.utils import run_and_get_code
+
+import slope_compile as slope
+from recording import compiled
+from recording import fresh_dynamo as fresh_dynamo
+from slope_compile.kernels import cpu_build, cpu_library
+from tolerances import assert_same
+
+pytestmark = pytest.mark.skipif(cpu_library.load() is None, reason="no CPU library could be built here")
+
+PRODUCTS = ("linear", "grad_input", "grad_input_columns", "grad_weight")
+
+
+class Net(nn.Module):
+    """Two linears; the second reads a transposed tensor of three dimensions."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.one = nn.Linear(16, 24, bias=bias)
+        self.two = nn.Linear(24, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.two(torch.tanh(self.one(x)).transpose(0, 1).contiguous().transpose(0, 1))
+        return y
+
+
+def prepared(bias: bool = True, dtype: torch.dtype = torch.float32, **fields: Any) -> nn.Module:
+    net = Net(bias).to(dtype)
+    slope.sparsify_(net, slope.SlopeConfig(first_dense=False, heads_dense=False, **fields))
+    return net
+
+
+def results(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output and all gradients of one step."""
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = run(x)
+    y.square().sum().backward()
+    assert x.grad is not None
+    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def calls(code: list[str]) -> list[str]:
+    """The kernels of ours that generated code calls."""
+    return re.findall(r"extern_kernels\.slope_(\w+)", "\n".join(code))
+
+
+def operators(code: list[str]) -> int:
+    return len(re.findall(r"torch\.ops\.slope\.\w+\.default\(", "\n".join(code)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backward", ["double_pruned", "exact"])
+def test_products_are_called_directly(backward: str, dtype: torch.dtype) -> None:
+    model = prepared(dtype=dtype, backward=backward, column_refresh="never")
+    x = torch.randn(3, 5, 16, dtype=dtype)
+    expected = results(compiled(model), model, x)
+    torch._dynamo.reset()
+    found, code = run_and_get_code(results, compiled(model, "inductor"), model, x)
+    into_input = "grad_input_columns" if backward == "double_pruned" else "grad_input"
+    assert sorted(calls(code)) == sorted([f"{n}_1" for n in ("linear", into_input, "grad_weight")] * 2)
+    assert operators(code) == 0
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        # Inductor keeps pointwise results of half precision in float32 on their way into the next kernel.
+        tolerance = 0.0 if dtype is torch.float32 else 0.02
+        torch.testing.assert_close(value, expected[name], rtol=1e-4 + tolerance, atol=1e-5 + 2 * tolerance, msg=name)
+
+
+def test_any_number_of_tokens() -> None:
+    model = prepared()
+    run, reference = compiled(model, "inductor", dynamic=True), compiled(model)
+    for shape in ((3, 5), (1, 1), (7, 2), (0, 4)):
+        x = torch.randn(*shape, 16)
+        expected, found = results(reference, model, x), results(run, model, x)
+        for name, value in found.items():
+            assert_same(value, expected[name], f"{name} {shape}")
+
+
+def test_max_autotune_measures_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product has two choices; whichever is taken, the numbers are the same."""
+    from slope_compile import _inductor_lowerings
+
+    measured: dict[str, int] = {}
+    select: Callable[..., Any] = vars(_inductor_lowerings)["autotune_select_algorithm"]
+    taken = ["2to4"]
+
+    def watched(name: str, choices: list[Any], *args: Any, **kwargs: Any) -> Any:
+        measured[name] = len(choices)
+        select(name, choices, *args, **kwargs)
+        return next(choice for choice in choices if choice.name.endswith(taken[0])).output_node()
+
+    monkeypatch.setattr(_inductor_lowerings, "autotune_select_algorithm", watched)
+    model, x = prepared(), torch.randn(3, 5, 16)
+    expected = results(compiled(model), model, x)
+    for way in ("2to4", "expanded"):
+        taken[0] = way
+        torch._dynamo.reset()
+        with config.patch({"force_disable_caches": True}):
+            options = {"max_autotune": True}
+            found, code = run_and_get_code(results, compiled(model, "inductor", options=options), model, x)
+        assert measured == {f"slope_{n}": 2 for n in PRODUCTS if n != "grad_input"}
+        assert {name.rpartition("_")[2] for name in calls(code)} == {way}
+        for name, value in found.items():
+            assert_same(value, expected[name], f"{name} {way}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [({"pattern": "1:4"}, {}), ({}, {"cpp_wrapper": True})],
+    ids=["another_pattern", "cpp_wrapper"],
+)
+def test_the_operator_where_a_direct_call_cannot_be(fields: dict[str, Any], options: dict[str, Any]) -> None:
+    model, x = prepared(**fields), torch.randn(3, 5, 16)
+    expected = results(compiled(model), model, x)
+    torch._dynamo.reset()
+    found, code = run_and_get_code(results, compiled(model, "inductor", options=options), model, x)
+    assert calls(code) == []
+    for name, value in found.items():
+        assert_same(value, expected[name], name)
+
+
+def test_other_graphs_of_the_process_are_left_alone() -> None:
+    """After the lowerings are registered, plain Inductor still compiles operators, whose code needs nothing of ours."""
+    model, x = prepared(), torch.randn(5, 16)
+    compiled(model, "inductor")(x)
+    torch._dynamo.reset()
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    values, pattern = (state[f"one.parametrizations.weight.{name}"] for name in ("original", "0.pattern"))
+
+    def product(x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.slope.linear.default(x, values, pattern, None, 2, 4)
+        return y
+
+    with torch.no_grad():
+        found, code = run_and_get_code(torch.compile(product), x)
+        assert calls(code) == []
+        assert operators(code) == 1
+        assert_same(found, product(x))
+
+
+class _Count:
+    """A pass of the user's own, counting its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.calls += 1
+
+
+def test_a_pass_of_the_users_own_still_runs() -> None:
+    model, x, own = prepared(), torch.randn(5, 16), _Count()
+    with torch.no_grad():
+        _, code = run_and_get_code(
+            compiled(model, "inductor", options={"post_grad_custom_post_pass": own}), x
+        )
+    assert own.calls == 1
+    assert calls(code) == ["linear_1", "linear_1"]
+
+
+CACHED = """
+import json, sys
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+import slope_compile as slope
+
+backend, backward = sys.argv[1:]
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
+program = torch.export.export(net, (torch.randn(5, 16),))
+config = slope.SlopeConfig(first_dense=False, heads_dense=False, backward=backward, column_refresh="never")
+module = slope.transform(program, config).module()
+x = torch.randn(5, 16, requires_grad=True)
+y = torch.compile(module, backend=backend)(x)
+y.square().sum().backward()
+counted = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}
+print(json.dumps(counted | {"y": float(y.double().sum()), "dx": float(x.grad.double().sum())}))
+"""
+
+
+def test_caches_serve_another_process_and_keep_backends_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second process takes both graphs from the cache; another configuration or backend does not."""
+    libraries = cpu_build.cache_folder()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    shutil.copytree(libraries, cpu_build.cache_folder(), dirs_exist_ok=True)  # compiling it anew takes a while
+    environment = os.environ | {
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+        "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+    }
+
+    def run(backend: str, backward: str) -> dict[str, float]:
+        command = [sys.executable, "-c", CACHED, backend, backward]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        answer: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+        return answer
+
+    first = run("slope", "exact")
+    assert (first["hit"], first["miss"], first["bypass"]) == (0, 2, 0)
+    second = run("slope", "exact")
+    assert (second["hit"], second["miss"], second["bypass"]) == (2, 0, 0)
+    changed = run("slope", "double_pruned")
+    assert changed["miss"] > 0
+    plain = run("inductor", "exact")
+    assert plain["hit"] == 0
+    for other in (second, plain):
+        assert other["y"] == pytest.approx(first["y"], rel=1e-5)
+        assert other["dx"] == pytest.approx(first["dx"], rel=1e-5)
+    assert changed["y"] == pytest.approx(first["y"], rel=1e-5)
+    assert changed["dx"] != pytest.approx(first["dx"], rel=1e-5)
