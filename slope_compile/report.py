@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 from tabulate import tabulate
 
+ACCELERATED = "2:4"
+"""The pattern that has kernels."""
+
 
 class Reason(enum.Enum):
     """Why a linear is sparse, or why it was left dense.  The value is the text a reader sees."""
@@ -88,4 +91,11 @@ class Report:
             for d in self.decisions
         ]
         table = tabulate(rows, headers=("weight", "N x K", "pattern", "backward", "reason"), disable_numparse=True)
-        return f"{table}\n{len(self.sparse)} of {len(self)} linears sparse"
+        lines = [table, f"{len(self.sparse)} of {len(self)} linears sparse"]
+        others = sorted({d.pattern for d in self.sparse} - {ACCELERATED, ""})
+        if others:
+            lines.append(
+                f"{', '.join(others)}: kernels exist for {ACCELERATED} alone; products with other patterns run dense "
+                "on the expanded weight, so memory is saved but no time"
+            )
+        return "\n".join(lines)

@@ -141,6 +141,20 @@ def test_the_operator_where_a_direct_call_cannot_be(fields: dict[str, Any], opti
         assert_same(value, expected[name], name)
 
 
+def test_aot_inductor() -> None:
+    """A library made ahead of time calls operators too, and takes any number of tokens."""
+    net = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    program = torch.export.export(net, (torch.randn(5, 16),), dynamic_shapes=({0: tokens},))
+    program = slope.transform(program, slope.SlopeConfig(first_dense=False, heads_dense=False))
+    with torch.no_grad():
+        package = torch._inductor.aoti_compile_and_package(program)
+        run = torch._inductor.aoti_load_package(package)
+        for M in (5, 2, 9):
+            x = torch.randn(M, 16)
+            assert_same(run(x), program.module()(x))
+
+
 def test_other_graphs_of_the_process_are_left_alone() -> None:
     """After the lowerings are registered, plain Inductor still compiles operators, whose code needs nothing of ours."""
     model, x = prepared(), torch.randn(5, 16)

@@ -1,0 +1,30 @@
+"""The report as text: what a reader sees of the decisions."""
+
+from __future__ import annotations
+
+import pytest
+
+from slope_compile.report import Decision, Reason, Report
+
+
+def report(*patterns: str) -> Report:
+    found = Report()
+    for i, pattern in enumerate(patterns):
+        found.add(Decision(f"layers.{i}", bool(pattern), Reason.SELECTED, (8, 16), pattern, "exact" if pattern else ""))
+    return found
+
+
+def test_one_row_for_each_linear_and_the_totals() -> None:
+    header, _, first, second, total = str(report("2:4", "")).splitlines()
+    assert header.split() == ["weight", "N", "x", "K", "pattern", "backward", "reason"]
+    assert first.split() == ["layers.0", "8x16", "2:4", "exact", "selected"]
+    assert second.split() == ["layers.1", "8x16", "dense", "selected"]
+    assert total == "1 of 2 linears sparse"
+
+
+@pytest.mark.parametrize("patterns", [("2:8", "2:4"), ("1:4", "2:8", "")])
+def test_patterns_without_kernels_are_named(patterns: tuple[str, ...]) -> None:
+    last = str(report(*patterns)).splitlines()[-1]
+    others = sorted({p for p in patterns if p not in ("", "2:4")})
+    assert last.startswith(f"{', '.join(others)}: kernels exist for 2:4 alone")
+    assert "no time" in last
