@@ -4,6 +4,7 @@ Private names used, tested on torch 2.11 and 2.13: ``node.meta["grapharg"]`` and
 attribute accesses by which Dynamo reached an input), ``node._dynamo_source`` and ``node.meta["tensor_dict"]``
 (which AOTAutograd expects on every input of a graph from Dynamo), the running ``OutputGraph`` with its local and
 global scope, from which the chain can be followed to the real module, ``install_guard`` with ``GuardBuilder.ID_MATCH``,
+``_LazyGraphModule`` (as Dynamo's own graphs are),
 ``OptimizedModule`` and ``Module._compiled_call_impl`` (what was handed to ``torch.compile``), and the code objects of
 ``OutputGraph.call_user_compiler`` and ``Module._call_impl`` (by which frames on the stack are recognised).
 """
@@ -25,6 +26,7 @@ from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from slope_compile.rules import plain_path
 
@@ -169,7 +171,9 @@ def _owners(codes: tuple[CodeType, ...]) -> Iterator[Any]:
 def working_copy(module: GraphModule) -> GraphModule:
     """A copy whose graphs, those of higher-order bodies too, can be rewritten; tensors and submodules are shared.
 
-    Dynamo goes on reading the placeholders of the graph it handed over, so that one must stay as it is.
+    Dynamo goes on reading the placeholders of the graph it handed over, so that one must stay as it is.  The copy's
+    Python code is generated when somebody asks for it: passes and compilers read the graph, and writing out the code
+    after each pass took twice as long as the passes.
     """
     graph = Graph()
     mapped: dict[Node, Node] = {}
@@ -179,7 +183,7 @@ def working_copy(module: GraphModule) -> GraphModule:
     for old, new in mapped.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
-    copied = GraphModule(module, graph, class_name=type(module).__name__)
+    copied = _LazyGraphModule(module, graph, class_name=type(module).__name__)
     copied.meta = dict(module.meta)
     for name in ("_param_name_to_source", "_backend_id"):
         if hasattr(module, name):

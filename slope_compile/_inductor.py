@@ -48,4 +48,5 @@ def compile_graph(
         from torch._dynamo.backends.debugging import aot_eager
 
         return aot_eager(module, list(inputs))
+    _ = module.code  # generates the code of a lazy graph, and with it the forward that runs at every call
     return module.forward

@@ -111,23 +111,26 @@ def _kernels() -> dict[str, ExternKernelChoice]:
     return {name: ExternKernelChoice(call, name=name) for name, call in names.items()}
 
 
-def _product(name: str, inputs: Sequence[Any], patterns: Sequence[int], sizes: Sequence[Any]) -> Any:
-    """One product of matrices ``inputs``, some of them ``patterns``, into a new ``[sizes]`` of the first's dtype."""
+def _product(name: str, inputs: Sequence[Any], patterns: dict[int, tuple[Any, Any]], sizes: Sequence[Any]) -> Any:
+    """One product of matrices ``inputs`` into a new ``[sizes]`` of the first one's dtype.
+
+    ``patterns``: index of an input that is a pattern -> rows and columns of the mask that it packs.
+    """
     nodes = realize_inputs(*inputs)
     layout = ir.FixedLayout(nodes[0].get_device(), nodes[0].get_dtype(), list(sizes))
     ways = _MEASURED if config.max_autotune or config.max_autotune_gemm else _DECIDED_AT_RUN_TIME
     choices = [
         _kernels()[f"slope_{name}_{VERSION}{suffix}"].bind(nodes, layout, **way) for suffix, way in ways.items()
     ]
-    generators = dict.fromkeys(patterns, _legal_pattern)
+    generators = {index: functools.partial(_legal_pattern, *mask) for index, mask in patterns.items()}
     selected = autotune_select_algorithm(f"slope_{name}", choices, nodes, layout, input_gen_fns=generators)
     # torch 2.13 returns the chosen one beside the result
     return selected[0] if isinstance(selected, tuple) else selected
 
 
-def _legal_pattern(node: Any) -> Tensor:
-    sizes = [int(size) for size in node.get_size()]  # a weight's: never symbols
-    return torch.full(sizes, _LEGAL_BYTE, dtype=torch.uint8)
+def _legal_pattern(rows: Any, columns: Any, node: Any) -> Tensor:
+    """By the weight's sizes: those of the node are symbols where the backend added the pattern as an input."""
+    return torch.full((int(rows), (int(columns) + 7) // 8), _LEGAL_BYTE, dtype=torch.uint8)
 
 
 def _applies(keep: int, group: int, *tensors: Any) -> bool:
@@ -160,17 +163,17 @@ def _linear(
 ) -> Any | None:
     if not _applies(keep, group, x, values, bias):
         return None
-    N, rows = values.get_size()[0], _matrix(x)
+    (N, half), rows = values.get_size(), _matrix(x)
     inputs = [rows, values, pattern] + ([] if bias is None else [bias])
-    y = _product("linear", inputs, [2], [rows.get_size()[0], N])
+    y = _product("linear", inputs, {2: (N, 2 * half)}, [rows.get_size()[0], N])
     return _like(y, x, N)
 
 
 def _grad_input(grad: Any, values: Any, pattern: Any, keep: int, group: int) -> Any | None:
     if not _applies(keep, group, grad, values):
         return None
-    K, rows = 2 * values.get_size()[1], _matrix(grad)
-    dx = _product("grad_input", [rows, values, pattern], [2], [rows.get_size()[0], K])
+    N, K, rows = values.get_size()[0], 2 * values.get_size()[1], _matrix(grad)
+    dx = _product("grad_input", [rows, values, pattern], {2: (N, K)}, [rows.get_size()[0], K])
     return _like(dx, grad, K)
 
 
@@ -182,7 +185,8 @@ def _grad_input_columns(
         return None
     rows = _matrix(grad)
     inputs = [rows, values, pattern, column_pattern]
-    dx = _product("grad_input_columns", inputs, [2, 3], [rows.get_size()[0], K])
+    masks = {2: (N, K), 3: (K, N)}
+    dx = _product("grad_input_columns", inputs, masks, [rows.get_size()[0], K])
     return _like(dx, grad, K)
 
 
@@ -191,4 +195,4 @@ def _grad_weight(grad: Any, x: Any, pattern: Any, keep: int, group: int) -> Any 
     if not _applies(keep, group, grad, x) or K % 4:
         return None
     inputs = [_matrix(grad), _matrix(x), pattern]
-    return _product("grad_weight", inputs, [2], [N, K // 2])
+    return _product("grad_weight", inputs, {2: (N, K)}, [N, K // 2])
