@@ -18,6 +18,7 @@ from slope_compile.sparsify import densify_, sparsify_
 
 if TYPE_CHECKING:
     from slope_compile.backend import slope
+    from slope_compile.explanation import Explanation, explain
     from slope_compile.program import transform
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "ConfigError",
     "ConversionError",
     "Decision",
+    "Explanation",
     "Override",
     "Pattern",
     "PatternError",
@@ -38,6 +40,7 @@ __all__ = [
     "StateBytes",
     "TrainingState",
     "densify_",
+    "explain",
     "refresh_columns_",
     "set_adapters",
     "slope",
@@ -48,11 +51,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``slope`` and ``transform`` on first use: they need Dynamo and torch.export, which are slow to import."""
+    """``slope``, ``explain`` and ``transform`` on first use: Dynamo and torch.export are slow to import."""
     if name == "slope":
         from slope_compile.backend import slope
 
         return slope
+    if name in ("explain", "Explanation"):
+        from slope_compile import explanation
+
+        return getattr(explanation, name)
     if name == "transform":
         from slope_compile.program import transform
 

@@ -127,47 +127,17 @@ def device(name: str) -> Device:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
-    """A linear ``Y [M, N] = X [M, K] W^T`` and how it is rewritten.
-
-    Raises:
-        ConfigError: K is not a multiple of the group, or N is not and ``double_pruned`` is asked for.
-    """
+class DenseLayer:
+    """A linear ``Y [M, N] = X [M, K] W^T`` with elements of ``itemsize`` bytes."""
 
     N: int
     K: int
     itemsize: int
-    nm: Pattern = TWO_FOUR
-    R: int = 0
-    """Rank of the adapter that is on; 0 = none."""
-    double_pruned: bool = True
-
-    def __post_init__(self) -> None:
-        for name, size in (("K", self.K), ("N", self.N)):
-            if size % self.nm.group and (name == "K" or self.double_pruned):
-                raise ConfigError(f"Layer: {name} = {size} is not a multiple of {self.nm.group} ({self.nm})")
 
     @property
     def dense_bytes(self) -> int:
         """The dense weight."""
         return self.N * self.K * self.itemsize
-
-    @property
-    def values_bytes(self) -> int:
-        """The kept values."""
-        return self.N * self.nm.compressed(self.K) * self.itemsize
-
-    @property
-    def metadata_bytes(self) -> int:
-        """The pattern along in_features, packed: one bit per dense element, rows padded to whole bytes."""
-        return self.N * math.ceil(self.K / 8)
-
-    @property
-    def column_bytes(self) -> int:
-        """The pattern along out_features."""
-        return self.K * math.ceil(self.N / 8)
-
-    # --- dense -------------------------------------------------------------------------------------------------------
 
     def dense_forward(self, tokens: sympy.Expr = M) -> Cost:
         """``Y = X W^T``."""
@@ -185,7 +155,39 @@ class Layer:
     def _activations(self, tokens: sympy.Expr) -> sympy.Expr:
         return tokens * (self.N + self.K) * self.itemsize
 
-    # --- the rewrite -------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Layer(DenseLayer):
+    """A linear and its rewrite.
+
+    Raises:
+        ConfigError: K is not a multiple of the group, or N is not and ``double_pruned`` is asked for.
+    """
+
+    nm: Pattern = TWO_FOUR
+    R: int = 0
+    """Rank of the adapter that is on; 0 = none."""
+    double_pruned: bool = True
+
+    def __post_init__(self) -> None:
+        for name, size in (("K", self.K), ("N", self.N)):
+            if size % self.nm.group and (name == "K" or self.double_pruned):
+                raise ConfigError(f"Layer: {name} = {size} is not a multiple of {self.nm.group} ({self.nm})")
+
+    @property
+    def values_bytes(self) -> int:
+        """The kept values."""
+        return self.N * self.nm.compressed(self.K) * self.itemsize
+
+    @property
+    def metadata_bytes(self) -> int:
+        """The pattern along in_features, packed: one bit per dense element, rows padded to whole bytes."""
+        return self.N * math.ceil(self.K / 8)
+
+    @property
+    def column_bytes(self) -> int:
+        """The pattern along out_features."""
+        return self.K * math.ceil(self.N / 8)
 
     def forward(self, tokens: sympy.Expr = M, adapters: bool = True) -> Cost:
         """``Y = X (W^R)^T``, and the adapter's two products."""

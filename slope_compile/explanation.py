@@ -1,0 +1,304 @@
+"""``explain``: what the backend would do with a model, for people, without doing it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import gc
+import json
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import sympy
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.fx import Node
+
+from slope_compile import cost
+from slope_compile._capture import Captured, Linear, capture
+from slope_compile.config import SlopeConfig
+from slope_compile.errors import ConversionError
+from slope_compile.kernels import ops
+from slope_compile.layers import linear_layers
+from slope_compile.lowering import DENSE, lowering
+from slope_compile.passes.dataflow import dataflow
+from slope_compile.passes.graph import regions
+from slope_compile.pattern import Pattern
+from slope_compile.report import Reason
+from slope_compile.side_by_side import side_by_side
+from slope_compile.sketch import Mark, Sketch, sketch, svg
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearFacts:
+    """One linear of one graph."""
+
+    path: str
+    sparse: bool
+    reason: Reason
+    why: str
+    shape: tuple[int, ...]
+    """``(N, K)``; empty where the weight is not a parameter."""
+    tokens: str
+    """M, in the graph's own symbols where it has some."""
+    pattern: str
+    backward: str
+    density: float
+    """Measured share of the weight that is not zero in the forward product; 1.0 for a dense linear."""
+    column_density: float | None
+    """The same of W^{R,C}, picked by magnitude from the values as they are; None with the exact gradient."""
+    bytes_before: int | None
+    """The dense weight."""
+    bytes_after: int | None
+    """Values and metadata, as ``sparsify_`` stores them (a drop-in model keeps its dense-shaped weight)."""
+    lowering: str
+    """Of the forward product, on the device that the model is on."""
+    seconds_before: float | None = None
+    """Roofline time of the forward product; None without a device, or where its peaks are for another element size."""
+    seconds_after: float | None = None
+    break_even: float | None = None
+    """Token count above which the rewritten forward product is faster at every count, where there is one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found.  ``str()`` is for a terminal."""
+
+    linears: tuple[LinearFacts, ...]
+    graphs: tuple[str, ...]
+    """For each graph, before and after side by side."""
+    before: Sketch
+    after: Sketch
+    device: cost.Device | None = None
+
+    @property
+    def totals(self) -> dict[str, int | float | None]:
+        """Counts and sums over all linears with a weight of their own."""
+        rows = [f for f in self.linears if f.bytes_before is not None]
+        timed = [f for f in rows if f.seconds_before is not None]
+        return {
+            "linears": len(self.linears),
+            "sparse": sum(f.sparse for f in self.linears),
+            "bytes_before": sum(f.bytes_before or 0 for f in rows),
+            "bytes_after": sum(f.bytes_after or 0 for f in rows),
+            "seconds_before": sum(f.seconds_before or 0.0 for f in timed) if timed else None,
+            "seconds_after": sum(f.seconds_after or 0.0 for f in timed) if timed else None,
+        }
+
+    def __str__(self) -> str:
+        headers = ["linear", "N x K", "M", "pattern", "density", "W^{R,C}", "bytes", "after", "runs as", "reason"]
+        rows = [_row(f) for f in self.linears]
+        if self.device is not None:
+            headers[8:8] = ["us, dense", "us, sparse"]
+            for row, f in zip(rows, self.linears, strict=True):
+                row[8:8] = [_micro(f.seconds_before), _micro(f.seconds_after)]
+        total = self.totals
+        lines = [tabulate(rows, headers=headers, disable_numparse=True), ""]
+        lines.append(f"{total['sparse']} of {total['linears']} linears sparse")
+        lines[-1] += f"; their weights and the dense ones: {total['bytes_before']} -> {total['bytes_after']} bytes"
+        if self.device is not None:
+            times = f"{_micro(total['seconds_before'])} -> {_micro(total['seconds_after'])} us"
+            lines.append(f"predicted forward products on {self.device.name} (peaks: {self.device.source}): {times}")
+        for number, text in enumerate(self.graphs):
+            lines += ["", f"graph {number}", text]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Everything but the drawing, as JSON."""
+        linears = [dataclasses.asdict(f) | {"reason": f.reason.name} for f in self.linears]
+        device = None if self.device is None else dataclasses.asdict(self.device)
+        data = {"linears": linears, "totals": self.totals, "device": device, "graphs": self.graphs}
+        return json.dumps(data, indent=2)
+
+    def to_svg(self, path: str | Path) -> None:
+        """Draw the linears before and after, from top to bottom in the order of the dataflow, alike blocks folded."""
+        Path(path).write_text(svg({"before": self.before, "after": self.after}), encoding="utf-8")
+
+
+def explain(
+    model: nn.Module,
+    *args: Any,
+    config: SlopeConfig | None = None,
+    device: cost.Device | str | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """Say what ``torch.compile(model, backend="slope")`` would do with a model, and change nothing.
+
+    A copy of the model runs once, forward, as it is; the passes rewrite the graphs that Dynamo captures, and nothing is
+    pruned.  Works on dense models and on those that ``sparsify_`` has prepared.
+
+    Args:
+        model: a module, compiled or not.
+        args, kwargs: what the model is called with.
+        config: as given to the backend; a prepared model keeps what it was prepared with.
+        device: for predicted times: a :class:`slope_compile.cost.Device`, or a name in ``cost.DATA_SHEETS``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ConfigError: there is no data sheet of that name.
+        ConversionError: Dynamo captured no linear.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain: expected an nn.Module, got {type(model).__name__}")
+    peaks = cost.device(device) if isinstance(device, str) else device
+    try:
+        return _explained(model, args, kwargs, config or SlopeConfig(), peaks)
+    finally:
+        gc.collect()  # the copy stands in cycles; what Dynamo compiled for it goes when it goes
+
+
+def _explained(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], config: SlopeConfig, peaks: cost.Device | None
+) -> Explanation:
+    copied = copy.deepcopy(model._orig_mod if isinstance(model, OptimizedModule) else model)
+    gpus = {p.device for p in copied.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng([d.index for d in gpus]):
+        captured = [c for c in capture(copied, args, kwargs, config) if c.linears]
+    if not captured:
+        raise ConversionError(
+            f"explain: no graph of {type(model).__name__} has a linear; TORCH_LOGS=graph_breaks says what Dynamo "
+            "left eager"
+        )
+    ranks = {
+        layer.path: layer.low_rank.A.shape[0]
+        for layer in linear_layers(copied)
+        if layer.low_rank is not None and layer.low_rank.enabled
+    }
+    linears = tuple(_facts(linear, ranks, peaks) for graph in captured for linear in graph.linears)
+    texts = tuple(side_by_side(graph.before, graph.after, graph.names) for graph in captured)
+    return Explanation(linears, texts, _sketch(captured, "before"), _sketch(captured, "after"), peaks)
+
+
+def _facts(linear: Linear, ranks: dict[str, int], peaks: cost.Device | None) -> LinearFacts:
+    decision, shape = linear.decision, linear.decision.shape
+    size = linear.state[0].itemsize if linear.state else linear.dtype.itemsize
+    before = shape[0] * shape[1] * size if len(shape) == 2 else None
+    tokens = cost.tokens(linear.tokens)
+    facts = LinearFacts(
+        path=decision.weight,
+        sparse=decision.sparse,
+        reason=decision.reason,
+        why=decision.why,
+        shape=shape,
+        tokens=str(tokens),
+        pattern=decision.pattern,
+        backward=decision.backward,
+        density=1.0,
+        column_density=None,
+        bytes_before=before,
+        bytes_after=before,
+        lowering=DENSE,
+    )
+    nm = Pattern.parse(decision.pattern) if decision.sparse else None
+    if nm is not None:
+        values, pattern = linear.state[:2]
+        forward = ops.expand(values, pattern, nm.keep, nm.group)
+        N, K = forward.shape
+        double = decision.backward == "double_pruned"
+        columns = ops.compress_columns(values, pattern, nm.keep, nm.group)[0] if double else None
+        facts = dataclasses.replace(
+            facts,
+            shape=(N, K),
+            density=int(forward.count_nonzero()) / forward.numel(),
+            column_density=None if columns is None else int(columns.count_nonzero()) / forward.numel(),
+            bytes_before=N * K * size,
+            bytes_after=sum(t.nbytes for t in linear.state),
+            lowering=lowering("forward", _example(linear.tokens), N, K, linear.dtype, linear.device, nm),
+        )
+    if peaks is None or len(facts.shape) != 2 or not peaks.fits(size):
+        return facts
+    N, K = facts.shape
+    old, new, even = _predicted(N, K, size, nm, ranks.get(decision.weight, 0), peaks)
+    at = {cost.M: _example(linear.tokens)}
+    times = float(old.subs(at)), float(new.subs(at))
+    return dataclasses.replace(facts, seconds_before=times[0], seconds_after=times[1], break_even=even)
+
+
+@functools.lru_cache(maxsize=256)
+def _predicted(
+    N: int, K: int, size: int, nm: Pattern | None, rank: int, peaks: cost.Device
+) -> tuple[sympy.Expr, sympy.Expr, float | None]:
+    """Times of the dense and of the rewritten forward product in M, and where they cross for good."""
+    old = cost.DenseLayer(N, K, size).dense_forward()
+    if nm is None:
+        return peaks.time(old), peaks.time(old), None
+    new = cost.Layer(N, K, size, nm, rank, double_pruned=False).forward()
+    even = cost.break_even(old, new, peaks)
+    return peaks.time(old), peaks.time(new), None if even is None else float(even)
+
+
+def _example(shape: Sequence[Any]) -> int:
+    """M of this run."""
+    count = 1
+    for size in shape[:-1]:
+        count *= int(size.node.hint) if hasattr(size, "node") else int(size)
+    return count
+
+
+def _row(f: LinearFacts) -> list[str]:
+    return [
+        f.path,
+        "x".join(map(str, f.shape)) or "-",
+        f.tokens,
+        f.pattern or "-",
+        f"{f.density:.4f}",
+        "-" if f.column_density is None else f"{f.column_density:.4f}",
+        "-" if f.bytes_before is None else str(f.bytes_before),
+        "-" if f.bytes_after is None else str(f.bytes_after),
+        f.lowering,
+        f.why,
+    ]
+
+
+def _micro(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e6:.2f}"
+
+
+def _sketch(captured: Sequence[Captured], side: str) -> Sketch:
+    """All graphs as one, in the order in which they ran."""
+    whole: nx.DiGraph[Hashable] = nx.DiGraph()
+    marks: dict[Hashable, Mark] = {"input": Mark("input", "other"), "output": Mark("output", "other")}
+    last: Hashable = "input"
+    for number, graph in enumerate(captured):
+        module = graph.normal if side == "before" else graph.after
+        found = regions(module)
+        flow = dataflow(found)
+        joint = ("end of graph", number)
+        whole.add_edges_from(flow.edges)
+        for node in flow:
+            if node.op == "placeholder" and not flow.in_degree(node):
+                whole.add_edge(last, node)
+        whole.add_edge(module.graph.output_node(), joint)
+        whole.add_edge(last, joint)
+        for node in (n for region in found for n in region.graph.nodes):
+            if node in graph.marks:
+                marks[node] = _mark(graph, node, side)
+        last = joint
+    whole.add_edge(last, "output")
+    return sketch(whole, marks)
+
+
+def _mark(graph: Captured, node: Node, side: str) -> Mark:
+    position = graph.marks[node]
+    if position is None:
+        return Mark(_adapter(graph, node), "low-rank")
+    decision = graph.linears[position].decision
+    detail = "x".join(map(str, decision.shape))
+    if decision.sparse and side == "after":
+        return Mark(decision.weight, "sparse", f"{detail} {decision.pattern}".lstrip())
+    return Mark(decision.weight, "dense", detail)
+
+
+def _adapter(graph: Captured, node: Node) -> str:
+    """``h.0.mlp.c_fc A`` from the name of the factor; a product for several adapters is named after the first."""
+    weight = node.args[1]
+    while isinstance(weight, Node) and weight.op != "placeholder" and weight.all_input_nodes:
+        weight = weight.all_input_nodes[0]
+    name = graph.names.get(str(weight), str(weight))
+    layer, found, rest = name.partition(".parametrizations.weight.")
+    return f"{layer} {rest.rpartition('.')[2]}" if found else name

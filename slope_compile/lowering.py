@@ -1,0 +1,30 @@
+"""Which way each product of a layer would be computed on a device, by the rules that the operators go by."""
+
+from __future__ import annotations
+
+import torch
+
+from slope_compile.kernels import cpu_library, cpu_products, cpu_rules, gpu_ops, gpu_rules, triton_products
+from slope_compile.pattern import Pattern
+
+DENSE = "dense"
+EXPANDED = "dense with expanded weight"
+
+
+def lowering(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, nm: Pattern) -> str:
+    """What runs for ``op`` of a sparse layer: a 2:4 kernel, or a dense product with the expanded weight.
+
+    Args:
+        op: "forward", "grad_input", "grad_input_columns" or "grad_weight".
+    """
+    if nm != Pattern(2, 4):
+        return EXPANDED
+    if device.type == "cpu" and dtype in cpu_products.CODES:
+        library = cpu_library.load()
+        if library is not None and cpu_rules.sparse(op, M, dtype, library.isa):
+            return f"2:4 kernel, {library.isa}"
+    if device.type == "cuda" and dtype in triton_products.DTYPES and gpu_ops.available(device):
+        gpu = torch.cuda.get_device_name(device)
+        if gpu_rules.sparse(op, M, N, K, dtype, gpu):
+            return "2:4 kernel, Triton"
+    return EXPANDED

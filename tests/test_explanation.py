@@ -1,0 +1,202 @@
+"""``explain``: its facts against what the library really does, its drawing, and that it leaves the model alone."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import slope_compile as slope
+from problems import column_mask
+from slope_compile import cost
+from slope_compile.sketch import COLOURS, Mark
+from toy import DENSE, SPARSE, Block, Toy, token_ids, toy
+
+SVG = "{http://www.w3.org/2000/svg}"
+PEAKS = cost.Device("mine", 1e12, 2e12, 1e11, launch=1e-6)
+
+
+def plain(dtype: torch.dtype = torch.float32) -> Toy:
+    torch.manual_seed(0)
+    return toy(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["dense", "prepared"])
+def test_facts(way: str, dtype: torch.dtype) -> None:
+    """Densities and bytes equal those of a model that has really been converted."""
+    model, converted = plain(dtype), plain(dtype)
+    slope.sparsify_(converted)
+    found = slope.explain(converted if way == "prepared" else model, token_ids(3, 5), device=PEAKS)
+    facts = {f.path: f for f in found.linears}
+    assert tuple(f.path for f in found.linears if f.sparse) == SPARSE
+    assert {f.path for f in found.linears if not f.sparse} == set(DENSE)
+    nm = slope.Pattern(2, 4)
+    for path in SPARSE:
+        f, layer = facts[path], converted.get_submodule(path)
+        assert isinstance(layer, nn.Linear)
+        weight = layer.weight.detach()
+        twice = weight * column_mask(weight.float(), nm)
+        assert (f.shape, f.tokens, f.pattern) == (tuple(weight.shape), "15", "2:4")
+        assert f.density == int(weight.count_nonzero()) / weight.numel() == 0.5
+        assert f.column_density == int(twice.count_nonzero()) / weight.numel()
+        stored = slope.training_state(converted, paths=[path]).linears
+        assert f.bytes_before == weight.nbytes
+        assert f.bytes_after == stored.weights + stored.metadata - 8, "the age is not part of it"
+        sparse = cost.Layer(f.shape[0], f.shape[1], dtype.itemsize)
+        assert f.seconds_after == pytest.approx(float(PEAKS.time(sparse.forward()).subs(cost.M, 15)))
+        assert f.seconds_before == pytest.approx(float(PEAKS.time(sparse.dense_forward()).subs(cost.M, 15)))
+    assert facts["head"].reason is slope.Reason.HEAD
+    assert facts["head"].bytes_before == facts["head"].bytes_after
+    assert found.totals["bytes_after"] == sum(f.bytes_after or 0 for f in found.linears)
+
+
+@pytest.mark.parametrize("way", ["dense", "prepared", "compiled", "pruned"])
+def test_the_model_is_left_alone(way: str) -> None:
+    model = plain()
+    if way == "prepared":
+        slope.sparsify_(model, slope.SlopeConfig(adapter_rank=2))
+    if way == "pruned":
+        torch.compile(model, backend=slope.slope, options={"compiler": "eager"})(token_ids())
+    given: nn.Module = torch.compile(model, backend="eager") if way == "compiled" else model  # type: ignore[assignment]
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    modules = [(name, type(m)) for name, m in model.named_modules()]
+    seed = torch.random.get_rng_state()
+    slope.explain(given, torch.ones(2, 4).long())
+    assert torch.equal(seed, torch.random.get_rng_state())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor.view(torch.uint8) if tensor.ndim else tensor, after[name].view(torch.uint8)), name
+    assert modules == [(name, type(m)) for name, m in model.named_modules()]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_many_calls_do_not_use_up_recompilations() -> None:
+    """More calls than Dynamo allows recompilations, and the model itself still compiles."""
+    model, ids = plain(), token_ids()
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        assert len(slope.explain(model, ids).linears) == len(SPARSE) + len(DENSE)
+    graphs = []
+
+    def backend(module: torch.fx.GraphModule, inputs: object) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    torch.compile(model, backend=backend)(ids)
+    assert len(graphs) == 1
+
+
+def test_symbols() -> None:
+    ids = token_ids(3, 6)
+    torch._dynamo.mark_dynamic(ids, 0)
+    facts = slope.explain(plain(), ids, device=PEAKS).linears[1]
+    assert facts.tokens.count("s") >= 1
+    assert facts.seconds_before == pytest.approx(
+        float(PEAKS.time(cost.DenseLayer(16, 16, 4).dense_forward()).subs(cost.M, 18))
+    )
+
+
+@pytest.mark.parametrize("shape", ["checkpointed", "broken"])
+def test_several_graphs(shape: str) -> None:
+    """Bodies of checkpointed blocks, and graph breaks: every linear once, in both drawings."""
+    model = toy(torch.float32, checkpointed=shape == "checkpointed")
+    if shape == "broken":
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            block.between = torch._dynamo.graph_break
+    found = slope.explain(model, token_ids())
+    assert Counter(f.path for f in found.linears) == Counter((*SPARSE, *DENSE))
+    assert len(found.graphs) == (1 if shape == "checkpointed" else 3)
+    assert {m.path for m in found.after.marks} == {*SPARSE, *DENSE, "input", "output"}
+    assert sum(m.times for m in found.before.marks) == len(SPARSE) + len(DENSE) + 2
+
+
+# --- what a reader sees ----------------------------------------------------------------------------------------------
+
+
+def deep(layers: int) -> Toy:
+    model = plain()
+    model.blocks.extend(Block() for _ in range(layers - 2))
+    return model
+
+
+def test_repeated_blocks_are_folded(tmp_path: Path) -> None:
+    found = slope.explain(deep(12), token_ids())
+    labels = [mark.label for mark in found.after.marks]
+    # Block 0 keeps its first linear dense and so is another block than the eleven that follow.
+    assert len(labels) == 2 + 4 + 4 + 1
+    assert "blocks.1-11.qkv  48x16 2:4  ×11" in labels
+    assert [m.label for m in found.before.marks][1] == "blocks.0-11.qkv  48x16  ×12"
+    assert len(found.before.marks) == 2 + 4 + 1
+    found.to_svg(tmp_path / "graph.svg")
+    root = ET.parse(tmp_path / "graph.svg").getroot()
+    boxes = Counter(e.get("fill") for e in root.iter(f"{SVG}rect") if e.get("class") == "node")
+    assert boxes == {COLOURS["sparse"]: 7, COLOURS["dense"]: 2 + 5, COLOURS["other"]: 4}
+    legend = {e.get("fill") for e in root.iter(f"{SVG}rect") if e.get("class") == "legend"}
+    assert legend == set(COLOURS.values())
+    texts = ["".join(e.itertext()) for e in root.iter(f"{SVG}text")]
+    assert {*labels, *COLOURS, "before", "after"} <= set(texts)
+    assert len(list(root.iter(f"{SVG}line"))) == len(found.before.edges) + len(found.after.edges)
+
+
+def test_edges_follow_the_dataflow() -> None:
+    found = slope.explain(plain(), token_ids()).after
+    names = [m.path for m in found.marks]
+    assert {(names[a], names[b]) for a, b in found.edges} >= {
+        ("input", "blocks.0.qkv"),
+        ("blocks.0.qkv", "blocks.0.out"),
+        ("blocks.0.up", "blocks.0.down"),
+        ("blocks.1.down", "head"),
+        ("head", "output"),
+    }
+    assert all(a < b for a, b in found.edges)
+
+
+def test_adapters_are_drawn() -> None:
+    model = plain()
+    slope.sparsify_(model, slope.SlopeConfig(adapter_rank=2))
+    off = slope.explain(model, token_ids(), device=PEAKS)
+    slope.set_adapters(model, True)
+    on = slope.explain(model, token_ids(), device=PEAKS)
+    assert not [m for m in off.after.marks if m.kind == "low-rank"]
+    assert {m.path for m in on.after.marks if m.kind == "low-rank"} == {f"{p} {f}" for p in SPARSE for f in "AB"}
+    for a, b in zip(off.linears, on.linears, strict=True):
+        assert a.seconds_after is not None
+        assert b.seconds_after is not None
+        assert (b.seconds_after > a.seconds_after) == a.sparse
+
+
+def test_text_and_json() -> None:
+    found = slope.explain(plain(), token_ids(3, 5), device="H100-SXM")
+    text = str(found)
+    for part in (*SPARSE, *DENSE, "7 of 9 linears sparse", "slope.linear", "slope.compress", "output head"):
+        assert part in text
+    assert "NVIDIA H100 data sheet" in text
+    data = json.loads(found.to_json())
+    assert [row["path"] for row in data["linears"]] == [f.path for f in found.linears]
+    assert data["totals"] == found.totals
+    assert data["linears"][1]["seconds_before"] is None, "the sheet's peaks hold for 16 bits only"
+    assert slope.explain(plain(torch.bfloat16), token_ids(), device="H100-SXM").linears[1].seconds_before is not None
+
+
+def test_labels_are_escaped() -> None:
+    from slope_compile.sketch import Sketch, svg
+
+    text = svg({"a<b": Sketch((Mark("x&y", "dense"),), ())})
+    assert ET.fromstring(text) is not None
+
+
+def test_errors() -> None:
+    with pytest.raises(TypeError, match=r"expected an nn\.Module, got int"):
+        slope.explain(3)  # type: ignore[arg-type]
+    with pytest.raises(slope.ConfigError, match="no data sheet for 'B200'"):
+        slope.explain(plain(), token_ids(), device="B200")
+    with pytest.raises(slope.ConversionError, match="no graph of ReLU has a linear"):
+        slope.explain(nn.ReLU(), torch.ones(3))
