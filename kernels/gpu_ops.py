@@ -22,8 +22,8 @@ OLDEST = (8, 0)
 
 
 @functools.lru_cache(maxsize=16)
-def _missing(device: torch.device) -> str | None:
-    """What the kernels lack on a device."""
+def missing(device: torch.device) -> str | None:
+    """What the Triton kernels lack on a device; None: nothing."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.version.hip is not None:
@@ -35,10 +35,10 @@ def _missing(device: torch.device) -> str | None:
 @functools.lru_cache(maxsize=16)
 def available(device: torch.device) -> bool:
     """Whether Triton kernels can run on a device; the log says why not."""
-    missing = _missing(device)
-    if missing is not None:
-        log.warning("no Triton kernels on %s: %s; the plain PyTorch definitions are used", device, missing)
-    return missing is None
+    lacking = missing(device)
+    if lacking is not None:
+        log.warning("no Triton kernels on %s: %s; the plain PyTorch definitions are used", device, lacking)
+    return lacking is None
 
 
 @functools.lru_cache(maxsize=16)

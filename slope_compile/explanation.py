@@ -24,14 +24,15 @@ from slope_compile._capture import Captured, Linear, capture
 from slope_compile.config import SlopeConfig
 from slope_compile.errors import ConversionError
 from slope_compile.kernels import ops
-from slope_compile.layers import linear_layers
-from slope_compile.lowering import DENSE, lowering
+from slope_compile.layers import LinearLayer, linear_layers
+from slope_compile.lowering import DENSE, EXPANDED, lowering
 from slope_compile.passes.dataflow import dataflow
 from slope_compile.passes.graph import regions
 from slope_compile.pattern import Pattern
 from slope_compile.report import Reason
 from slope_compile.side_by_side import side_by_side
 from slope_compile.sketch import Mark, Sketch, sketch, svg
+from slope_compile.stopwatch import forward_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,9 @@ class LinearFacts:
     seconds_before: float | None = None
     """Roofline time of the forward product; None without a device, or where its peaks are for another element size."""
     seconds_after: float | None = None
+    measured_before: float | None = None
+    """Measured seconds of the forward product, on random activations; None unless asked for, and for dense linears."""
+    measured_after: float | None = None
     break_even: float | None = None
     """Token count above which the rewritten forward product is faster at every count, where there is one."""
 
@@ -93,17 +97,22 @@ class Explanation:
     def __str__(self) -> str:
         headers = ["linear", "N x K", "M", "pattern", "density", "W^{R,C}", "bytes", "after", "runs as", "reason"]
         rows = [_row(f) for f in self.linears]
-        if self.device is not None:
-            headers[8:8] = ["us, dense", "us, sparse"]
-            for row, f in zip(rows, self.linears, strict=True):
-                row[8:8] = [_micro(f.seconds_before), _micro(f.seconds_after)]
+        times = {
+            "us, predicted": [(f.seconds_before, f.seconds_after) for f in self.linears],
+            "us, measured": [(f.measured_before, f.measured_after) for f in self.linears],
+        }
+        for header, pairs in times.items():
+            if any(pair != (None, None) for pair in pairs):
+                headers.insert(-2, header)
+                for row, (old, new) in zip(rows, pairs, strict=True):
+                    row.insert(-2, f"{_micro(old)} -> {_micro(new)}")
         total = self.totals
         lines = [tabulate(rows, headers=headers, disable_numparse=True), ""]
         lines.append(f"{total['sparse']} of {total['linears']} linears sparse")
         lines[-1] += f"; their weights and the dense ones: {total['bytes_before']} -> {total['bytes_after']} bytes"
         if self.device is not None:
-            times = f"{_micro(total['seconds_before'])} -> {_micro(total['seconds_after'])} us"
-            lines.append(f"predicted forward products on {self.device.name} (peaks: {self.device.source}): {times}")
+            change = f"{_micro(total['seconds_before'])} -> {_micro(total['seconds_after'])} us"
+            lines.append(f"predicted forward products on {self.device.name} (peaks: {self.device.source}): {change}")
         for number, text in enumerate(self.graphs):
             lines += ["", f"graph {number}", text]
         return "\n".join(lines)
@@ -125,6 +134,7 @@ def explain(
     *args: Any,
     config: SlopeConfig | None = None,
     device: cost.Device | str | None = None,
+    measure: bool = False,
     **kwargs: Any,
 ) -> Explanation:
     """Say what ``torch.compile(model, backend="slope")`` would do with a model, and change nothing.
@@ -137,6 +147,7 @@ def explain(
         args, kwargs: what the model is called with.
         config: as given to the backend; a prepared model keeps what it was prepared with.
         device: for predicted times: a :class:`slope_compile.cost.Device`, or a name in ``cost.DATA_SHEETS``.
+        measure: also time the forward product of each sparse linear, against the dense one, on the model's device.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -147,13 +158,18 @@ def explain(
         raise TypeError(f"explain: expected an nn.Module, got {type(model).__name__}")
     peaks = cost.device(device) if isinstance(device, str) else device
     try:
-        return _explained(model, args, kwargs, config or SlopeConfig(), peaks)
+        return _explained(model, args, kwargs, config or SlopeConfig(), peaks, measure)
     finally:
         gc.collect()  # the copy stands in cycles; what Dynamo compiled for it goes when it goes
 
 
 def _explained(
-    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], config: SlopeConfig, peaks: cost.Device | None
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    config: SlopeConfig,
+    peaks: cost.Device | None,
+    measure: bool,
 ) -> Explanation:
     copied = copy.deepcopy(model._orig_mod if isinstance(model, OptimizedModule) else model)
     gpus = {p.device for p in copied.parameters() if p.device.type == "cuda"}
@@ -169,12 +185,14 @@ def _explained(
         for layer in linear_layers(copied)
         if layer.low_rank is not None and layer.low_rank.enabled
     }
-    linears = tuple(_facts(linear, ranks, peaks) for graph in captured for linear in graph.linears)
+    linears = tuple(_facts(linear, ranks, peaks, measure) for graph in captured for linear in graph.linears)
+    seen = {facts.path for facts in linears}
+    linears += tuple(_eager(layer) for layer in linear_layers(copied) if layer.path not in seen)
     texts = tuple(side_by_side(graph.before, graph.after, graph.names) for graph in captured)
     return Explanation(linears, texts, _sketch(captured, "before"), _sketch(captured, "after"), peaks)
 
 
-def _facts(linear: Linear, ranks: dict[str, int], peaks: cost.Device | None) -> LinearFacts:
+def _facts(linear: Linear, ranks: dict[str, int], peaks: cost.Device | None, measure: bool) -> LinearFacts:
     decision, shape = linear.decision, linear.decision.shape
     size = linear.state[0].itemsize if linear.state else linear.dtype.itemsize
     before = shape[0] * shape[1] * size if len(shape) == 2 else None
@@ -210,13 +228,41 @@ def _facts(linear: Linear, ranks: dict[str, int], peaks: cost.Device | None) -> 
             bytes_after=sum(t.nbytes for t in linear.state),
             lowering=lowering("forward", _example(linear.tokens), N, K, linear.dtype, linear.device, nm),
         )
+        if measure:
+            times = forward_seconds(_example(linear.tokens), forward, values.detach(), pattern, nm)
+            facts = dataclasses.replace(facts, measured_before=times[0], measured_after=times[1])
     if peaks is None or len(facts.shape) != 2 or not peaks.fits(size):
         return facts
     N, K = facts.shape
     old, new, even = _predicted(N, K, size, nm, ranks.get(decision.weight, 0), peaks)
     at = {cost.M: _example(linear.tokens)}
-    times = float(old.subs(at)), float(new.subs(at))
-    return dataclasses.replace(facts, seconds_before=times[0], seconds_after=times[1], break_even=even)
+    return dataclasses.replace(
+        facts, seconds_before=float(old.subs(at)), seconds_after=float(new.subs(at)), break_even=even
+    )
+
+
+def _eager(layer: LinearLayer) -> LinearFacts:
+    """A linear that this call did not reach, or that Dynamo left to Python."""
+    N, K = layer.shape
+    weight, sparse = layer.weight, layer.sparse
+    stored = weight.nbytes
+    if sparse is not None:
+        stored += sum(b.nbytes for b in (sparse.pattern, sparse.column_pattern) if b is not None)
+    return LinearFacts(
+        path=layer.path,
+        sparse=False,
+        reason=Reason.EAGER,
+        why=f"{Reason.EAGER.value}: not called, or left eager by Dynamo (TORCH_LOGS=graph_breaks says why)",
+        shape=(N, K),
+        tokens="-",
+        pattern="" if sparse is None else str(sparse.nm),
+        backward="" if sparse is None else "exact",
+        density=1.0 if sparse is None else sparse.nm.keep / sparse.nm.group,
+        column_density=None,
+        bytes_before=N * K * weight.itemsize,
+        bytes_after=stored,
+        lowering=DENSE if sparse is None else EXPANDED,
+    )
 
 
 @functools.lru_cache(maxsize=256)

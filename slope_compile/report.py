@@ -31,6 +31,7 @@ class Reason(enum.Enum):
     SUBCLASS = "weight is a tensor subclass"
     FORWARD_REPLACED = "module's forward is not that of a known linear"
     HIGHER_ORDER = "inside a higher-order operator that passes do not enter"
+    EAGER = "in no graph"
 
 
 @dataclasses.dataclass(frozen=True)
