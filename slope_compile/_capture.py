@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx import GraphModule, Node
 
 from slope_compile import _dynamo
@@ -73,6 +74,11 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], confi
     with torch._dynamo.config.patch(recompile_limit=UNLIMITED, accumulated_recompile_limit=UNLIMITED):
         torch.compile(run, backend=backend)(model, args, kwargs)
     return found
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What was handed to ``torch.compile``, or the model itself."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def _call(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

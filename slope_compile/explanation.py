@@ -16,11 +16,10 @@ import sympy
 import torch
 from tabulate import tabulate
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx import Node
 
 from slope_compile import cost
-from slope_compile._capture import Captured, Linear, capture
+from slope_compile._capture import Captured, Linear, capture, uncompiled
 from slope_compile.config import SlopeConfig
 from slope_compile.errors import ConversionError
 from slope_compile.kernels import ops
@@ -171,7 +170,7 @@ def _explained(
     peaks: cost.Device | None,
     measure: bool,
 ) -> Explanation:
-    copied = copy.deepcopy(model._orig_mod if isinstance(model, OptimizedModule) else model)
+    copied = copy.deepcopy(uncompiled(model))
     gpus = {p.device for p in copied.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng([d.index for d in gpus]):
         captured = [c for c in capture(copied, args, kwargs, config) if c.linears]

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 
 from tabulate import tabulate
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from slope_compile.passes.graph import regions
@@ -38,7 +37,7 @@ def side_by_side(before: GraphModule, after: GraphModule, names: Mapping[str, st
 
 
 def _target(node: Node) -> str:
-    if isinstance(node.target, str | OpOverload):
+    if isinstance(node.target, str) or hasattr(node.target, "overloadpacket"):
         return str(node.target)
     return str(getattr(node.target, "__name__", node.target))
 
