@@ -2,7 +2,7 @@
 
 A machine on which ``slope-compile tune`` has run goes by what was measured there.  Elsewhere a rule decides, which
 comes from interleaved measurements (``python -m benchmarks run --suite cpu``): in float32 and float16 a 2:4
-kernel beats expanding at every M but for the weight gradient of a handful of tokens.  In bfloat16 that holds where
+kernel beats expanding at every M but for the weight gradient of some ten tokens.  In bfloat16 that holds where
 PyTorch has no bfloat16 instructions to use; where it has (AVX512_BF16), its dense product runs at twice the rate of
 float32, and the 2:4 kernels, which add up in float32, only win while they are bound by memory.
 """
@@ -14,7 +14,9 @@ import torch
 from slope_compile.kernels import cpu_tuning
 
 FEW_TOKENS = 16
-"""Below: memory-bound forward products; weight gradients whose set-up is most of the work."""
+"""Below: products bound by memory, also where the dense one has faster instructions."""
+OUTER, PACKED = 8, 32
+"""Weight gradients: up to the one, sums of outer products; from the other on, tiles.  In between neither wins."""
 
 
 def sparse(op: str, M: int, dtype: torch.dtype, isa: str) -> bool:
@@ -30,6 +32,7 @@ def sparse(op: str, M: int, dtype: torch.dtype, isa: str) -> bool:
     measured = None if table is None else table.sparse(op, M, dtype)
     if measured is not None:
         return measured
-    if dtype is torch.bfloat16 and isa == "avx512_bf16":
-        return op == "forward" and M < FEW_TOKENS
-    return op != "grad_weight" or M >= FEW_TOKENS
+    instructions = dtype is torch.bfloat16 and isa == "avx512_bf16"
+    if op == "grad_weight":
+        return M <= OUTER or (M >= PACKED and not instructions)
+    return M < FEW_TOKENS or not instructions

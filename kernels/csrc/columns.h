@@ -7,13 +7,23 @@
 
 namespace slope {
 
+// The lower four lanes, as they are.
+inline void store_half(uint32_t* to, Vec8 v) { std::memcpy(to, &v, 4 * sizeof(uint32_t)); }
+
 template <class U>
 void compress(int threads, const U* dense, int64_t stride_n, int64_t stride_k, const uint8_t* pattern, U* values,
               int64_t N, int64_t K) {
   const int64_t width = (K + 7) / 8;
   parallel(threads, N, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; n++)
-      for (int64_t j = 0; j < width; j++) {
+    for (int64_t n = begin; n < end; n++) {
+      int64_t j = 0;
+      if constexpr (sizeof(U) == 4)
+        if (stride_k == 1)
+          for (; 8 * j + 8 <= K; j++) {
+            const Vec8 row = load8(reinterpret_cast<const float*>(dense + n * stride_n + 8 * j));
+            store_half(values + n * (K / 2) + 4 * j, gather8(row, pattern[n * width + j]));
+          }
+      for (; j < width; j++) {
         const bool whole = 8 * j + 8 <= K;
         const int count = whole ? 4 : 2;
         // The last byte of a row may have four columns only: nothing beyond them is read, whatever its upper bits say.
@@ -22,6 +32,7 @@ void compress(int threads, const U* dense, int64_t stride_n, int64_t stride_k, c
         U* to = values + n * (K / 2) + 4 * j;
         for (int e = 0; e < count; e++) to[e] = from[at[e] * stride_k];
       }
+    }
   });
 }
 
@@ -42,7 +53,11 @@ void expand(int threads, const U* values, const uint8_t* pattern, U* dense, int6
         const U* v = values + n * (K / 2) + 4 * j;
         U* to = dense + n * K + 8 * j;
         if (8 * j + 8 <= K) {
-          expand_byte(to, v, pattern[n * width + j], 4);
+          if constexpr (sizeof(U) == 4)
+            store8(reinterpret_cast<float*>(to),
+                   expand8(load_values(reinterpret_cast<const float*>(v)), pattern[n * width + j]));
+          else
+            expand_byte(to, v, pattern[n * width + j], 4);
         } else {
           U last[8];
           expand_byte(last, v, pattern[n * width + j], 2);

@@ -1,4 +1,4 @@
-// The products for few tokens (M <= FEW): memory-bound, so each weight is read once, in order, and expanded in registers.
+// The forward product for few tokens (M <= FEW): memory-bound, so each weight is read once, in order, and expanded in registers.
 // Lanes run along K.
 #pragma once
 
@@ -130,34 +130,6 @@ int forward_few(int threads, Matrix<T> a, const T* values, const uint8_t* patter
         y[m * N + n] = from_float<T>(total);
       }
     }
-  });
-  return 0;
-}
-
-// dX [M, K] = dY [M, N] W: each row of W is read once and added, times dY[m, n], to row m.  Threads share out columns.
-template <class T>
-int grad_input_few(int threads, Matrix<T> a, const T* values, const uint8_t* pattern, T* dx, int64_t M, int64_t N,
-                   int64_t K) {
-  const float* g = float_rows(shared_a, a, M, N);
-  float* sums = shared_b.floats(std::max<int64_t>(1, M * ceil_div(K, 8) * 8));  // [M, K rounded up to 8]
-  if (g == nullptr || sums == nullptr) return 1;
-  const int64_t size = block_size(K, threads, 1 << 20, 64), width = (K + 7) / 8, padded = width * 8;
-  parallel(threads, ceil_div(K, size), [&](int64_t begin, int64_t end) {
-    const int64_t k0 = begin * size, k1 = std::min(K, end * size);
-    for (int64_t m = 0; m < M; m++) std::fill(sums + m * padded + k0, sums + m * padded + ceil_div(k1, 8) * 8, 0.0f);
-    for (int64_t n = 0; n < N; n++) {
-      const T* v = values + n * (K / 2);
-      const uint8_t* p = pattern + n * width;
-      for (int64_t k = k0; k < k1; k += 8) {
-        const Vec8 w = expand8(k + 8 <= K ? load_values(v + k / 2) : load_values(v + k / 2, 2), p[k / 8]);
-        for (int64_t m = 0; m < M; m++) {
-          float* to = sums + m * padded + k;
-          store8(to, load8(to) + w * g[m * N + n]);
-        }
-      }
-    }
-    for (int64_t m = 0; m < M; m++)
-      for (int64_t k = k0; k < k1; k++) dx[m * K + k] = from_float<T>(sums[m * padded + k]);
   });
   return 0;
 }

@@ -11,6 +11,7 @@
 #include "columns.h"
 #include "gemv.h"
 #include "product.h"
+#include "few_backward.h"
 #include "weight_gradient.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -107,8 +108,8 @@ EXPORT int slope_cpu_grad_input(int dtype, int threads, const void* grad, int64_
     using T = std::remove_pointer_t<decltype(type)>;
     const Matrix<T> a{static_cast<const T*>(grad), g_stride_m, g_stride_n};
     const T* v = static_cast<const T*>(values);
-    if (M <= 2 && column_pattern == nullptr)
-      return grad_input_few(threads, a, v, pattern, static_cast<T*>(dx), M, N, K);
+    if (M <= FEW_GRADIENTS)
+      return grad_input_few(threads, a, v, pattern, column_pattern, static_cast<T*>(dx), M, N, K);
     return product(threads, a, M, N, Matrix<T>{}, static_cast<const T*>(nullptr), 0, static_cast<const T*>(nullptr),
                    static_cast<T*>(dx), K, ColumnLists<T>{v, pattern, column_pattern, N, K});
   });
@@ -121,9 +122,11 @@ EXPORT int slope_cpu_grad_weight(int dtype, int threads, const void* grad, int64
   if (N == 0 || K == 0) return 0;
   return with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return grad_weight(threads, Matrix<T>{static_cast<const T*>(grad), g_stride_m, g_stride_n},
-                       Matrix<T>{static_cast<const T*>(x), x_stride_m, x_stride_k}, pattern, static_cast<T*>(dv),
-                       accumulate != 0, M, N, K);
+    const Matrix<T> g{static_cast<const T*>(grad), g_stride_m, g_stride_n};
+    const Matrix<T> a{static_cast<const T*>(x), x_stride_m, x_stride_k};
+    if (0 < M && M <= FEW_OUTER)
+      return grad_weight_few(threads, g, a, pattern, static_cast<T*>(dv), accumulate != 0, M, N, K);
+    return grad_weight(threads, g, a, pattern, static_cast<T*>(dv), accumulate != 0, M, N, K);
   });
 }
 
