@@ -31,13 +31,13 @@ def flag(default: Any, text: str) -> Any:
 class Settings:
     """All that decides the losses; a checkpoint holds it.  Each field is a flag of the command line."""
 
-    layers: int = flag(2, "blocks")
-    width: int = flag(192, "width of the residual stream")
+    layers: int = flag(4, "blocks")
+    width: int = flag(384, "width of the residual stream")
     heads: int = flag(4, "attention heads")
     context: int = flag(128, "bytes a sequence")
     tied: bool = flag(False, "share the head's weight with the token embedding")
     batch: int = flag(8, "sequences a step")
-    steps: int = flag(400, "optimizer steps")
+    steps: int = flag(150, "optimizer steps")
     seed: int = flag(0, "seed of the initial weights, the batches and the sparse masks")
     lr: float = flag(2e-3, "peak learning rate")
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises")
@@ -49,7 +49,7 @@ class Settings:
         "float32",
         "compute type; bfloat16 through autocast, with float32 weights",
     )
-    adapter_rank: int = flag(16, "rank of the lazy low-rank adapters; 0 = none")
+    adapter_rank: int = flag(8, "rank of the lazy low-rank adapters; 0 = none")
     adapter_fraction: float = flag(
         0.1,
         "share of the steps, at the end, in which the adapters are on; the method's value for long "
