@@ -32,6 +32,8 @@ class Context:
     weights: WeightStore
     report: Report = dataclasses.field(default_factory=Report)
     columns: list[ColumnSite] = dataclasses.field(default_factory=list)
+    disabled: frozenset[str] = frozenset()
+    """Names of the fusions that are switched off."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from slope_compile.errors import SlopeError
 from slope_compile.passes.context import Context
 from slope_compile.passes.fuse import Fuse
+from slope_compile.passes.fuse_siblings import FuseSiblings
 from slope_compile.passes.graph import regions
 from slope_compile.passes.low_rank import DistributeLowRank
 from slope_compile.passes.normalize import Normalize
@@ -20,16 +21,21 @@ PIPELINE = (
     DistributeLowRank,  # adapters away from the weight, which leaves a plain base for the next pass
     Sparsify,  # compressed weights and their products
     Fuse,  # what now stands side by side
+    FuseSiblings,
 )
+
+FUSIONS = (Fuse.name, FuseSiblings.name)
+"""Passes that change how something is computed and not what: they can be switched off by name."""
 
 
 def run_passes(graph_module: GraphModule, context: Context) -> GraphModule:
-    """Rewrite a graph in place; ``context.report`` then holds the decisions.
+    """Rewrite a graph in place; ``context.report`` then holds the decisions.  ``context.disabled`` names fusions that
+    are left out.
 
     Raises:
         SlopeError: whatever a pass raised on purpose.
     """
-    manager = PassManager([make(context) for make in PIPELINE], run_checks_after_each_pass=True)
+    manager = PassManager([make(context) for make in PIPELINE if make.name not in context.disabled], run_checks_after_each_pass=True)
     manager.add_checks(_check)
     try:
         result = manager(graph_module)

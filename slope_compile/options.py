@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from slope_compile import _inductor
 from slope_compile.config import SlopeConfig, nearest
 from slope_compile.errors import ConfigError
+from slope_compile.passes.pipeline import FUSIONS
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(SlopeConfig))
-_OWN = (*_FIELDS, "config", "compiler", "mode")
+_OWN = (*_FIELDS, "config", "compiler", "mode", "disable")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,8 @@ class BackendOptions:
     compiler: str
     patches: dict[str, Any]
     """Options passed on to Inductor."""
+    disabled: frozenset[str] = frozenset()
+    """Names of the fusions that are switched off."""
 
 
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> BackendOptions:
@@ -33,7 +36,8 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Backen
         mode: as of ``torch.compile``.
         options: any of ``config`` (a SlopeConfig), single fields of SlopeConfig, ``compiler`` ("inductor",
             "aot_eager", "eager": what runs the rewritten graph), ``mode`` (``torch.compile`` takes either ``mode`` or
-            ``options``; here both can be had), and Inductor's own options.
+            ``options``; here both can be had), ``disable`` (names of fusions to leave out, see
+            ``passes.pipeline.FUSIONS``), and Inductor's own options.
 
     Raises:
         ConfigError: an unknown option (the nearest valid one is named), contradictory options, or a bad value.
@@ -59,6 +63,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Backen
     compiler = options.get("compiler", "inductor")
     if compiler not in _inductor.COMPILERS:
         raise ConfigError(f"option 'compiler': expected one of {_inductor.COMPILERS}, got {compiler!r}")
+    disabled = fusions("option 'disable'", options.get("disable", ()))
     if mode is not None and options.get("mode") not in (None, mode):
         raise ConfigError(f"mode={mode!r} and options['mode']={options['mode']!r} contradict each other")
     mode = mode or options.get("mode")
@@ -80,4 +85,17 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Backen
     else:
         default = SlopeConfig()
         given = frozenset(n for n in _FIELDS if getattr(config, n) != getattr(default, n))
-    return BackendOptions(config, given, compiler, patches)
+    return BackendOptions(config, given, compiler, patches, disabled)
+
+
+def fusions(what: str, names: str | Iterable[str]) -> frozenset[str]:
+    """Names of fusions, checked.
+
+    Raises:
+        ConfigError: there is no fusion of that name; ``what`` says where it was given.
+    """
+    given = (names,) if isinstance(names, str) else tuple(names)
+    for name in given:
+        if name not in FUSIONS:
+            raise ConfigError(f"{what}: {name!r} is no fusion; {nearest(str(name), list(FUSIONS))}")
+    return frozenset(given)

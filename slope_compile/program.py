@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from typing import overload
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from slope_compile.config import LayerConfig, SlopeConfig
 from slope_compile.errors import ConversionError
 from slope_compile.graph_state import COLUMN_PATTERN, PATTERN, VALUES, compressed_state
 from slope_compile.log import log
+from slope_compile.options import fusions
 from slope_compile.passes.context import Context
 from slope_compile.passes.graph import attribute
 from slope_compile.passes.pipeline import run_passes
@@ -23,11 +25,15 @@ from slope_compile.report import Decision, Reason, Report
 
 
 @overload
-def transform(program: ExportedProgram, config: SlopeConfig | None = None) -> ExportedProgram: ...
-@overload
-def transform(program: GraphModule, config: SlopeConfig | None = None) -> GraphModule: ...
 def transform(
-    program: ExportedProgram | GraphModule, config: SlopeConfig | None = None
+    program: ExportedProgram, config: SlopeConfig | None = None, *, disable: str | Iterable[str] = ()
+) -> ExportedProgram: ...
+@overload
+def transform(
+    program: GraphModule, config: SlopeConfig | None = None, *, disable: str | Iterable[str] = ()
+) -> GraphModule: ...
+def transform(
+    program: ExportedProgram | GraphModule, config: SlopeConfig | None = None, *, disable: str | Iterable[str] = ()
 ) -> ExportedProgram | GraphModule:
     """Make the linears of a graph sparse, with compressed state in the result.
 
@@ -40,6 +46,8 @@ def transform(
     With ``backward="double_pruned"`` and a column pattern that is stored (``column_refresh`` a number or "never"), the
     pattern is refreshed by :func:`~slope_compile.columns.refresh_columns_`: a graph has nobody who counts steps.
 
+    ``disable`` names fusions to leave out (``passes.pipeline.FUSIONS``).
+
     Returns:
         A program of the same type.  ``result.meta["slope_report"]`` (of an ExportedProgram:
         ``result.graph_module.meta[...]``) holds the :class:`~slope_compile.report.Report`.
@@ -48,18 +56,18 @@ def transform(
         ConversionError: the graph has been transformed already, or has no eligible linear.
         TypeError: neither an ExportedProgram nor a GraphModule.
     """
-    config = config or SlopeConfig()
+    config, disabled = config or SlopeConfig(), fusions("transform: disable", disable)
     if isinstance(program, ExportedProgram):
         module = _copy(program.graph_module)
         exported = ExportedWeights(program, module)
-        report = _run(module, Context(config, exported))
+        report = _run(module, Context(config, exported, disabled=disabled))
         result = rebuild(program, module, exported)
         result.graph_module.meta["slope_report"] = report
         return result
     if isinstance(program, GraphModule):
         module = _copy(program)
         attributes = AttributeWeights(module)
-        report = _run(module, Context(config, attributes))
+        report = _run(module, Context(config, attributes, disabled=disabled))
         attributes.remove_replaced()
         module.recompile()
         module.meta["slope_report"] = report

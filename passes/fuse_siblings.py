@@ -1,0 +1,132 @@
+"""fuse_siblings: sparse products of the same activation (q/k/v, gate/up) become one.
+
+    slope.linear(x, values_1, ...), ..., slope.linear(x, values_n, ...)
+        ->  split(slope.linear(x, cat(values), cat(patterns), cat(biases), ...), out_features)
+
+The activation is then read (and packed, on a CPU) once instead of n times, in the backward pass too, where in addition
+one input gradient takes the place of n and of the sum of them.  The price is a copy of the compressed weights, so it
+pays for many tokens and not for few: see :func:`pays`.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from slope_compile.kernels import ops
+from slope_compile.passes.context import Context
+from slope_compile.passes.graph import Region, emit, recompile, regions, replace, value
+
+X, VALUES, PATTERN, BIAS, KEEP, GROUP, DOUBLE_PRUNED, COLUMNS = range(8)
+"""Arguments of ``slope.linear``."""
+
+
+def pays(tokens: Any, rows: int, itemsize: int, count: int) -> bool:
+    """Whether one product moves fewer bytes than ``count`` of them; both sides per in_feature.
+
+    Args:
+        tokens: M, a number; with a symbol nobody can tell, and the answer is no.
+        rows: sum of the out_features.
+        itemsize: of values and activations, in bytes.
+    """
+    saved, copied = (count - 1) * itemsize, 2 * rows * (itemsize / 2 + 1 / 8)
+    return isinstance(tokens, int) and tokens * saved > copied
+
+
+class FuseSiblings(PassBase):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "fuse_siblings"
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        changes = 0
+        found = regions(graph_module)
+        for region in found:
+            siblings: dict[Hashable, list[Node]] = collections.defaultdict(list)
+            for node in region.graph.nodes:
+                if node.target is ops.linear and (kind := _kind(node)) is not None:
+                    siblings[kind].append(node)
+            for group in siblings.values():
+                if len(group) > 1 and _profitable(group):
+                    _fuse(region, group)
+                    changes += 1
+        recompile(found)
+        self.context.report.count(self.name, changes)
+        return PassResult(graph_module, changes > 0)
+
+
+def _arguments(node: Node) -> list[Any]:
+    return [*node.args, *(None,) * (COLUMNS + 1 - len(node.args))]
+
+
+def _kind(node: Node) -> Hashable | None:
+    """What siblings have in common; None for a product that cannot be joined with others."""
+    given = _arguments(node)
+    tensors = [given[i] for i in (VALUES, PATTERN, BIAS, COLUMNS) if given[i] is not None]
+    if any(not isinstance(value(n), Tensor) for n in (given[X], *tensors)) or not all(map(_early, tensors)):
+        return None
+    values = value(given[VALUES])
+    if given[COLUMNS] is not None and values.shape[0] % 8:  # its bytes hold 8 rows: no place to put them together
+        return None
+    biased, stored = given[BIAS] is not None, given[COLUMNS] is not None
+    settings = (given[KEEP], given[GROUP], bool(given[DOUBLE_PRUNED]))
+    return (given[X], biased, stored, settings, values.dtype, values.shape[1], node.meta.get("slope"))
+
+
+def _early(node: Node) -> bool:
+    """Whether a node can stand anywhere: state, or the compressed form of a weight that is state."""
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    return node.target is ops.compress and all(map(_early, node.all_input_nodes))
+
+
+def _profitable(group: Sequence[Node]) -> bool:
+    given = [_arguments(node) for node in group]
+    x, values = value(given[0][X]), [value(each[VALUES]) for each in given]
+    return pays(math.prod(x.shape[:-1]), sum(int(v.shape[0]) for v in values), values[0].itemsize, len(group))
+
+
+def _fuse(region: Region, group: Sequence[Node]) -> None:
+    graph, first = region.graph, group[0]
+    given = [_arguments(node) for node in group]
+    for tensor in (each[i] for each in given for i in (VALUES, PATTERN, BIAS, COLUMNS) if each[i] is not None):
+        _move_before(tensor, first)
+
+    def joined(argument: int, dim: int) -> Node | None:
+        if given[0][argument] is None:
+            return None
+        return emit(graph, torch.ops.aten.cat.default, ([each[argument] for each in given], dim), like=first)
+
+    with graph.inserting_before(first):
+        # values [N_1 + ... + N_n, K keep/group], pattern [sum N, ceil(K/8)], columns [K, sum N / 8], bias [sum N]
+        parts = (joined(VALUES, 0), joined(PATTERN, 0), joined(BIAS, 0), joined(COLUMNS, 1))
+        settings = given[0][KEEP : DOUBLE_PRUNED + 1]
+        product = emit(graph, ops.linear, (given[0][X], *parts[:3], *settings, parts[3]), like=first)
+        ends = list(itertools.accumulate(int(value(each[VALUES]).shape[0]) for each in given))
+        slices = [
+            emit(graph, torch.ops.aten.slice.Tensor, (product, -1, start, end), like=node)
+            for node, start, end in zip(group, [0, *ends], ends, strict=False)
+        ]
+    # Only now: the first of the group is the insertion point.
+    for node, part in zip(group, slices, strict=True):
+        replace(node, part)
+
+
+def _move_before(node: Node, point: Node) -> None:
+    """State may be read right before its own product, which is not the first."""
+    if node.op == "placeholder":
+        return
+    for source in node.all_input_nodes:
+        _move_before(source, point)
+    point.prepend(node)

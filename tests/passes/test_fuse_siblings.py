@@ -1,0 +1,137 @@
+"""fuse_siblings: sparse products of one activation become one, and compute what they did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+import slope_compile as slope
+from graphs import ALL, Siblings, attribute_graph, checked_run, context, nodes, rows
+from recording import compiled_way, every_way, record
+from recording import fresh_dynamo as fresh_dynamo
+from slope_compile.config import SlopeConfig
+from slope_compile.kernels import ops
+from slope_compile.passes.fuse_siblings import pays
+from slope_compile.passes.pipeline import run_passes
+from tolerances import assert_same
+
+MANY = 64
+"""Tokens for which joining three products of width 8 pays."""
+
+
+def config(**fields: Any) -> SlopeConfig:
+    """The configuration of graphs so small that every linear would be a first one or a head."""
+    return SlopeConfig(**{**ALL, **fields})
+
+
+def run_all(graph_module: GraphModule, **fields: Any) -> slope.Report:
+    within = context(graph_module, **fields)
+    run_passes(graph_module, within)
+    return within.report
+
+
+@pytest.mark.parametrize("form", ["prepared", "dense"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"pattern": "1:2"}, {"backward": "double_pruned", "column_refresh": "backward"}]
+)
+def test_three_products_become_one(form: str, fields: dict[str, Any]) -> None:
+    module, x = Siblings(), rows(MANY, 8)
+    if form == "prepared":
+        slope.sparsify_(module, config(**fields))
+    graph_module = attribute_graph(module, x)
+    if form == "prepared":
+        assert run_all(graph_module, **fields).changes["fuse_siblings"] == 1
+        assert_same(checked_run(graph_module, x), module(x))
+    else:
+        graph_module = slope.transform(graph_module, config(**fields))
+        apart = slope.transform(attribute_graph(module, x), config(**fields), disable="fuse_siblings")
+        assert len(nodes(apart, ops.linear)) == 4
+        assert_same(checked_run(graph_module, x), checked_run(apart, x))
+    assert sorted(value.shape[0] for value in products(graph_module)) == [8, 24]
+
+
+def products(graph_module: GraphModule) -> list[Tensor]:
+    """The fake values of the products' weights."""
+    return [node.args[1].meta["val"] for node in nodes(graph_module, ops.linear)]  # type: ignore[union-attr]
+
+
+class Mixed(nn.Module):
+    """Siblings of several kinds: with bias and without, of another pattern, and of another activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"a": 8, "b": 16, "other": 8, "c": 24, "plain": 8}
+        self.layers = nn.ModuleDict(
+            {name: nn.Linear(16, N, bias=name != "plain", dtype=torch.float64) for name, N in sizes.items()}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.layers[name](x) for name in ("a", "b", "other", "plain")], -1)
+        z: Tensor = self.layers["c"](torch.tanh(x))
+        return torch.cat([y, z], -1)
+
+
+def test_only_what_is_alike_is_joined() -> None:
+    module, x = Mixed(), rows(MANY, 16)
+    slope.sparsify_(module, config(overrides=(slope.Override(path=r".*\.other", pattern="1:4"),)))
+    graph_module = attribute_graph(module, x)
+    report = run_all(graph_module)
+    assert report.changes["fuse_siblings"] == 1
+    assert sorted(value.shape[0] for value in products(graph_module)) == [8, 8, 24, 24]
+    assert_same(checked_run(graph_module, x), module(x))
+
+
+def test_few_tokens_and_symbols_stay_apart() -> None:
+    module = Siblings()
+    slope.sparsify_(module, config())
+    graph_module = attribute_graph(module, rows(4, 8))
+    assert run_all(graph_module).changes["fuse_siblings"] == 0
+    assert len(nodes(graph_module, ops.linear)) == 4
+    batch = torch.export.Dim("batch", max=4096)
+    program = torch.export.export(Siblings(), (rows(MANY, 8),), dynamic_shapes={"x": {0: batch}})
+    dynamic = slope.transform(program, config())
+    assert len(nodes(dynamic.graph_module, ops.linear)) == 4
+
+
+def test_the_rule_counts_bytes() -> None:
+    # Three products of 8 rows in float32, per in_feature: 2 x 4 M bytes are saved, 2 x 24 x 2.125 are copied.
+    assert not pays(12, 24, 4, 3)
+    assert pays(13, 24, 4, 3)
+
+
+@pytest.mark.parametrize("refresh", ["backward", 2])
+@every_way
+def test_training_is_the_same(way: str, refresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and every gradient equal those of the graph with the fusion switched off."""
+    recording = record(monkeypatch)
+    dense, x = Siblings(), rows(MANY, 8)
+    fields = {**ALL, "backward": "double_pruned", "column_refresh": refresh}
+    results = []
+    choices: tuple[dict[str, Any], ...] = ({}, {"disable": ["fuse_siblings"]})
+    for options in choices:
+        torch._dynamo.reset()
+        if way == "A":
+            model, run = compiled_way("A", dense, fields={**fields, **options})
+        else:
+            model, run = compiled_way("B", dense, fields=fields, options=options)
+        y = run(x)
+        F.mse_loss(y, torch.zeros_like(y), reduction="sum").backward()
+        results.append((y.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    assert [graph.sparse for graph in recording] == [2, 4]
+    (together, gradients), (apart, expected) = results
+    assert_same(together, apart)
+    for name, gradient in expected.items():
+        assert gradient is not None
+        found = gradients[name]
+        assert found is not None
+        assert_same(found, gradient, name)
+
+
+def test_a_wrong_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(slope.ConfigError, match="'fuse_sibling' is no fusion; did you mean 'fuse_siblings'"):
+        slope.transform(attribute_graph(Siblings(), rows(4, 8)), config(), disable=["fuse_sibling"])
