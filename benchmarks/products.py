@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from benchmarks import rotation
 from benchmarks.cases import DTYPES
 from benchmarks.timing import Contender
-from slope_compile.kernels import metadata, ops
+from slope_compile.kernels import gluon_products, gpu_ops, metadata, ops
+from slope_compile.kernels.gluon_configs import MmaSp
 from slope_compile.kernels.masks import random_mask
 from slope_compile.pattern import Pattern
 
@@ -97,11 +98,17 @@ class Problem:
         def ours(product: Callable[[Weight], object]) -> Contender:
             return lambda i: product(weights[i % count])
 
+        def mma_sp(config: MmaSp) -> Contender:
+            return ours(lambda w: gluon_products.forward(x, w.values, w.pattern, config=config))
+
+        choices = gpu_ops.mma_sp_choices(self.M, self.device, DTYPES[self.dtype])
         return {
             "forward": {
                 "dense": lambda i: _forward(x, dense[i % count]),
                 "compiled": lambda i: forward(x, dense[i % count]),
                 "slope": ours(lambda w: ops.linear(x, w.values, w.pattern, None, *_KEEP_GROUP)),
+                # On a GPU only: kernels that nothing takes by default.
+                **{str(config): mma_sp(config) for config in choices},
             },
             "grad_input": {
                 "dense": lambda i: _grad_input(grad, dense[i % count]),
@@ -155,7 +162,10 @@ class Problem:
             "grad_weight": ops.compress(_grad_weight(grad, x), w.pattern, *_KEEP_GROUP),
         }
         products = self.products()
+        extra = products["forward"].keys() - {"dense", "compiled", "slope"}
+        expected |= {f"forward_{contender}": expected["forward"] for contender in extra}
         actual = {
+            **{f"forward_{contender}": products["forward"][contender](0) for contender in extra},
             "forward": products["forward"]["slope"](0),
             "grad_input_exact": products["grad_input"]["slope_exact"](0),
             "grad_input_double_pruned": products["grad_input"]["slope_double_pruned"](0),
