@@ -25,17 +25,18 @@ PIPELINE = (
 )
 
 FUSIONS = (Fuse.name, FuseSiblings.name)
-"""Passes that change how something is computed and not what: they can be switched off by name."""
+"""Passes that change how something is computed and not what: they can be switched on and off by name."""
 
 
 def run_passes(graph_module: GraphModule, context: Context) -> GraphModule:
-    """Rewrite a graph in place; ``context.report`` then holds the decisions.  ``context.disabled`` names fusions that
-    are left out.
+    """Rewrite a graph in place; ``context.report`` then holds the decisions.  Of the fusions, those in
+    ``context.fusions`` run.
 
     Raises:
         SlopeError: whatever a pass raised on purpose.
     """
-    manager = PassManager([make(context) for make in PIPELINE if make.name not in context.disabled], run_checks_after_each_pass=True)
+    passes = [make(context) for make in PIPELINE if make.name in context.fusions or make.name not in FUSIONS]
+    manager = PassManager(passes, run_checks_after_each_pass=True)
     manager.add_checks(_check)
     try:
         result = manager(graph_module)

@@ -9,10 +9,12 @@ from typing import Any
 from slope_compile import _inductor
 from slope_compile.config import SlopeConfig, nearest
 from slope_compile.errors import ConfigError
+from slope_compile.passes.fuse import Fuse
 from slope_compile.passes.pipeline import FUSIONS
 
+DEFAULT_FUSIONS = frozenset({Fuse.name})
 _FIELDS = tuple(field.name for field in dataclasses.fields(SlopeConfig))
-_OWN = (*_FIELDS, "config", "compiler", "mode", "disable")
+_OWN = (*_FIELDS, "config", "compiler", "mode", "fusions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +27,8 @@ class BackendOptions:
     compiler: str
     patches: dict[str, Any]
     """Options passed on to Inductor."""
-    disabled: frozenset[str] = frozenset()
-    """Names of the fusions that are switched off."""
+    fusions: frozenset[str] = DEFAULT_FUSIONS
+    """Names of the fusions that are on."""
 
 
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> BackendOptions:
@@ -36,8 +38,8 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Backen
         mode: as of ``torch.compile``.
         options: any of ``config`` (a SlopeConfig), single fields of SlopeConfig, ``compiler`` ("inductor",
             "aot_eager", "eager": what runs the rewritten graph), ``mode`` (``torch.compile`` takes either ``mode`` or
-            ``options``; here both can be had), ``disable`` (names of fusions to leave out, see
-            ``passes.pipeline.FUSIONS``), and Inductor's own options.
+            ``options``; here both can be had), ``fusions`` (names of those that are to run, of
+            ``passes.pipeline.FUSIONS``; default: "fuse"), and Inductor's own options.
 
     Raises:
         ConfigError: an unknown option (the nearest valid one is named), contradictory options, or a bad value.
@@ -63,7 +65,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Backen
     compiler = options.get("compiler", "inductor")
     if compiler not in _inductor.COMPILERS:
         raise ConfigError(f"option 'compiler': expected one of {_inductor.COMPILERS}, got {compiler!r}")
-    disabled = fusions("option 'disable'", options.get("disable", ()))
+    fusions = parse_fusions("option 'fusions'", options.get("fusions", DEFAULT_FUSIONS))
     if mode is not None and options.get("mode") not in (None, mode):
         raise ConfigError(f"mode={mode!r} and options['mode']={options['mode']!r} contradict each other")
     mode = mode or options.get("mode")
@@ -85,10 +87,10 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Backen
     else:
         default = SlopeConfig()
         given = frozenset(n for n in _FIELDS if getattr(config, n) != getattr(default, n))
-    return BackendOptions(config, given, compiler, patches, disabled)
+    return BackendOptions(config, given, compiler, patches, fusions)
 
 
-def fusions(what: str, names: str | Iterable[str]) -> frozenset[str]:
+def parse_fusions(what: str, names: str | Iterable[str]) -> frozenset[str]:
     """Names of fusions, checked.
 
     Raises:

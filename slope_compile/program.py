@@ -16,7 +16,7 @@ from slope_compile.config import LayerConfig, SlopeConfig
 from slope_compile.errors import ConversionError
 from slope_compile.graph_state import COLUMN_PATTERN, PATTERN, VALUES, compressed_state
 from slope_compile.log import log
-from slope_compile.options import fusions
+from slope_compile.options import DEFAULT_FUSIONS, parse_fusions
 from slope_compile.passes.context import Context
 from slope_compile.passes.graph import attribute
 from slope_compile.passes.pipeline import run_passes
@@ -26,14 +26,17 @@ from slope_compile.report import Decision, Reason, Report
 
 @overload
 def transform(
-    program: ExportedProgram, config: SlopeConfig | None = None, *, disable: str | Iterable[str] = ()
+    program: ExportedProgram, config: SlopeConfig | None = None, *, fusions: str | Iterable[str] = DEFAULT_FUSIONS
 ) -> ExportedProgram: ...
 @overload
 def transform(
-    program: GraphModule, config: SlopeConfig | None = None, *, disable: str | Iterable[str] = ()
+    program: GraphModule, config: SlopeConfig | None = None, *, fusions: str | Iterable[str] = DEFAULT_FUSIONS
 ) -> GraphModule: ...
 def transform(
-    program: ExportedProgram | GraphModule, config: SlopeConfig | None = None, *, disable: str | Iterable[str] = ()
+    program: ExportedProgram | GraphModule,
+    config: SlopeConfig | None = None,
+    *,
+    fusions: str | Iterable[str] = DEFAULT_FUSIONS,
 ) -> ExportedProgram | GraphModule:
     """Make the linears of a graph sparse, with compressed state in the result.
 
@@ -46,7 +49,7 @@ def transform(
     With ``backward="double_pruned"`` and a column pattern that is stored (``column_refresh`` a number or "never"), the
     pattern is refreshed by :func:`~slope_compile.columns.refresh_columns_`: a graph has nobody who counts steps.
 
-    ``disable`` names fusions to leave out (``passes.pipeline.FUSIONS``).
+    ``fusions`` names those that are to run, of ``passes.pipeline.FUSIONS``.
 
     Returns:
         A program of the same type.  ``result.meta["slope_report"]`` (of an ExportedProgram:
@@ -56,18 +59,18 @@ def transform(
         ConversionError: the graph has been transformed already, or has no eligible linear.
         TypeError: neither an ExportedProgram nor a GraphModule.
     """
-    config, disabled = config or SlopeConfig(), fusions("transform: disable", disable)
+    config, enabled = config or SlopeConfig(), parse_fusions("transform: fusions", fusions)
     if isinstance(program, ExportedProgram):
         module = _copy(program.graph_module)
         exported = ExportedWeights(program, module)
-        report = _run(module, Context(config, exported, disabled=disabled))
+        report = _run(module, Context(config, exported, fusions=enabled))
         result = rebuild(program, module, exported)
         result.graph_module.meta["slope_report"] = report
         return result
     if isinstance(program, GraphModule):
         module = _copy(program)
         attributes = AttributeWeights(module)
-        report = _run(module, Context(config, attributes, disabled=disabled))
+        report = _run(module, Context(config, attributes, fusions=enabled))
         attributes.remove_replaced()
         module.recompile()
         module.meta["slope_report"] = report

@@ -17,7 +17,7 @@ from recording import fresh_dynamo as fresh_dynamo
 from slope_compile.config import SlopeConfig
 from slope_compile.kernels import ops
 from slope_compile.passes.fuse_siblings import pays
-from slope_compile.passes.pipeline import run_passes
+from slope_compile.passes.pipeline import FUSIONS, run_passes
 from tolerances import assert_same
 
 MANY = 64
@@ -31,6 +31,7 @@ def config(**fields: Any) -> SlopeConfig:
 
 def run_all(graph_module: GraphModule, **fields: Any) -> slope.Report:
     within = context(graph_module, **fields)
+    within.fusions = frozenset(FUSIONS)
     run_passes(graph_module, within)
     return within.report
 
@@ -48,8 +49,8 @@ def test_three_products_become_one(form: str, fields: dict[str, Any]) -> None:
         assert run_all(graph_module, **fields).changes["fuse_siblings"] == 1
         assert_same(checked_run(graph_module, x), module(x))
     else:
-        graph_module = slope.transform(graph_module, config(**fields))
-        apart = slope.transform(attribute_graph(module, x), config(**fields), disable="fuse_siblings")
+        graph_module = slope.transform(graph_module, config(**fields), fusions=FUSIONS)
+        apart = slope.transform(attribute_graph(module, x), config(**fields), fusions=())
         assert len(nodes(apart, ops.linear)) == 4
         assert_same(checked_run(graph_module, x), checked_run(apart, x))
     assert sorted(value.shape[0] for value in products(graph_module)) == [8, 24]
@@ -94,7 +95,7 @@ def test_few_tokens_and_symbols_stay_apart() -> None:
     assert len(nodes(graph_module, ops.linear)) == 4
     batch = torch.export.Dim("batch", max=4096)
     program = torch.export.export(Siblings(), (rows(MANY, 8),), dynamic_shapes={"x": {0: batch}})
-    dynamic = slope.transform(program, config())
+    dynamic = slope.transform(program, config(), fusions=FUSIONS)
     assert len(nodes(dynamic.graph_module, ops.linear)) == 4
 
 
@@ -112,7 +113,7 @@ def test_training_is_the_same(way: str, refresh: Any, monkeypatch: pytest.Monkey
     dense, x = Siblings(), rows(MANY, 8)
     fields = {**ALL, "backward": "double_pruned", "column_refresh": refresh}
     results = []
-    choices: tuple[dict[str, Any], ...] = ({}, {"disable": ["fuse_siblings"]})
+    choices: tuple[dict[str, Any], ...] = ({"fusions": ["fuse", "fuse_siblings"]}, {})
     for options in choices:
         torch._dynamo.reset()
         if way == "A":
@@ -134,4 +135,4 @@ def test_training_is_the_same(way: str, refresh: Any, monkeypatch: pytest.Monkey
 
 def test_a_wrong_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(slope.ConfigError, match="'fuse_sibling' is no fusion; did you mean 'fuse_siblings'"):
-        slope.transform(attribute_graph(Siblings(), rows(4, 8)), config(), disable=["fuse_sibling"])
+        slope.transform(attribute_graph(Siblings(), rows(4, 8)), config(), fusions=["fuse_sibling"])
