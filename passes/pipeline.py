@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from slope_compile.errors import SlopeError
@@ -35,7 +38,9 @@ def run_passes(graph_module: GraphModule, context: Context) -> GraphModule:
     Raises:
         SlopeError: whatever a pass raised on purpose.
     """
-    passes = [make(context) for make in PIPELINE if make.name in context.fusions or make.name not in FUSIONS]
+    passes: list[Callable[..., PassResult | None]] = [
+        make(context) for make in PIPELINE if make.name in context.fusions or make.name not in FUSIONS
+    ]
     manager = PassManager(passes, run_checks_after_each_pass=True)
     manager.add_checks(_check)
     try:
