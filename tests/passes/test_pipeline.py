@@ -31,6 +31,7 @@ from tolerances import assert_same
 FIELDS: dict[str, Any] = dict(ALL)
 
 ORDER = ["normalize", "select", "low_rank", "sparsify", "fuse"]
+"""The passes that run unless asked otherwise."""
 
 
 class Mixed(nn.Module):
@@ -90,7 +91,7 @@ def check(graph_module: GraphModule, within: Context) -> None:
 
 
 def test_order() -> None:
-    assert [make.name for make in PIPELINE] == ORDER
+    assert [make.name for make in PIPELINE] == [*ORDER, "fuse_siblings"]
 
 
 def test_exported_graph() -> None:
