@@ -47,7 +47,9 @@ FEW_TOKENS = 16
 
 MMA_SP = (
     MmaSp(1, 4, 1, 1, 6),
+    MmaSp(2, 4, 1, 1, 6),
     MmaSp(1, 4, 2, 1, 6),
+    MmaSp(2, 4, 2, 1, 6),
     MmaSp(2, 4, 4, 1, 4),
     MmaSp(2, 2, 4, 2, 4),
     MmaSp(2, 4, 8, 1, 4),

@@ -244,7 +244,8 @@ def forward(
         out = pn * BN + 16 * (mt * WN + wn) + 8 * r1 + _axis(8, 3, L)
         acc += gl.load(BIAS + out, mask=out < N, other=0.0).to(gl.float32)
     # As [nt, wm, t, r0] x [mt, wn, r1, g], then through shared memory to rows that a warp writes in one piece.
-    OUT: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
+    ACROSS: gl.constexpr = 16 if BN >= 128 else BN // 8
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
     y = gl.permute(acc.to(Y.dtype.element_ty), (4, 5, 6, 7, 0, 1, 2, 3)).reshape([BM, BN])
     y = gl.convert_layout(y, OUT)
     y_row = pm * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, OUT))

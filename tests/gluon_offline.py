@@ -56,6 +56,10 @@ class Result:
     """Asynchronous copies in the PTX."""
     unfilled: int
     """Those of them that name no source size: masked, they would leave shared memory as it was."""
+    narrow: int
+    """Those of them that are shorter than 16 bytes."""
+    ldmatrix: int
+    """``ldmatrix`` instructions of four matrices in the machine code."""
     loop: int
     """Instructions of the main loop, for the report."""
 
@@ -73,6 +77,11 @@ class Result:
                 found.append(f"{self.other} dense instructions")
             if not self.copies or self.unfilled:
                 found.append(f"{self.unfilled} of {self.copies} copies fill nothing in")
+            if build.aligned and self.narrow:
+                found.append(f"{self.narrow} of {self.copies} copies are short")
+            # For both steps of a block: A takes two for 16 rows, B two for 8 tokens.
+            if self.ldmatrix != 2 * (build.config.MT + build.config.NT):
+                found.append(f"{self.ldmatrix} ldmatrix")
         return found
 
 
@@ -133,6 +142,8 @@ def compile_offline(build: Build) -> Result:
         other=tensor - found,
         copies=len(copies),
         unfilled=sum(copy.count(",") < 3 for copy in copies),
+        narrow=sum(not re.search(r",\s*(0x10|16)\s*,", copy) for copy in copies),
+        ldmatrix=len(re.findall(r"\bLDSM\.16\.M88\.4\b", code)),
         loop=_loop(code),
     )
 

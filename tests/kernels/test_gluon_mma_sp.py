@@ -141,7 +141,7 @@ def test_what_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(gpu_ops, "available", lambda device: True)
     monkeypatch.setattr(gpu_self_test, "mma_sp_passes", lambda device, dtype, config: config != MMA_SP[0])
-    assert gpu_ops.mma_sp_choices(1, cuda, torch.bfloat16) == (MMA_SP[1],)
+    assert gpu_ops.mma_sp_choices(1, cuda, torch.bfloat16) == MMA_SP[1:4]
     assert gpu_ops.mma_sp_choices(4096, cuda, torch.float16) == MMA_SP[1:]
     assert gpu_ops.mma_sp_choices(4096, cuda, torch.float32) == ()
     assert gpu_ops.mma_sp_choices(4096, CPU, torch.bfloat16) == ()
@@ -162,17 +162,17 @@ def test_nothing_takes_it_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_ops.linear(p.x, p.values, p.pattern, p.bias, 2, 4) is p.x
 
 
-@pytest.mark.parametrize(("M", "config"), [(1, 0), (8, 0), (9, 1), (16, 1), (17, 2), (33, 3), (65, 5), (9999, 5)])
+@pytest.mark.parametrize(("M", "config"), [(1, 0), (8, 0), (9, 2), (16, 2), (17, 4), (33, 5), (65, 7), (9999, 7)])
 def test_the_default_configuration(M: int, config: int) -> None:
     assert gluon_configs.default(M) is MMA_SP[config]
 
 
 def test_how_many_programs_share_a_sum() -> None:
     assert gluon_configs.splits(1, 4096, 4096, MMA_SP[0], 132) == 4  # 64 programs for 132 processors
-    assert gluon_configs.splits(16, 64, 8192, MMA_SP[1], 132) == 16  # 8 blocks each
-    assert gluon_configs.splits(16, 64, 64, MMA_SP[1], 132) == 1
-    assert gluon_configs.splits(16, 1 << 20, 4096, MMA_SP[1], 132) == 1
-    assert gluon_configs.splits(17, 64, 8192, MMA_SP[2], 132) == 1
+    assert gluon_configs.splits(16, 64, 8192, MMA_SP[2], 132) == 16  # 8 blocks each
+    assert gluon_configs.splits(16, 64, 64, MMA_SP[2], 132) == 1
+    assert gluon_configs.splits(16, 1 << 20, 4096, MMA_SP[2], 132) == 1
+    assert gluon_configs.splits(17, 64, 8192, MMA_SP[4], 132) == 1
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,10 @@ def test_machine_code(build: Build) -> None:
 
 def test_bad_machine_code_is_noticed() -> None:
     build = Build(MMA_SP[0], torch.bfloat16, 80, aligned=True)
-    good = Result(0, 64, 1024, sparse=2, other=0, copies=4, unfilled=0, loop=90)
+    good = Result(0, 64, 1024, sparse=2, other=0, copies=4, unfilled=0, narrow=0, ldmatrix=4, loop=90)
     assert good.problems(build) == []
     for bad in (
-        {"spills": 1}, {"shared": SHARED_MEMORY[80] + 1}, {"sparse": 1}, {"other": 1}, {"copies": 0}, {"unfilled": 1}
+        {"spills": 1}, {"shared": SHARED_MEMORY[80] + 1}, {"sparse": 1}, {"other": 1}, {"copies": 0}, {"unfilled": 1},
+        {"narrow": 1}, {"ldmatrix": 3},
     ):  # fmt: skip
         assert len(dataclasses.replace(good, **bad).problems(build)) == 1
