@@ -7,6 +7,7 @@ import dataclasses
 from torch.fx import Node
 
 from slope_compile.config import SlopeConfig
+from slope_compile.cost import Device
 from slope_compile.passes.weights import WeightStore
 from slope_compile.pattern import Pattern
 from slope_compile.report import Report
@@ -35,6 +36,8 @@ class Context:
     fusions: frozenset[str] = frozenset({"fuse"})
     """Names of the fusions that are on; *fuse_siblings* is off until asked for: on a CPU it was measured to gain
     nothing (0.99), on a GPU nobody has measured it."""
+    device: Device | None = None
+    """Where given, *select* refuses dense linears whose rewrite is predicted slower on it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ Every ``aten.linear`` gets exactly one decision in the report.  In order:
 5. the whole model is at hand (``WeightStore.ruling``): what its rules say
 6. else by the graph: configuration, first linear after the input (no linear comes before it), output head (by name,
    by vocabulary, or no linear comes after it), dtype, shape
+7. a device was given: dense where the rewrite is predicted slower on it, at the token count that was traced
 
 A selected node carries a :class:`~slope_compile.passes.context.Selection` in ``node.meta["slope"]``; nothing else
 is changed.
@@ -40,6 +41,7 @@ from slope_compile.passes.graph import (
     weight_source,
 )
 from slope_compile.passes.normalize import LINEAR, says_linear
+from slope_compile.passes.profit import example_tokens, objection
 from slope_compile.pattern import Pattern
 from slope_compile.report import Decision, Reason
 from slope_compile.rules import is_head
@@ -174,6 +176,8 @@ class _Judge:
         exact = not settings.double_pruned or N % settings.pattern.group != 0
         if reason is Reason.SELECTED and settings.double_pruned and exact:
             detail = f"exact backward, as N = {N} is not a multiple of {settings.pattern.group}"
+        if reason is Reason.SELECTED and (objection := self._objection(site, tensor, (N, K), settings.pattern, exact)):
+            reason, detail = Reason.UNPROFITABLE, objection
         sparse = reason is Reason.SELECTED
         return Decision(
             weight=path,
@@ -209,6 +213,16 @@ class _Judge:
         if K % group or not N or not K:
             return Reason.SHAPE, f"K = {K} is not a positive multiple of {group}"
         return Reason.SELECTED, ""
+
+    def _objection(self, site: Site, tensor: Tensor, shape: tuple[int, int], nm: Pattern, exact: bool) -> str:
+        device, x = self.context.device, value(site.node.all_input_nodes[0])
+        if device is None or not isinstance(x, Tensor):
+            return ""
+        tokens = example_tokens(x.shape)
+        if tokens is None:
+            return ""
+        training = tensor.requires_grad and torch.is_grad_enabled()
+        return objection(tokens, shape, x.element_size(), nm, exact, training, device)
 
     def _prepared(self, site: Site) -> Decision:
         values, _, keep, group, double_pruned, *_ = (*site.base.args, False)

@@ -47,7 +47,7 @@ def slope(
     parsed = parse_options(mode, options)
     graph_module = working_copy(graph_module)
     weights = DynamoWeights(graph_module, example_inputs, parsed.config)
-    context = Context(parsed.config, weights, fusions=parsed.fusions)
+    context = Context(parsed.config, weights, fusions=parsed.fusions, device=parsed.device)
     graph_module = run_passes(graph_module, context)
     _check_agreement(parsed, context.report)
     columns = _prepared_columns(context, weights)

@@ -27,6 +27,7 @@ from slope_compile.layers import LinearLayer, linear_layers
 from slope_compile.lowering import DENSE, EXPANDED, lowering
 from slope_compile.passes.dataflow import dataflow
 from slope_compile.passes.graph import regions
+from slope_compile.passes.profit import example_tokens
 from slope_compile.pattern import Pattern
 from slope_compile.report import Reason
 from slope_compile.side_by_side import side_by_side
@@ -278,11 +279,9 @@ def _predicted(
 
 
 def _example(shape: Sequence[Any]) -> int:
-    """M of this run."""
-    count = 1
-    for size in shape[:-1]:
-        count *= int(size.node.hint) if hasattr(size, "node") else int(size)
-    return count
+    """M of this run; 1 where a size depends on data."""
+    found = example_tokens(shape)
+    return 1 if found is None else found
 
 
 def _row(f: LinearFacts) -> list[str]:

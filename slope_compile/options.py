@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from slope_compile import _inductor
+from slope_compile import _inductor, cost
 from slope_compile.config import SlopeConfig, nearest
 from slope_compile.errors import ConfigError
 from slope_compile.passes.fuse import Fuse
@@ -14,7 +14,7 @@ from slope_compile.passes.pipeline import FUSIONS
 
 DEFAULT_FUSIONS = frozenset({Fuse.name})
 _FIELDS = tuple(field.name for field in dataclasses.fields(SlopeConfig))
-_OWN = (*_FIELDS, "config", "compiler", "mode", "fusions")
+_OWN = (*_FIELDS, "config", "compiler", "mode", "fusions", "device")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,8 @@ class BackendOptions:
     """Options passed on to Inductor."""
     fusions: frozenset[str] = DEFAULT_FUSIONS
     """Names of the fusions that are on."""
+    device: cost.Device | None = None
+    """Peaks by which unprofitable rewrites are refused; None where none was given, or the autotuner measures."""
 
 
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> BackendOptions:
@@ -39,7 +41,9 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Backen
         options: any of ``config`` (a SlopeConfig), single fields of SlopeConfig, ``compiler`` ("inductor",
             "aot_eager", "eager": what runs the rewritten graph), ``mode`` (``torch.compile`` takes either ``mode`` or
             ``options``; here both can be had), ``fusions`` (names of those that are to run, of
-            ``passes.pipeline.FUSIONS``; default: "fuse"), and Inductor's own options.
+            ``passes.pipeline.FUSIONS``; default: "fuse"), ``device`` (a :class:`slope_compile.cost.Device` or the
+            name of one in ``cost.DATA_SHEETS``: dense linears whose rewrite is predicted slower on it stay dense,
+            unless the autotuner is on, which measures instead), and Inductor's own options.
 
     Raises:
         ConfigError: an unknown option (the nearest valid one is named), contradictory options, or a bad value.
@@ -68,6 +72,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Backen
     fusions = parse_fusions("option 'fusions'", options.get("fusions", DEFAULT_FUSIONS))
     if mode is not None and options.get("mode") not in (None, mode):
         raise ConfigError(f"mode={mode!r} and options['mode']={options['mode']!r} contradict each other")
+    device = parse_device("option 'device'", options.get("device"))
     mode = mode or options.get("mode")
     patches: dict[str, Any] = {}
     if mode is not None and mode != "default":
@@ -87,7 +92,24 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Backen
     else:
         default = SlopeConfig()
         given = frozenset(n for n in _FIELDS if getattr(config, n) != getattr(default, n))
-    return BackendOptions(config, given, compiler, patches, fusions)
+    autotuned = any(patches.get(name) for name in ("max_autotune", "max_autotune_gemm"))
+    return BackendOptions(config, given, compiler, patches, fusions, None if autotuned else device)
+
+
+def parse_device(what: str, given: cost.Device | str | None) -> cost.Device | None:
+    """A device of the cost model, by itself or by name.
+
+    Raises:
+        ConfigError: there is no data sheet of that name; ``what`` says where it was given.
+    """
+    if given is None or isinstance(given, cost.Device):
+        return given
+    if given not in cost.DATA_SHEETS:
+        raise ConfigError(
+            f"{what}: no data sheet for {given!r}; {nearest(str(given), list(cost.DATA_SHEETS))}; "
+            "or give a slope_compile.cost.Device"
+        )
+    return cost.DATA_SHEETS[given]
 
 
 def parse_fusions(what: str, names: str | Iterable[str]) -> frozenset[str]:

@@ -13,10 +13,11 @@ from torch.fx import GraphModule, Node
 
 from slope_compile._export import ExportedWeights, rebuild
 from slope_compile.config import LayerConfig, SlopeConfig
+from slope_compile.cost import Device
 from slope_compile.errors import ConversionError
 from slope_compile.graph_state import COLUMN_PATTERN, PATTERN, VALUES, compressed_state
 from slope_compile.log import log
-from slope_compile.options import DEFAULT_FUSIONS, parse_fusions
+from slope_compile.options import DEFAULT_FUSIONS, parse_device, parse_fusions
 from slope_compile.passes.context import Context
 from slope_compile.passes.graph import attribute
 from slope_compile.passes.pipeline import run_passes
@@ -26,17 +27,26 @@ from slope_compile.report import Decision, Reason, Report
 
 @overload
 def transform(
-    program: ExportedProgram, config: SlopeConfig | None = None, *, fusions: str | Iterable[str] = DEFAULT_FUSIONS
+    program: ExportedProgram,
+    config: SlopeConfig | None = None,
+    *,
+    fusions: str | Iterable[str] = DEFAULT_FUSIONS,
+    device: Device | str | None = None,
 ) -> ExportedProgram: ...
 @overload
 def transform(
-    program: GraphModule, config: SlopeConfig | None = None, *, fusions: str | Iterable[str] = DEFAULT_FUSIONS
+    program: GraphModule,
+    config: SlopeConfig | None = None,
+    *,
+    fusions: str | Iterable[str] = DEFAULT_FUSIONS,
+    device: Device | str | None = None,
 ) -> GraphModule: ...
 def transform(
     program: ExportedProgram | GraphModule,
     config: SlopeConfig | None = None,
     *,
     fusions: str | Iterable[str] = DEFAULT_FUSIONS,
+    device: Device | str | None = None,
 ) -> ExportedProgram | GraphModule:
     """Make the linears of a graph sparse, with compressed state in the result.
 
@@ -49,7 +59,8 @@ def transform(
     With ``backward="double_pruned"`` and a column pattern that is stored (``column_refresh`` a number or "never"), the
     pattern is refreshed by :func:`~slope_compile.columns.refresh_columns_`: a graph has nobody who counts steps.
 
-    ``fusions`` names those that are to run, of ``passes.pipeline.FUSIONS``.
+    ``fusions`` names those that are to run, of ``passes.pipeline.FUSIONS``.  With a ``device`` of the
+    cost model (or the name of one in ``cost.DATA_SHEETS``) linears whose rewrite is predicted slower on it stay dense.
 
     Returns:
         A program of the same type.  ``result.meta["slope_report"]`` (of an ExportedProgram:
@@ -57,20 +68,22 @@ def transform(
 
     Raises:
         ConversionError: the graph has been transformed already, or has no eligible linear.
+        ConfigError: no such fusion, or no such device.
         TypeError: neither an ExportedProgram nor a GraphModule.
     """
     config, enabled = config or SlopeConfig(), parse_fusions("transform: fusions", fusions)
+    peaks = parse_device("transform: device", device)
     if isinstance(program, ExportedProgram):
         module = _copy(program.graph_module)
         exported = ExportedWeights(program, module)
-        report = _run(module, Context(config, exported, fusions=enabled))
+        report = _run(module, Context(config, exported, fusions=enabled, device=peaks))
         result = rebuild(program, module, exported)
         result.graph_module.meta["slope_report"] = report
         return result
     if isinstance(program, GraphModule):
         module = _copy(program)
         attributes = AttributeWeights(module)
-        report = _run(module, Context(config, attributes, fusions=enabled))
+        report = _run(module, Context(config, attributes, fusions=enabled, device=peaks))
         attributes.remove_replaced()
         module.recompile()
         module.meta["slope_report"] = report
@@ -93,7 +106,7 @@ def _run(module: GraphModule, context: Context) -> Report:
     if not report.sparse:
         raise ConversionError(
             "transform: no linear of the graph is eligible; change include, exclude, first_dense, heads_dense or "
-            f"pattern in the SlopeConfig:\n{report}"
+            f"pattern in the SlopeConfig, or leave the device out:\n{report}"
         )
     if any(context.config.layer(d.weight).interval and d.backward == "double_pruned" for d in report.sparse):
         log.info("transform: call refresh_columns_(module) every column_refresh steps while training the result")

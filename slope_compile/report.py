@@ -32,6 +32,7 @@ class Reason(enum.Enum):
     FORWARD_REPLACED = "module's forward is not that of a known linear"
     HIGHER_ORDER = "inside a higher-order operator that passes do not enter"
     EAGER = "in no graph"
+    UNPROFITABLE = "predicted slower than dense"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LEAVES = frozenset({"config", "errors", "log", "pattern", "report", "rules"})
+LEAVES = frozenset({"config", "cost", "errors", "log", "pattern", "report", "rules"})
 """Modules directly in ``slope_compile`` that every layer may import, and that import only each other."""
 
 REACH = {
