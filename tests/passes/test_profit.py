@@ -59,7 +59,7 @@ def test_the_message_names_times_counts_and_the_way_out() -> None:
     never = objection(16, (64, 128), 4, Pattern(2, 4), True, False, NO_GAIN)
     for part in ("at M = 16", "on no gain", "it pays at no M", "leave 'device' out"):
         assert part in never
-    some = objection(10_000, (64, 128), 4, Pattern(2, 4), True, False, CROSSING)
+    some = objection(10_000, (4096, 4096), 4, Pattern(2, 4), True, False, CROSSING)
     assert "it pays at M from 1 to " in some
 
 
