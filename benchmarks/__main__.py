@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
-    device = torch.device(given.device or ("cpu" if given.suite == "cpu" else _accelerator()))
+    device = torch.device(given.device or ("cpu" if given.suite in ("cpu", "compile") else _accelerator()))
     options = cases.Options(
         device=device,
         threads=tuple(given.threads),
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--case-seconds", type=float, metavar="SECONDS", help="time for the samples of each case")
     run.add_argument("--threads", type=_positive, nargs="+", default=[], metavar="N", help="numbers of CPU threads")
     run.add_argument("--dtype", nargs="+", default=[], choices=[*cases.DTYPES, cases.AUTOCAST])
-    run.add_argument("--device", default="", help="default: cpu for suite cpu, else cuda where there is one")
+    run.add_argument("--device", default="", help="default: cpu for cpu and compile, else cuda where there is one")
     run.add_argument("--layers", type=_positive, default=0, help="blocks of the Hugging Face models; default: all")
     run.add_argument("--optimizer", choices=("fused", "foreach", "forloop"), default="fused", help="kind of AdamW")
     run.add_argument("--tiny", action="store_true", help="sizes that run in seconds, to try the cases out")

@@ -100,6 +100,7 @@ def compare(
 
 SUITES: dict[str, tuple[str, ...]] = {
     "cpu": ("benchmarks.cpu_layer", "benchmarks.cpu_model"),
+    "compile": ("benchmarks.compile_time",),
     "kernels": ("benchmarks.gpu_kernels",),
     "layer": (),
     "model": (),

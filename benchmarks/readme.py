@@ -58,6 +58,8 @@ def _benchmark(found: list[Record]) -> str:
         )
     if rows := select.ok(found, "train"):
         parts.append(f"Training state (weights, metadata, gradients, moments).\n\n{tables.memory(rows, _FORM)}")
+    if rows := select.ok(found, "compile"):
+        parts.append(f"Time of the passes in `torch.compile`, prepared models.\n\n{tables.compilation(rows, _FORM)}")
     if failures := select.failed(found):
         parts.append(f"Failed: {', '.join(record['case'] for record in failures)}.")
     return "\n\n".join(parts)

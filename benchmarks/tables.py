@@ -26,6 +26,8 @@ def report(records: Sequence[Record]) -> str:
         parts.append(f"Models\n{models(rows)}")
     if rows := select.ok(records, "train"):
         parts.append(f"Training state\n{memory(rows)}")
+    if rows := select.ok(records, "compile"):
+        parts.append(f"Time of the passes\n{compilation(rows)}")
     if rows := select.failed(records):
         parts.append(f"Failed\n{failures(rows)}")
     return "\n\n".join(parts)
@@ -121,6 +123,26 @@ def memory(records: Iterable[Record], form: str = "simple") -> str:
         rows[tuple(cells[:3])] = cells  # Threads make no difference to bytes.
     headers = ["model", "dtype", "backward", "sparse linears: dense, MiB", "SLoPe, MiB", "ratio"]
     return _table(list(rows.values()), [*headers, "whole: dense, MiB", "SLoPe, MiB", "ratio"], form)
+
+
+def compilation(records: Iterable[Record], form: str = "simple") -> str:
+    """Seconds of the passes by size of the graph, and their share of a whole compilation where one was run."""
+    rows = []
+    for record in records:
+        facts, passes, whole = record["facts"], record["seconds"]["passes"], record["seconds"].get("compilation")
+        rows.append(
+            [
+                facts["model"],
+                str(facts["nodes"]),
+                str(facts["linears"]),
+                f"{passes['median']:.2f}",
+                f"{passes['median'] / facts['nodes'] * 1e3:.2f}",
+                "-" if whole is None else f"{whole['median']:.1f}",
+                "-" if whole is None else f"{passes['median'] / whole['median']:.1%}",
+            ]
+        )
+    headers = ["model", "nodes", "sparse linears", "passes, s", "ms a node", "forward + backward compiled, s", "share"]
+    return _table(rows, headers, form)
 
 
 def failures(records: Iterable[Record]) -> str:

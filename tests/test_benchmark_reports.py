@@ -15,7 +15,7 @@ import pretrain_results
 from benchmarks import __main__ as command
 from benchmarks import plots, readme, records, runner, select, tables
 from benchmarks.cases import Case, Measurement, Run, compare
-from benchmarks.timing import Samples
+from benchmarks.timing import Samples, Summary
 from training import Curves, Kind, Settings
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +52,11 @@ def fixture_records(tmp_path: Path) -> list[records.Record]:
         facts = {"model": "gpt2", "batch": 1, "tokens": 1, "dtype": "float32"}
         yield compare("decode", Samples(rounds), {c: [c] for c in rounds}, ["dense", "frozen"], facts)
 
+    def compilation(_: Run) -> Iterator[Measurement]:
+        facts = {"model": "llama-l2", "layers": 2, "nodes": 200, "linears": 11}
+        seconds = {"passes": Summary.of([0.1] * 3), "compilation": Summary.of([20.0])}
+        yield Measurement("compile", seconds, {}, facts)
+
     def of(M: int, ours: float) -> Callable[[Run], Iterable[Measurement]]:
         return lambda _: layer(M, ours)
 
@@ -65,6 +70,7 @@ def fixture_records(tmp_path: Path) -> list[records.Record]:
     }  # fmt: skip
     todo: Sequence[Case] = [
         Case("layer/m4", of(4, 0.5), 1), Case("layer/m256", of(256, 2.0), 1), Case("model", model, 2),
+        Case("compile", compilation, 1),
         Case("unlucky", unlucky, 1),
     ]  # fmt: skip
     runner.execute(runner.Job("cpu", tmp_path, "python -m benchmarks run --suite cpu", lambda: environment), todo)
@@ -81,7 +87,7 @@ def test_report_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert command.main(["report", str(tmp_path), "--plots", str(tmp_path / "plots")]) == 0
     printed = capsys.readouterr().out
     for text in ("Some CPU, 2 cores, avx2", "commit 0123456789ab", "768 x 3072", "2.00 (2.00-2.00)", "unlucky",
-                 "ValueError: bad luck", "0.520"):  # fmt: skip
+                 "ValueError: bad luck", "0.520", "Time of the passes"):  # fmt: skip
         assert text in printed
     pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert pictures == ["memory.png", "speedup-cpu-float32-t1.png"]
@@ -96,6 +102,8 @@ def test_tables(tmp_path: Path) -> None:
     train, decode = cells(tables.models(select.ok(found, "train", "decode"), "github"))[2:]
     assert train == ["gpt2", "train, exact", "float32", "2", "512.0", "640.0", "1.25 (1.25-1.25)", "-"]
     assert decode[4:] == ["50.0", "100.0", "2.00 (2.00-2.00)", "1.60 (1.60-1.60)"]
+    (passes,) = cells(tables.compilation(select.ok(found, "compile"), "github"))[2:]
+    assert passes == ["llama-l2", "200", "11", "0.10", "0.50", "20.0", "0.5%"]
     assert select.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
 
 

@@ -14,7 +14,7 @@ import torch
 
 import machine
 from benchmarks import __main__ as command
-from benchmarks import cases, records, rotation, runner, select
+from benchmarks import cases, compile_time, records, rotation, runner, select
 from benchmarks.cases import Case, Measurement, Options, Run, compare
 from benchmarks.timing import Contender, CpuStopwatch, Plan, Samples, Stopwatch, Summary, TimingError, measure, ratios
 from slope_compile.kernels import ops
@@ -282,6 +282,17 @@ def run_cases(suite: str, pattern: str) -> list[Measurement]:
     chosen = [c for c in cases.cases(suite, Options(tiny=True, threads=(1,))) if re.fullmatch(pattern, c.id)]
     assert chosen
     return [measurement for c in chosen for measurement in c.measure(given)]
+
+
+def test_compile_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes are timed alone; of one depth the whole compilation too, of which they are a part."""
+    monkeypatch.setattr(compile_time, "ROUNDS", 1)
+    one, two = run_cases("compile", ".*")
+    assert [m.facts["layers"] for m in (one, two)] == [1, 2]
+    assert two.facts["nodes"] > one.facts["nodes"] > 50
+    assert (one.facts["linears"], two.facts["linears"]) == (4, 11), "all but the first three and the head"
+    assert one.seconds["compilation"].median > one.seconds["passes"].median > 0
+    assert "compilation" not in two.seconds
 
 
 @pytest.mark.parametrize("suite", ["cpu", "kernels"])

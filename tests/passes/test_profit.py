@@ -112,7 +112,8 @@ def test_a_prepared_model_is_rewritten_whatever_is_predicted(
     module, x = Chain(8, 8, 8), rows(3, 8)
     slope.sparsify_(module, slope.SlopeConfig(**ALL))
     recording = record(monkeypatch)
-    torch.compile(module, backend=slope.slope, options={"compiler": "eager", "device": NO_GAIN})(x)
+    options: dict[str, Any] = {"compiler": "eager", "device": NO_GAIN}
+    torch.compile(module, backend=slope.slope, options=options)(x)
     (one,) = recording
     assert [d.reason for d in one.report] == [Reason.PREPARED] * 2
 
