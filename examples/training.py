@@ -37,7 +37,7 @@ class Settings:
     context: int = flag(128, "bytes a sequence")
     tied: bool = flag(False, "share the head's weight with the token embedding")
     batch: int = flag(8, "sequences a step")
-    steps: int = flag(150, "optimizer steps")
+    steps: int = flag(120, "optimizer steps")
     seed: int = flag(0, "seed of the initial weights, the batches and the sparse masks")
     lr: float = flag(2e-3, "peak learning rate")
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises")
