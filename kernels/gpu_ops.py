@@ -147,7 +147,9 @@ def grad_input_columns(
         return reference.grad_input_columns(grad, values, pattern, column_pattern, keep, group)
     if _sparse("grad_input_columns", grad, N, K):
         return triton_products.grad_input(grad, values, pattern, column_pattern)
-    return reference.grad_input_columns(grad, values, pattern, column_pattern, keep, group)
+    column_values = triton_products.recompress_columns(values, pattern, column_pattern)
+    expanded = triton_products.expand(column_values, column_pattern)  # [K, N]
+    return torch.nn.functional.linear(grad, expanded).contiguous()
 
 
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
@@ -157,14 +159,39 @@ def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int)
         return reference.grad_weight(grad, x, pattern, keep, group)
     if _sparse("grad_weight", x, N, K):
         return triton_products.grad_weight(grad, x, pattern)
-    return reference.grad_weight(grad, x, pattern, keep, group)
+    dense = grad.reshape(-1, N).t() @ x.reshape(-1, K)
+    return triton_products.compress(dense, pattern)
+
+
+def compress(weight: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
+    """See :func:`reference.compress`."""
+    if not usable(keep, group, weight) or weight.shape[1] % 4:
+        return reference.compress(weight, pattern, keep, group)
+    return triton_products.compress(weight, pattern)
+
+
+def compress_columns(values: Tensor, pattern: Tensor, keep: int, group: int) -> tuple[Tensor, Tensor]:
+    """See :func:`reference.compress_columns`: one kernel, nothing dense in memory."""
+    if not usable(keep, group, values) or values.shape[0] % 4:
+        return reference.compress_columns(values, pattern, keep, group)
+    return triton_products.compress_columns(values, pattern)
+
+
+def recompress_columns(values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int) -> Tensor:
+    """See :func:`reference.recompress_columns`: one kernel, nothing dense in memory."""
+    if not usable(keep, group, values) or values.shape[0] % 4:
+        return reference.recompress_columns(values, pattern, column_pattern, keep, group)
+    return triton_products.recompress_columns(values, pattern, column_pattern)
 
 
 IMPLEMENTATIONS = {
+    "compress": compress,
     "expand": expand,
     "linear": linear,
     "grad_input": grad_input,
     "grad_input_columns": grad_input_columns,
     "grad_weight": grad_weight,
+    "compress_columns": compress_columns,
+    "recompress_columns": recompress_columns,
 }
-"""Operator -> its implementation for CUDA tensors; those that are not here run their definition."""
+"""Operator -> its implementation for CUDA tensors."""

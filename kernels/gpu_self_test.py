@@ -47,6 +47,11 @@ def _checks(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
         double_pruned = triton_products.grad_input(grad, values, pattern, columns)
         grad_weight = triton_products.grad_weight(grad, x, pattern)
         expanded = triton_products.expand(values, pattern)
+        dense = reference.expand(exact, pattern, 2, 4)
+        compressed = triton_products.compress(dense.to(dtype), pattern)
+        picked, picked_pattern = triton_products.compress_columns(values, pattern)
+        truth, true_pattern = reference.compress_columns(exact, pattern, 2, 4)
+        again = triton_products.recompress_columns(values, pattern, columns)
         dy, inputs = grad.double(), x.double()
         return {
             "forward": equal(forward, reference.forward(inputs, exact, pattern, bias[0].double(), 2, 4)),
@@ -55,7 +60,10 @@ def _checks(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
                 double_pruned, reference.grad_input_columns(dy, exact, pattern, columns, 2, 4)
             ),
             "grad_weight": equal(grad_weight, reference.grad_weight(dy, inputs, pattern, 2, 4)),
-            "expand": equal(expanded, reference.expand(exact, pattern, 2, 4)),
+            "expand": equal(expanded, dense),
+            "compress": equal(compressed, exact),
+            "compress_columns": equal(picked, truth) and torch.equal(picked_pattern, true_pattern),
+            "recompress_columns": equal(again, reference.recompress_columns(exact, pattern, columns, 2, 4)),
         }
 
 

@@ -22,7 +22,12 @@ class Config:
     stages: int
     aligned_only: bool = False
     """For sizes that are multiples of the vectors of a load only: with element-wise loads it runs out of registers."""
+    archs: tuple[int, ...] = ()
+    """Compute capabilities (90 for 9.0) that have the registers and the shared memory for it; none given: all."""
 
+
+CONVERSIONS = ("expand", "compress", "compress_columns")
+"""Kernels that know no tokens."""
 
 FEW_TOKENS = 32
 """Up to here one tile of 16 or 32 rows holds all tokens and the product is bound by reading the weight."""
@@ -33,19 +38,25 @@ HALF = {
         Config(32, 64, 64, 4, 4),
         Config(64, 64, 64, 8, 3),
         Config(128, 64, 64, 8, 3, aligned_only=True),
+        Config(128, 128, 64, 8, 3, aligned_only=True),
+        Config(256, 128, 64, 8, 3, aligned_only=True, archs=(90, 100)),
     ),
     "grad_input": (
         Config(16, 64, 64, 4, 4),
         Config(32, 64, 32, 4, 3),
         Config(64, 64, 64, 8, 3),
-        Config(128, 64, 64, 8, 3, aligned_only=True),
+        Config(128, 64, 64, 8, 3, aligned_only=True, archs=(80, 90, 100)),
+        Config(128, 64, 128, 8, 3, aligned_only=True),
     ),
     "grad_weight": (
         Config(32, 64, 64, 4, 3),
         Config(64, 64, 128, 8, 3),
         Config(32, 128, 128, 8, 3),
+        Config(64, 128, 128, 8, 3, aligned_only=True),
     ),
     "expand": (Config(0, 32, 128, 4, 1),),
+    "compress": (Config(0, 32, 128, 4, 1),),
+    "compress_columns": (Config(0, 64, 64, 4, 1),),
 }
 """bfloat16 and float16; in the order of the tokens they are meant for."""
 
@@ -62,19 +73,31 @@ SINGLE = {
     ),
     "grad_weight": (Config(16, 32, 32, 4, 2), Config(32, 64, 64, 8, 2)),
     "expand": (Config(0, 32, 64, 4, 1),),
+    "compress": (Config(0, 32, 64, 4, 1),),
+    "compress_columns": (Config(0, 32, 32, 4, 1),),
 }
 """float32."""
 
 
-def configurations(kernel: str, dtype: torch.dtype, aligned: bool = True) -> tuple[Config, ...]:
-    """The configurations of "forward", "grad_input", "grad_weight" or "expand" for a dtype."""
+def configurations(
+    kernel: str, dtype: torch.dtype, aligned: bool = True, arch: int | None = None
+) -> tuple[Config, ...]:
+    """The configurations of a kernel for a dtype: "forward", "grad_input", "grad_weight", or one of CONVERSIONS.
+
+    Args:
+        arch: compute capability (90 for 9.0); those for particular ones are left out without.
+    """
     choices = (SINGLE if dtype is torch.float32 else HALF)[kernel]
-    return choices if aligned else tuple(config for config in choices if not config.aligned_only)
+    return tuple(
+        config
+        for config in choices
+        if (aligned or not config.aligned_only) and (not config.archs or arch in config.archs)
+    )
 
 
-def default(kernel: str, M: int, dtype: torch.dtype, aligned: bool = True) -> Config:
+def default(kernel: str, M: int, dtype: torch.dtype, aligned: bool = True, arch: int | None = None) -> Config:
     """The configuration taken without tuning: the smallest tile of tokens that holds M, else the largest."""
-    choices = configurations(kernel, dtype, aligned)
-    if kernel in ("grad_weight", "expand"):
+    choices = configurations(kernel, dtype, aligned, arch)
+    if kernel in ("grad_weight", *CONVERSIONS):
         return choices[0] if M <= FEW_TOKENS else choices[-1]
     return next((config for config in choices if config.BM >= M), choices[-1])

@@ -2,7 +2,9 @@
 
 Nothing here decides anything.  2:4 only; the tensors of a call share a dtype out of ``DTYPES`` and a device: a GPU, or
 the CPU while Triton interprets (``TRITON_INTERPRET=1``, set before the first launch).  Activations may have any
-layout, with a copy where the features of a token lie apart; empty products are answered without a launch.
+layout, with a copy where the features of a token lie apart; empty products are answered without a launch.  Products
+go into ``out`` where one is given, contiguous and of the result's shape and dtype.  Nothing is read back from the
+device and nothing is allocated but results and copies, so that a CUDA graph can hold any of these calls.
 """
 
 from __future__ import annotations
@@ -29,6 +31,22 @@ def _kernels() -> Any:
     return triton_kernels
 
 
+@functools.cache
+def _conversions() -> Any:
+    from slope_compile.kernels import triton_conversions
+
+    return triton_conversions
+
+
+@functools.lru_cache(maxsize=16)
+def arch(device: torch.device) -> int | None:
+    """Compute capability of a GPU, 90 for 9.0; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def precision() -> str:
     """How float32 is multiplied: TF32 where PyTorch's own products may use it, IEEE otherwise.  16 bits ignore it."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -41,6 +59,7 @@ def forward(
     bias: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     config: Config | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``Y = X W^T + T B^T + bias``: x ``[..., K]`` -> contiguous ``[..., N]``.
 
@@ -49,7 +68,7 @@ def forward(
         config: tile sizes; the default ones without.
     """
     N, K = values.shape[0], values.shape[1] * 2
-    y = x.new_empty(*x.shape[:-1], N)
+    y = x.new_empty(*x.shape[:-1], N) if out is None else out
     rows = _rows(x)
     M = rows.shape[0]
     t, b = (x, x) if low_rank is None else (low_rank[0].reshape(M, -1).contiguous(), low_rank[1].contiguous())
@@ -61,15 +80,15 @@ def forward(
         if R:
             y += (t @ b.t()).view_as(y)
         return y if bias is None else y.add_(bias)
-    config = config or triton_configs.default("forward", M, x.dtype, _aligned(N, K, rows))
+    config = config or triton_configs.default("forward", M, x.dtype, _aligned(N, K, rows), arch(x.device))
     values, pattern = values.contiguous(), pattern.contiguous()
     with _on(x):
         _kernels().forward[(_tiles(M, config.BM) * _tiles(N, config.BN),)](
             rows, values, pattern, x if bias is None else bias.contiguous(), t, b, y,
             M, N, K, R, rows.stride(0), pattern.stride(0),
             BM=config.BM, BN=config.BN, BK=config.BK, BR=16 if R <= 16 else 32,
-            HAS_BIAS=bias is not None, HAS_LOW_RANK=R > 0, EVEN=K % config.BK == 0, PRECISION=precision(),
-            num_warps=config.warps, num_stages=config.stages,
+            HAS_BIAS=bias is not None, HAS_LOW_RANK=R > 0, EVEN=K % config.BK == 0,
+            WORDS=_words(pattern, config), PRECISION=precision(), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return y
 
@@ -80,15 +99,16 @@ def grad_input(
     pattern: Tensor,
     column_pattern: Tensor | None = None,
     config: Config | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``dX = dY W``: grad ``[..., N]`` -> contiguous ``[..., K]``; with a column pattern that of ``W^{R,C}``."""
     N, K = values.shape[0], values.shape[1] * 2
-    dx = grad.new_empty(*grad.shape[:-1], K)
+    dx = grad.new_empty(*grad.shape[:-1], K) if out is None else out
     rows = _rows(grad)
     M = rows.shape[0]
     if M * K == 0 or N == 0:
         return dx.zero_()
-    config = config or triton_configs.default("grad_input", M, grad.dtype, _aligned(N, K, rows))
+    config = config or triton_configs.default("grad_input", M, grad.dtype, _aligned(N, K, rows), arch(grad.device))
     values, pattern = values.contiguous(), pattern.contiguous()
     columns = pattern if column_pattern is None else column_pattern.contiguous()
     with _on(grad):
@@ -96,22 +116,25 @@ def grad_input(
             rows, values, pattern, columns, dx,
             M, N, K, rows.stride(0), pattern.stride(0), columns.stride(0),
             BM=config.BM, BN=config.BN, BK=config.BK,
-            HAS_COLUMNS=column_pattern is not None, EVEN=N % config.BN == 0,
+            HAS_COLUMNS=column_pattern is not None, EVEN=N % config.BN == 0, WORDS=_words(pattern, config),
             TRANSPOSED=grad.dtype is torch.float32, PRECISION=precision(),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return dx
 
 
-def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, config: Config | None = None) -> Tensor:
+def grad_weight(
+    grad: Tensor, x: Tensor, pattern: Tensor, config: Config | None = None, out: Tensor | None = None
+) -> Tensor:
     """``dV``: ``dY^T X`` at the kept positions; grad ``[..., N]``, x ``[..., K]`` -> ``[N, K / 2]``."""
     N, K = grad.shape[-1], x.shape[-1]
     M = math.prod(x.shape[:-1])
     rows, inputs = _rows(grad), _rows(x)
-    values_grad = grad.new_empty(N, K // 2)
+    values_grad = grad.new_empty(N, K // 2) if out is None else out
     if N * K == 0 or M == 0:
         return values_grad.zero_()
-    config = config or triton_configs.default("grad_weight", M, x.dtype, _aligned(N, K, rows, inputs))
+    aligned = _aligned(N, K, rows, inputs)
+    config = config or triton_configs.default("grad_weight", M, x.dtype, aligned, arch(x.device))
     pattern = pattern.contiguous()
     with _on(grad):
         _kernels().grad_weight[(_tiles(N, config.BN) * _tiles(K, config.BK),)](
@@ -132,17 +155,66 @@ def expand(values: Tensor, pattern: Tensor, config: Config | None = None) -> Ten
     config = config or triton_configs.default("expand", 0, values.dtype)
     values, pattern = values.contiguous(), pattern.contiguous()
     with _on(values):
-        _kernels().expand[(_tiles(N, config.BN) * _tiles(K, config.BK),)](
+        _conversions().expand[(_tiles(N, config.BN) * _tiles(K, config.BK),)](
             values, pattern, dense, N, K, pattern.stride(0),
             BN=config.BN, BK=config.BK, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return dense
 
 
+def compress(weight: Tensor, pattern: Tensor, config: Config | None = None) -> Tensor:
+    """Values ``[N, K / 2]`` of a dense ``[N, K]`` in any layout."""
+    N, K = weight.shape
+    values = weight.new_empty(N, K // 2)
+    if N * K == 0:
+        return values
+    config = config or triton_configs.default("compress", 0, weight.dtype)
+    pattern = pattern.contiguous()
+    with _on(weight):
+        _conversions().compress[(_tiles(N, config.BN) * _tiles(K, config.BK),)](
+            weight, pattern, values, N, K, *weight.stride(), pattern.stride(0),
+            BN=config.BN, BK=config.BK, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return values
+
+
+def compress_columns(values: Tensor, pattern: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """W^{R,C} by magnitude: ``(column_values [K, N / 2], column_pattern uint8 [K, ceil(N / 8)])``; N is in fours."""
+    column_pattern = pattern.new_empty(values.shape[1] * 2, -(-values.shape[0] // 8))
+    return _columns(values, pattern, column_pattern, True, config), column_pattern
+
+
+def recompress_columns(
+    values: Tensor, pattern: Tensor, column_pattern: Tensor, config: Config | None = None
+) -> Tensor:
+    """The values ``[K, N / 2]`` of the transpose that a given column pattern keeps; N is a multiple of 4."""
+    return _columns(values, pattern, column_pattern.contiguous(), False, config)
+
+
+def _columns(values: Tensor, pattern: Tensor, columns: Tensor, pick: bool, config: Config | None) -> Tensor:
+    N, K = values.shape[0], values.shape[1] * 2
+    column_values = values.new_empty(K, N // 2)
+    if N * K == 0:
+        return column_values
+    config = config or triton_configs.default("compress_columns", 0, values.dtype)
+    values, pattern = values.contiguous(), pattern.contiguous()
+    with _on(values):
+        _conversions().compress_columns[(_tiles(N, config.BN) * _tiles(K, config.BK),)](
+            values, pattern, column_values, columns, N, K, pattern.stride(0), columns.stride(0),
+            BN=config.BN, BK=config.BK, PICK=pick, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return column_values
+
+
 def _rows(activations: Tensor) -> Tensor:
     """``[M, features]`` with the features of a token side by side; other layouts are copied."""
     rows = activations.reshape(math.prod(activations.shape[:-1]), activations.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _words(pattern: Tensor, config: Config) -> bool:
+    """Whether a pattern can be read by 32-bit words."""
+    return config.BK % 32 == 0 and pattern.stride(0) % 4 == 0 and pattern.data_ptr() % 4 == 0
 
 
 def _aligned(N: int, K: int, *activations: Tensor) -> bool:

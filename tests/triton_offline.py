@@ -7,7 +7,9 @@ named), in every dtype, with and without aligned sizes, prints a line for each, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import re
 import subprocess
@@ -26,7 +28,8 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Architecture -> most shared memory of one block, in bytes (CUDA programming guide, compute capabilities)."""
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-KERNELS = ("forward", "grad_input", "grad_input_columns", "grad_weight", "expand")
+CONVERSIONS = ("expand", "compress", "compress_columns", "recompress_columns")
+KERNELS = ("forward", "grad_input", "grad_input_columns", "grad_weight", *CONVERSIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,12 @@ class Build:
     """Sizes and strides are multiples of 16; else nothing is known of them and tails are masked."""
 
     precision: str = "ieee"
+
+    @property
+    def words(self) -> bool:
+        """Whether the main loop copies all it reads ahead of its use; for sm_100 the compiler leaves patterns out."""
+        halves = self.dtype is not torch.float32
+        return halves and self.arch != 100 and self.aligned and self.kernel in ("forward", "grad_input")
 
     def __str__(self) -> str:
         c = self.config
@@ -58,12 +67,23 @@ class Result:
     shared: int
     tensor_core: frozenset[str]
     """Families of tensor-core instructions: HMMA (mma.sync), HGMMA (wgmma), UTCHMMA (tcgen05)."""
+    copies: int = 0
+    """Asynchronous copies to shared memory in the PTX."""
+    loop_loads: int = 0
+    """Loads in the main loop that wait for global memory (LDG)."""
+    loop: int = 0
+    """Instructions of the main loop."""
+    warnings: tuple[str, ...] = ()
+    """What ptxas remarks on the use of wgmma: where it has to serialize them."""
 
     def problems(self, build: Build) -> list[str]:
         """What makes the kernel unacceptable."""
         found = []
         if self.spills:
             found.append(f"{self.spills} spills")
+        found += self.warnings
+        if build.words and self.loop_loads:
+            found.append(f"{self.loop_loads} loads that the loop waits for")
         if self.shared > SHARED_MEMORY[build.arch]:
             found.append(f"{self.shared} bytes of shared memory")
         expected = expected_tensor_core(build)
@@ -74,7 +94,7 @@ class Result:
 
 def expected_tensor_core(build: Build) -> set[str] | None:
     """Instructions of which one must be there; None where there is nothing to multiply on tensor cores."""
-    if build.kernel == "expand" or (build.dtype is torch.float32 and build.precision == "ieee"):
+    if build.kernel in CONVERSIONS or (build.dtype is torch.float32 and build.precision == "ieee"):
         return None
     rows = build.config.BN if build.kernel == "grad_weight" else build.config.BM
     if build.dtype is torch.float32 and build.kernel.startswith("grad_input"):
@@ -91,10 +111,15 @@ def builds(
 ) -> Iterator[Build]:
     for arch, dtype, kernel in itertools.product(archs, dtypes, KERNELS):
         for flag in aligned:
-            for config in triton_configs.configurations(kernel.removesuffix("_columns"), dtype, flag):
+            for config in triton_configs.configurations(configured(kernel), dtype, flag, arch):
                 yield Build(kernel, config, dtype, arch, flag)
-                if dtype is torch.float32 and kernel != "expand":
+                if dtype is torch.float32 and kernel not in CONVERSIONS:
                     yield Build(kernel, config, dtype, arch, flag, "tf32")
+
+
+def configured(kernel: str) -> str:
+    """Under which name the configurations of a kernel stand."""
+    return {"grad_input_columns": "grad_input", "recompress_columns": "compress_columns"}.get(kernel, kernel)
 
 
 def compile_offline(build: Build) -> Result:
@@ -103,14 +128,16 @@ def compile_offline(build: Build) -> Result:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from slope_compile.kernels import triton_kernels
+    from slope_compile.kernels import triton_conversions, triton_kernels
 
-    kernel = getattr(triton_kernels, build.kernel.removesuffix("_columns"))
+    module = triton_conversions if build.kernel in CONVERSIONS else triton_kernels
+    kernel = getattr(module, configured(build.kernel))
     columns = build.kernel == "grad_input_columns"
     c = build.config
     constants: dict[str, Any] = {
         "BM": c.BM, "BN": c.BN, "BK": c.BK, "BR": 16, "HAS_BIAS": True, "HAS_LOW_RANK": True, "HAS_COLUMNS": columns,
         "EVEN": build.aligned, "TRANSPOSED": build.dtype is torch.float32, "PRECISION": build.precision, "GROUP": 8,
+        "WORDS": build.aligned and c.BK % 32 == 0, "PICK": build.kernel == "compress_columns",
     }  # fmt: skip
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[Any]] = {}
@@ -126,19 +153,52 @@ def compile_offline(build: Build) -> Result:
         if pointer or build.aligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
     used = {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, used, attributes),
-        target=GPUTarget("cuda", build.arch, 32),
-        options={"num_warps": c.warps, "num_stages": c.stages},
-    )
+    source = ASTSource(kernel, signature, used, attributes)
+    target, options = GPUTarget("cuda", build.arch, 32), {"num_warps": c.warps, "num_stages": c.stages}
+    compiled, log = compiled_with_log(source, target, options)
     code, usage = _disassembled(compiled.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
     registers = re.search(r"REG:(\d+)", usage)
+    loop = main_loop(code)
     return Result(
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         registers=int(registers.group(1)) if registers else 0,
         shared=compiled.metadata.shared,
         tensor_core=frozenset(re.findall(r"\b(UTC[A-Z]*MMA|HGMMA|HMMA)\b", code)),
+        copies=len(re.findall(r"cp\.async\.c[ag]\.", compiled.asm["ptx"])),
+        loop_loads=len(re.findall(r"\bLDG\b", loop)),
+        loop=len(re.findall(r"/\*[0-9a-f]{4,}\*/", loop)),
+        warnings=tuple(re.findall(r"\(C75\d\d\)[^\n]*", log)),
     )
+
+
+def compiled_with_log(source: Any, target: Any, options: dict[str, int]) -> tuple[Any, str]:
+    """A kernel compiled anew, and what ptxas said about it."""
+    import triton
+    from triton import knobs
+
+    said = io.StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(said):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=target, options=options)
+    return compiled, said.getvalue()
+
+
+def main_loop(code: str) -> str:
+    """From the label of the longest loop with tensor-core instructions to its branch back; empty if there is none."""
+    lines = code.splitlines()
+    labels: dict[str, int] = {}
+    longest = ""
+    for position, line in enumerate(lines):
+        label = re.match(r"^\.(L_x_\d+):", line)
+        if label:
+            labels[label.group(1)] = position
+        back = re.search(r"\bBRA\b.*\(\.(L_x_\d+)\)", line)
+        if back and back.group(1) in labels:
+            body = "\n".join(lines[labels[back.group(1)] : position + 1])
+            if "MMA" in body and len(body) > len(longest):
+                longest = body
+    return longest
 
 
 def _disassembled(cubin: bytes, tools: Path) -> tuple[str, str]:
@@ -156,7 +216,8 @@ def main(archs: tuple[int, ...]) -> int:
         result = compile_offline(build)
         problems = result.problems(build)
         failed += bool(problems)
-        print(f"{build}: {result.registers} registers, {result.shared} B, {sorted(result.tensor_core)} {problems}")
+        cost = f"{result.registers} registers, {result.shared} B, loop of {result.loop}, {result.copies} copies"
+        print(f"{build}: {cost}, {sorted(result.tensor_core)} {problems}", flush=True)
     print(f"{failed} not acceptable")
     return failed
 

@@ -56,6 +56,8 @@ def test_both_ways(dtype: torch.dtype) -> None:
     check("grad_input_columns", p.grad, p.values, p.pattern, columns)
     check("grad_weight", p.grad, p.x, p.pattern)
     check("expand", p.values, p.pattern)
+    check("compress", p.weight, p.pattern)
+    check("recompress_columns", p.values, p.pattern, columns)
 
 
 @every_dtype

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from problems import SHAPES, Problem, Shape, draw, draw_mask, every_dtype, kept, packed
-from slope_compile.kernels import triton_configs, triton_products
+from problems import SHAPES, Problem, Shape, column_mask, draw, draw_mask, every_dtype, kept, packed
+from slope_compile.kernels import reference, triton_configs, triton_products
 from slope_compile.pattern import Pattern
 from tolerances import UNIT_ROUNDOFF, relative_error
 from triton_interpreter import close_gaps, interpreting
@@ -107,7 +107,7 @@ def test_products(shape: Shape, dtype: torch.dtype) -> None:
 def test_every_configuration(kernel: str, dtype: torch.dtype) -> None:
     p = draw(TWO_FOUR, Shape((37,), 76, 35), dtype)
     columns = draw_mask(p.weight.shape[1], 76, TWO_FOUR)
-    for config in triton_configs.configurations(kernel, dtype):
+    for config in triton_configs.configurations(kernel, dtype, arch=triton_products.arch(torch.device(DEVICE)) or 90):
         if kernel == "forward":
             check_forward(p, dtype, config)
         elif kernel == "grad_input":
@@ -127,6 +127,66 @@ def test_low_rank_update(R: int, dtype: torch.dtype) -> None:
     # One product of the joined operands: what the kernel sums up in one accumulator.
     joined, weight = torch.cat([p.x, t], -1), torch.cat([p.weight, b], -1)
     assert_as_good(result, lambda d: joined.to(d) @ weight.to(d).t(), scale, dtype)
+
+
+def check_columns(values: Tensor, pattern: Tensor, weight: Tensor) -> None:
+    """The pattern is the one picked by counting; both ways give the kept values of the transpose, bit by bit."""
+    mask = column_mask(weight, TWO_FOUR).t()
+    found, found_pattern = triton_products.compress_columns(on_device(values), on_device(pattern))
+    assert torch.equal(found_pattern.cpu(), packed(mask))
+    expected = kept(weight.t(), mask)
+    assert torch.equal(bits(found.cpu()), bits(expected))
+    again = triton_products.recompress_columns(on_device(values), on_device(pattern), found_pattern)
+    assert torch.equal(bits(again.cpu()), bits(expected))
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.contiguous().view(torch.int32 if t.dtype is torch.float32 else torch.int16)
+
+
+@every_dtype
+@pytest.mark.parametrize(("N", "groups"), [(4, 1), (12, 9), (64, 32), (76, 35), (132, 67)])
+def test_conversions(N: int, groups: int, dtype: torch.dtype) -> None:
+    p = draw(TWO_FOUR, Shape((1,), N, groups), dtype)
+    check_columns(p.values, p.pattern, torch.where(p.mask, p.weight, 0.0))  # randn * False may be -0
+    other = draw_mask(p.weight.shape[1], N, TWO_FOUR)
+    found = triton_products.recompress_columns(*map(on_device, (p.values, p.pattern, packed(other))))
+    assert torch.equal(found.cpu(), kept(p.weight.t(), other))
+    for weight in (p.weight, p.weight.t().contiguous().t(), p.weight.repeat(1, 2)[:, : p.weight.shape[1]]):
+        found = triton_products.compress(on_device(weight), on_device(p.pattern))
+        assert torch.equal(found.cpu(), p.values)
+
+
+@every_dtype
+def test_columns_of_adversarial_magnitudes(dtype: torch.dtype) -> None:
+    # Ties, signs, both zeros, denormals and infinities, at every place of a group; a NaN is larger than infinity.
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    special = torch.tensor([0.0, -0.0, tiny, -tiny, 2 * tiny, 1.0, -1.0, 2.0, math.inf, -math.inf])
+    weight = special[torch.randint(len(special), (64, 36))].to(dtype) * 1
+    mask = draw_mask(64, 36, TWO_FOUR)
+    weight = torch.where(mask, weight, torch.zeros((), dtype=dtype))
+    check_columns(kept(weight, mask), packed(mask), weight)
+    weight[5, :] = torch.where(mask[5], math.nan, weight[5])
+    pattern = packed(mask)
+    found, found_pattern = triton_products.compress_columns(on_device(kept(weight, mask)), on_device(pattern))
+    expected, expected_pattern = reference.compress_columns(kept(weight, mask), pattern, 2, 4)
+    assert torch.equal(found_pattern.cpu(), expected_pattern)
+    torch.testing.assert_close(found.cpu(), expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@every_dtype
+def test_results_go_where_they_are_asked_for(dtype: torch.dtype) -> None:
+    p = draw(TWO_FOUR, Shape((2, 9), 20, 9), dtype)
+    x, grad, values, pattern = map(on_device, (p.x, p.grad, p.values, p.pattern))
+    calls: list[tuple[Callable[..., Tensor], tuple[Tensor, ...], tuple[int, ...]]] = [
+        (triton_products.forward, (x, values, pattern), (2, 9, 20)),
+        (triton_products.grad_input, (grad, values, pattern), (2, 9, 36)),
+        (triton_products.grad_weight, (grad, x, pattern), (20, 18)),
+    ]
+    for product, arguments, size in calls:
+        out = torch.full(size, math.nan, dtype=dtype, device=DEVICE)
+        assert product(*arguments, out=out) is out
+        assert torch.equal(out, product(*arguments))
 
 
 def six_patterns() -> Tensor:

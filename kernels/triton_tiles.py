@@ -1,0 +1,101 @@
+"""What the Triton kernels share: which tile a program computes, and tiles between their stored and their dense form.
+
+Importing this module imports Triton.  Storage is that of ``metadata``.  A tile of a weight has ROWS rows and ``4
+GROUPS`` columns; its pattern is one nibble a group, int32 ``[ROWS, GROUPS]``.  All is plain integer and selection
+arithmetic, without inline assembly, so that the interpreter runs what a GPU runs.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_of(rows, columns, BROWS: tl.constexpr, BCOLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """Which output tile this program computes: bands of GROUP tile rows, so that neighbours share what they read."""
+    program = tl.program_id(0)
+    tile_rows = tl.cdiv(rows, BROWS)
+    band = GROUP * tl.cdiv(columns, BCOLUMNS)
+    first = program // band * GROUP
+    height = tl.minimum(tile_rows - first, GROUP)
+    return first + (program % band) % height, (program % band) // height
+
+
+@triton.jit
+def nibbles(codes, ROWS: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr):
+    """int32 ``[ROWS, GROUPS]`` of the integers ``[ROWS, GROUPS / EACH]``; the lowest nibble is the first group."""
+    shifts = (tl.arange(0, EACH) * 4)[None, None, :]
+    return tl.reshape((codes.to(tl.int32)[:, :, None] >> shifts) & 15, (ROWS, GROUPS))
+
+
+@triton.jit
+def expanded(v, nibble, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Dense tile ``[ROWS, 4 GROUPS]`` of the values ``v [ROWS, 2 GROUPS]``; what is pruned is 0."""
+    first, second = tl.split(tl.reshape(v, (ROWS, GROUPS, 2)))
+    zero = tl.zeros_like(first)
+    b0 = (nibble & 1) != 0
+    b1 = (nibble & 2) != 0
+    b2 = (nibble & 4) != 0
+    b3 = (nibble & 8) != 0
+    # Two are kept: element 1 is the first kept unless 0 is kept, element 2 the second unless 3 is kept.
+    d0 = tl.where(b0, first, zero)
+    d1 = tl.where(b1, tl.where(b0, second, first), zero)
+    d2 = tl.where(b2, tl.where(b3, first, second), zero)
+    d3 = tl.where(b3, second, zero)
+    return tl.reshape(tl.join(tl.join(d0, d2), tl.join(d1, d3)), (ROWS, 4 * GROUPS))
+
+
+@triton.jit
+def elements(dense, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """The four elements of every group of ``[ROWS, 4 GROUPS]``, ``[ROWS, GROUPS]`` each."""
+    even, odd = tl.split(tl.reshape(dense, (ROWS, GROUPS, 2, 2)))
+    d0, d2 = tl.split(even)
+    d1, d3 = tl.split(odd)
+    return d0, d1, d2, d3
+
+
+@triton.jit
+def kept(dense, nibble, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Values ``[ROWS, 2 GROUPS]`` of a dense tile ``[ROWS, 4 GROUPS]``: selected, so that nothing pruned takes part."""
+    d0, d1, d2, d3 = elements(dense, ROWS, GROUPS)
+    first = tl.where((nibble & 1) != 0, d0, tl.where((nibble & 2) != 0, d1, d2))
+    second = tl.where((nibble & 8) != 0, d3, tl.where((nibble & 4) != 0, d2, d1))
+    return tl.reshape(tl.join(first, second), (ROWS, 2 * GROUPS))
+
+
+@triton.jit
+def larger(earlier, later):
+    """1 where the earlier of two stays before the later one; of equal ones it does."""
+    return (earlier >= later).to(tl.int32)
+
+
+@triton.jit
+def largest_two(keys, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Nibbles ``[ROWS, GROUPS]`` that keep the two largest of the integers of each group, of equal ones the first."""
+    k0, k1, k2, k3 = elements(keys, ROWS, GROUPS)
+    g01, g02, g03 = larger(k0, k1), larger(k0, k2), larger(k0, k3)
+    g12, g13, g23 = larger(k1, k2), larger(k1, k3), larger(k2, k3)
+    # How many of the other three an element stays behind.
+    b0 = 3 - g01 - g02 - g03 < 2
+    b1 = g01 + 2 - g12 - g13 < 2
+    b2 = g02 + g12 + 1 - g23 < 2
+    b3 = g03 + g13 + g23 < 2
+    return b0.to(tl.int32) | b1.to(tl.int32) << 1 | b2.to(tl.int32) << 2 | b3.to(tl.int32) << 3
+
+
+@triton.jit
+def magnitude_keys(dense):
+    """Integers in the order of the magnitudes: bits without the sign; all NaN are one, and larger than infinity."""
+    if dense.dtype == tl.float32:
+        bits = dense.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        above: tl.constexpr = 0x7F800001
+    else:
+        bits = dense.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+        above: tl.constexpr = 0x7C01 if dense.dtype == tl.float16 else 0x7F81
+    return tl.minimum(bits, above)
+
+
+@triton.jit
+def packed(nibble, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """uint8 ``[ROWS, GROUPS / 2]`` of nibbles ``[ROWS, GROUPS]``, the first group in the low half."""
+    low, high = tl.split(tl.reshape(nibble, (ROWS, GROUPS // 2, 2)))
+    return (low | high << 4).to(tl.uint8)
