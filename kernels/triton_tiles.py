@@ -86,12 +86,11 @@ def largest_two(keys, ROWS: tl.constexpr, GROUPS: tl.constexpr):
 def magnitude_keys(dense):
     """Integers in the order of the magnitudes: bits without the sign; all NaN are one, and larger than infinity."""
     if dense.dtype == tl.float32:
-        bits = dense.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        above: tl.constexpr = 0x7F800001
+        keys = tl.minimum(dense.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)
     else:
         bits = dense.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
-        above: tl.constexpr = 0x7C01 if dense.dtype == tl.float16 else 0x7F81
-    return tl.minimum(bits, above)
+        keys = tl.minimum(bits, 0x7C01 if dense.dtype == tl.float16 else 0x7F81)
+    return keys
 
 
 @triton.jit

@@ -150,7 +150,8 @@ def test_conversions(N: int, groups: int, dtype: torch.dtype) -> None:
     p = draw(TWO_FOUR, Shape((1,), N, groups), dtype)
     check_columns(p.values, p.pattern, torch.where(p.mask, p.weight, 0.0))  # randn * False may be -0
     other = draw_mask(p.weight.shape[1], N, TWO_FOUR)
-    found = triton_products.recompress_columns(*map(on_device, (p.values, p.pattern, packed(other))))
+    values, pattern, columns = map(on_device, (p.values, p.pattern, packed(other)))
+    found = triton_products.recompress_columns(values, pattern, columns)
     assert torch.equal(found.cpu(), kept(p.weight.t(), other))
     for weight in (p.weight, p.weight.t().contiguous().t(), p.weight.repeat(1, 2)[:, : p.weight.shape[1]]):
         found = triton_products.compress(on_device(weight), on_device(p.pattern))
