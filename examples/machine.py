@@ -32,6 +32,9 @@ def describe(device: torch.device) -> dict[str, object]:
             "capability": f"{properties.major}.{properties.minor}",
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "cuda": torch.version.cuda,
+            "memory": properties.total_memory,
+            "processors": properties.multi_processor_count,
+            "cache": properties.L2_cache_size,
             "host": facts,
         }
     return facts | versions() | commit()
@@ -70,10 +73,15 @@ def cpu_features() -> dict[str, object]:
 
 @functools.cache
 def commit() -> dict[str, object]:
-    """The checkout's commit, and whether tracked files differ from it; empty outside a checkout."""
+    """The checkout's commit, and whether tracked files differ from it; empty outside a checkout.
+
+    A copy without its history takes both from ``SLOPE_COMMIT``, as whoever copied it set it: ``git describe --always
+    --dirty --abbrev=12 --exclude '*'``.
+    """
     name = _output("git", "-C", str(_ROOT), "rev-parse", "--short=12", "HEAD")
     if name is None:
-        return {"commit": None, "dirty": None}
+        given = os.environ.get("SLOPE_COMMIT") or None
+        return {"commit": given and given.removesuffix("-dirty"), "dirty": given and given.endswith("-dirty")}
     changes = _output("git", "-C", str(_ROOT), "status", "--porcelain", "--untracked-files=no")
     return {"commit": name, "dirty": bool(changes)}
 

@@ -6,8 +6,6 @@ import dataclasses
 import enum
 from collections.abc import Iterator
 
-from tabulate import tabulate
-
 ACCELERATED = "2:4"
 """The pattern that has kernels."""
 
@@ -88,6 +86,8 @@ class Report:
         return [d for d in self.decisions if not d.sparse]
 
     def __str__(self) -> str:
+        from tabulate import tabulate  # Nothing else that a training job imports needs it.
+
         rows = [
             (d.weight, "x".join(map(str, d.shape)), d.pattern if d.sparse else "dense", d.backward, d.why)
             for d in self.decisions
