@@ -12,7 +12,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# The demo's model and the facts about the machine are the examples' modules, imported by their own names.
-_EXAMPLES = str(Path(__file__).resolve().parents[1] / "examples")
-if _EXAMPLES not in sys.path:
-    sys.path.insert(0, _EXAMPLES)
+# Imported by their own names: the examples' modules for the demo's model and the facts about the machine, and the
+# tests' for what counts as a right result.
+for _folder in ("tests", "examples"):
+    _path = str(Path(__file__).resolve().parents[1] / _folder)
+    if _path not in sys.path:
+        sys.path.insert(0, _path)

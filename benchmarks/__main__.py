@@ -1,13 +1,18 @@
-"""The command line: ``python -m benchmarks run`` and ``python -m benchmarks report``."""
+"""The command line: ``python -m benchmarks run``, ``profile`` and ``report``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,13 +20,17 @@ import machine
 from benchmarks import cases, records, runner
 
 _INTERRUPTED = 130
+_FLAGS = (("layers", 0), ("optimizer", "fused"), ("case_seconds", None), ("minutes", None), ("device", ""))
+"""Flags of ``run`` that decide what is measured, with their defaults."""
 _RESULTS = records.ROOT / "benchmarks" / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = _parser()
-    given = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    given = parser.parse_args(words)
+    given.words = words
     try:
         status: int = given.function(given)
     except BrokenPipeError:  # Whoever read the output has seen enough.
@@ -32,35 +41,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
-    device = torch.device(given.device or ("cpu" if given.suite in ("cpu", "compile") else _accelerator()))
+    begun = time.monotonic()
+    chosen = {suite: _cases(given, suite) for suite in given.suite}
+    if given.list:
+        print("\n".join(case.id for _, found in chosen.values() for case in found))
+        return 0
+    if not any(found for _, found in chosen.values()):
+        suites = " ".join(given.suite)
+        raise ValueError(f"--only {given.only.pattern!r} matches no case of suite {suites}; --list shows them")
+    total = runner.Outcome()
+    for number, (suite, (device, found)) in enumerate(chosen.items()):
+        job = runner.Job(
+            suite=suite,
+            out=given.out,
+            command=_command(given),
+            environment=functools.partial(_environment, device),
+            device=device,
+            budget=given.budget,
+            seconds=given.case_seconds,
+            retry=given.retry,
+        )
+        if given.minutes is not None:
+            # Each suite leaves those after it an equal share of what is left.
+            left = 60 * given.minutes - (time.monotonic() - begun)
+            job = dataclasses.replace(job, allowance=left / (len(chosen) - number))
+        try:
+            total += runner.execute(job, found)
+        except runner.BrokenDevice as error:
+            print(f"{error}; going on in a new process", flush=True)
+            _start_anew(given, begun)
+    print(f"{total}; results: {given.out / records.FILE}")
+    if total.left:
+        print("The same command goes on where this one stopped.")
+    return _INTERRUPTED if total.left else int(total.failed > 0)
+
+
+def _cases(given: argparse.Namespace, suite: str) -> tuple[torch.device, list[cases.Case]]:
+    device = torch.device(given.device or ("cpu" if suite in ("cpu", "compile") else _accelerator()))
     options = cases.Options(
         device=device,
         threads=tuple(given.threads),
         dtypes=tuple(given.dtype),
         layers=given.layers,
         optimizer=given.optimizer,
+        autotune=given.autotune,
         tiny=given.tiny,
     )
-    wanted = [case for case in cases.cases(given.suite, options) if given.only.search(case.id)]
-    if given.list:
-        print("\n".join(case.id for case in wanted))
-        return 0
-    if not wanted:
-        raise ValueError(f"--only {given.only.pattern!r} matches no case of suite {given.suite!r}; --list shows them")
-    job = runner.Job(
-        suite=given.suite,
-        out=given.out,
-        command=_command(given),
-        environment=lambda: machine.describe(device),
-        device=device,
-        budget=given.budget,
-        seconds=given.case_seconds,
-    )
-    outcome = runner.execute(job, wanted)
-    print(f"{outcome}; results: {given.out / records.FILE}")
-    if outcome.left:
-        print("The same command goes on where this one stopped.")
-    return _INTERRUPTED if outcome.left else int(outcome.failed > 0)
+    return device, [case for case in cases.cases(suite, options) if given.only.search(case.id)]
+
+
+@functools.cache
+def _environment(device: torch.device) -> dict[str, Any]:
+    return machine.describe(device)
+
+
+def _start_anew(given: argparse.Namespace, begun: float) -> None:
+    """Replace this process, whose GPU answers no more, by one that goes on without the cases that failed."""
+    words = [*given.words, "--no-retry"]
+    if given.minutes is not None:
+        words += ["--minutes", f"{max(0.0, given.minutes - (time.monotonic() - begun) / 60):.2f}"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *words])
 
 
 def _report(given: argparse.Namespace) -> int:
@@ -85,22 +126,36 @@ def _report(given: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(given: argparse.Namespace) -> int:
+    from benchmarks import profiling
+
+    device, found = _cases(given, given.suite)
+    if not found:
+        raise ValueError(f"--case {given.only.pattern!r} matches no case of suite {given.suite}")
+    words = ["python", "-m", "benchmarks", "profile", "--suite", given.suite, "--case", given.only.pattern]
+    command = shlex.join(words + ["--tiny"] * given.tiny)
+    written = profiling.write(found, given.out, device, _environment(device), command)
+    for path in written:
+        print(f"Written: {path}")
+    return 0 if len(written) == len(found) else 1
+
+
 def _accelerator() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _command(given: argparse.Namespace) -> str:
     """How to repeat the measurement: the flags that decide what is measured, not where results go."""
-    words = ["python", "-m", "benchmarks", "run", "--suite", given.suite]
+    words = ["python", "-m", "benchmarks", "run", "--suite", *given.suite]
     if given.only.pattern:
         words += ["--only", given.only.pattern]
     for flag in ("threads", "dtype"):
         if values := getattr(given, flag):
             words += [f"--{flag}", *map(str, values)]
-    for flag, default in (("layers", 0), ("optimizer", "fused"), ("case_seconds", None), ("device", "")):
+    for flag, default in _FLAGS:
         if (value := getattr(given, flag)) != default:
             words += ["--" + flag.replace("_", "-"), str(value)]
-    return shlex.join(words + ["--tiny"] * given.tiny)
+    return shlex.join(words + ["--autotune"] * given.autotune + ["--tiny"] * given.tiny)
 
 
 def _positive(text: str) -> int:
@@ -118,22 +173,33 @@ def _regex(text: str) -> re.Pattern[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure against dense PyTorch.")
-    commands = parser.add_subparsers(required=True, metavar="run | report")
+    commands = parser.add_subparsers(required=True, metavar="run | profile | report")
 
     run = commands.add_parser("run", help="measure; goes on where an earlier run with the same --out stopped")
     run.set_defaults(function=_run)
-    run.add_argument("--suite", required=True, choices=list(cases.SUITES))
+    run.add_argument("--suite", required=True, nargs="+", choices=list(cases.SUITES), help="one or several, in order")
     run.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
     run.add_argument("--only", type=_regex, default=re.compile(""), metavar="REGEX", help="cases whose id matches")
     run.add_argument("--list", action="store_true", help="print the ids of the cases and end")
-    run.add_argument("--budget", type=float, metavar="SECONDS", help="begin no case after this time")
+    run.add_argument("--minutes", type=float, metavar="M", help="be done by then: what needs more is left for later")
+    run.add_argument("--budget", type=float, metavar="SECONDS", help="begin no case of a suite after this time")
+    run.add_argument("--no-retry", dest="retry", action="store_false", help="leave cases that failed before alone")
     run.add_argument("--case-seconds", type=float, metavar="SECONDS", help="time for the samples of each case")
     run.add_argument("--threads", type=_positive, nargs="+", default=[], metavar="N", help="numbers of CPU threads")
     run.add_argument("--dtype", nargs="+", default=[], choices=[*cases.DTYPES, cases.AUTOCAST])
     run.add_argument("--device", default="", help="default: cpu for cpu and compile, else cuda where there is one")
     run.add_argument("--layers", type=_positive, default=0, help="blocks of the Hugging Face models; default: all")
     run.add_argument("--optimizer", choices=("fused", "foreach", "forloop"), default="fused", help="kind of AdamW")
+    run.add_argument("--autotune", action="store_true", help="compile blocks and layers with max_autotune, dense too")
     run.add_argument("--tiny", action="store_true", help="sizes that run in seconds, to try the cases out")
+
+    profile = commands.add_parser("profile", help="which kernels the contenders of a case spend their time in")
+    profile.set_defaults(function=_profile, threads=[], dtype=[], layers=0, optimizer="fused", autotune=False)
+    profile.add_argument("--suite", required=True, choices=list(cases.SUITES))
+    profile.add_argument("--case", dest="only", type=_regex, required=True, metavar="REGEX", help="ids that match")
+    profile.add_argument("--out", type=Path, default=records.ROOT / "benchmarks" / "notes", help="folder for the notes")
+    profile.add_argument("--device", default="", help="as of run")
+    profile.add_argument("--tiny", action="store_true", help="sizes that run in seconds")
 
     report = commands.add_parser("report", help="tables and plots of a results folder; the README's section")
     report.set_defaults(function=_report)

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import torch
 
-from benchmarks.timing import Plan, Samples, Stopwatch, Summary, ratios, stopwatch
+from benchmarks import replay
+from benchmarks.timing import Contender, Plan, Samples, Stopwatch, Summary, measure, ratios, stopwatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTOCAST = "autocast"
@@ -29,6 +30,8 @@ class Options:
     """Blocks of the Hugging Face models; 0 = as many as the model has."""
     optimizer: str = "fused"
     """AdamW's implementation: "fused", "foreach" or "forloop"."""
+    autotune: bool = False
+    """Whether blocks and layers are compiled with Inductor's max_autotune, on both sides."""
     tiny: bool = False
     """Sizes that run in seconds: for tests of the cases themselves."""
 
@@ -55,10 +58,24 @@ class Run:
 
     plan: Plan
     watch: Stopwatch
+    replays: bool = False
+    """Whether short calls are recorded in CUDA graphs and replayed."""
 
     @classmethod
     def on(cls, device: torch.device, plan: Plan) -> Run:
-        return cls(plan, stopwatch(device))
+        return cls(plan, stopwatch(device), replays=device.type == "cuda")
+
+    def measure(self, contenders: Mapping[str, Contender], calls: int = 0) -> Samples:
+        """Time contenders against each other.
+
+        Args:
+            contenders: by name.
+            calls: for calls so short that the host could not launch them fast enough: how many of them a graph holds
+                where there are graphs (so many that each copy of a weight is read in turn).  0 = launched one by one.
+        """
+        if calls and self.replays:
+            return replay.measure(contenders, calls, self.plan, self.watch)
+        return measure(contenders, self.plan, self.watch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +89,9 @@ class Case:
     """Budget for samples, without set-up and compilation; the least number of rounds may take more."""
     limit: float = 1200.0
     """Seconds after which the case counts as failed."""
+    needs: float = 0.0
+    """Seconds that the whole case is expected to take, compilation included: with less than that left before the
+    deadline of a run it is not begun.  0 = not known."""
 
 
 def compare(
@@ -95,17 +115,19 @@ def compare(
         contender: {b: Summary.of(ratios(seconds[b], seconds[contender])) for b in baselines if b != contender}
         for contender in seconds
     }
-    return Measurement(name, {c: Summary.of(values) for c, values in seconds.items()}, speedup, dict(facts))
+    how = {"timed": samples.how} if samples.how else {}
+    return Measurement(name, {c: Summary.of(values) for c, values in seconds.items()}, speedup, dict(facts) | how)
 
 
 SUITES: dict[str, tuple[str, ...]] = {
     "cpu": ("benchmarks.cpu_layer", "benchmarks.cpu_model"),
     "compile": ("benchmarks.compile_time",),
+    "correctness": ("benchmarks.correctness",),
     "kernels": ("benchmarks.gpu_kernels",),
-    "layer": (),
-    "model": (),
-    "memory": (),
-    "quality": (),
+    "layer": ("benchmarks.gpu_layer",),
+    "model": ("benchmarks.gpu_model",),
+    "memory": ("benchmarks.memory_state",),
+    "quality": ("benchmarks.quality",),
 }
 """Suite -> modules with a function ``cases(options) -> list[Case]``, imported when the suite is run."""
 
@@ -114,12 +136,10 @@ def cases(suite: str, options: Options) -> list[Case]:
     """All cases of a suite, in order.
 
     Raises:
-        ValueError: the suite is unknown or has no cases yet, or two cases have one id.
+        ValueError: the suite is unknown, or two cases have one id.
     """
     if suite not in SUITES:
         raise ValueError(f"suite {suite!r} is unknown; there are {', '.join(SUITES)}")
-    if not SUITES[suite]:
-        raise ValueError(f"suite {suite!r} has no cases yet")
     found: list[Case] = []
     for name in SUITES[suite]:
         found += cast("list[Case]", importlib.import_module(name).cases(options))

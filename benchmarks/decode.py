@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch._inductor import config as inductor_config
 
+import slope_compile as slope
 from benchmarks.cases import AUTOCAST, Case, Measurement, Options, Run, compare
 from benchmarks.layers import label
 from benchmarks.models import Subject, prepared
-from benchmarks.timing import measure
 
 PROMPT, LENGTH = 32, 64
 """Tokens in the cache at first, and at most; after the last the cache goes back to the prompt."""
@@ -38,7 +38,7 @@ class Decoder:
         model: Any = loss.get_submodule("model")
         self.cache = StaticCache(config=model.config, max_cache_len=LENGTH)
         model(input_ids=subject.tokens(batch, PROMPT, device), past_key_values=self.cache, use_cache=True)
-        self.step: Any = torch.compile(model, backend=backend)
+        self.step: Any = torch.compile(model, backend=slope.slope if backend == "slope" else backend)
         self.token = subject.tokens(batch, 1, device)
         self.filled = PROMPT
         # Dynamo reads this setting too, when it traces: as an option of torch.compile it would have no effect.
@@ -61,7 +61,7 @@ def decode_case(subject: Subject, batch: int, dtype: str, threads: int, options:
     @torch.no_grad()
     def run(given: Run) -> Iterator[Measurement]:
         decoders = {name: Decoder(subject, name, batch, dtype, options.device) for name in CONTENDERS}
-        samples = measure(decoders, given.plan, given.watch)
+        samples = given.measure(decoders)
         facts = {"model": subject.name, "batch": batch, "tokens": batch, "cache": LENGTH, "dtype": dtype}
         yield compare("decode", samples, {name: [name] for name in decoders}, ("dense", "frozen"), facts)
 

@@ -1,31 +1,157 @@
-"""Suite kernels: our operators against cuBLAS as ``torch.compile`` in max-autotune mode picks it.
+"""Suite kernels: every product of a layer, in every way that the library and its peers have, against cuBLAS.
 
 Written for a GPU.  It runs on a CPU too, where only ``--tiny`` makes sense: that is how its code is tested.
+
+The order of the cases is that of what they tell: a run that is cut off has the shapes of LLaMA-3-8B and OPT-13B at one
+token and at the 16384 of a training step before anything else.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.cases import Case, Options
-from benchmarks.layers import column_case, product_case
+import torch
 
-HIDDEN = (768, 1024, 2048, 2560, 4096, 5120, 8192)
-TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+from benchmarks import choices, peers
+from benchmarks.cases import DTYPES as TORCH_DTYPES
+from benchmarks.cases import Case, Measurement, Options, Run, compare
+from benchmarks.choices import Choice
+from benchmarks.layers import column_case, label
+from benchmarks.limits import limits, limits_case
+from benchmarks.products import STEPS, TOLERANCE, Problem, error_of, own_errors
+from benchmarks.timing import Contender
+from slope_compile.cost import Cost, Layer
+
+HIDDEN = (4096, 5120, 768, 2048, 1024, 2560, 8192)
+TOKENS = (16384, 1, 4096, 16, 1024, 64, 256, 4)
 DTYPES = ("bfloat16", "float16")
+LOW_RANK = 0.0156
+"""Rank of the adapters, as a share of the layer's smaller side: the method's middle one."""
+FIRST = ((4096,), (16384, 1))
+"""Hidden sizes and tokens of the cases that come first and also have what takes long to set up: the dense product
+through ``torch.compile`` with max-autotune, and a search over cuSPARSELt's algorithms."""
+
+Key = tuple[str, int, int, int, bool]
+"""dtype, M, N, K, whether it is one of the first."""
 
 
 def cases(options: Options) -> list[Case]:
-    hidden = (64,) if options.tiny else HIDDEN
-    tokens = (1, 16) if options.tiny else TOKENS
-    shapes = [shape for d in hidden for shape in ((d, d), (4 * d, d), (d, 4 * d))]
-    # Without CUDA graphs: a graph's copies of its inputs would be timed with the dense products.
-    compiled: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"} if options.device.type == "cuda" else {}
     threads = options.threads[0] if options.threads else 1
-    found = []
-    for dtype in (dtype for dtype in DTYPES if options.wants(dtype)):
-        for N, K in shapes:
+    dtypes = [dtype for dtype in DTYPES if options.wants(dtype)]
+    found = [limits_case("kernels", dtype, options.device) for dtype in dtypes]
+    keys = list(_keys(options, dtypes))
+    columns = {(N, K, dtype): None for dtype, _, N, K, _ in keys}
+    for dtype, M, N, K, first in keys:
+        if (N, K, dtype) in columns:
+            del columns[N, K, dtype]
             found.append(column_case("kernels", (N, K), dtype, threads, options.device))
-            for M in tokens:
-                found.append(product_case("kernels", (M, N, K), dtype, threads, options.device, compiled))
+        measure = functools.partial(_measure, (M, N, K), dtype, options.device, first)
+        name = f"kernels/{N}x{K}/m{M}/{label(dtype, threads)}"
+        found.append(Case(name, measure, threads, seconds=3.0, limit=180.0, needs=40.0 if first else 4.0))
     return found
+
+
+def _keys(options: Options, dtypes: list[str]) -> Iterator[Key]:
+    hidden, tokens = ((64,), (16, 1)) if options.tiny else (HIDDEN, TOKENS)
+
+    def all_of(some_hidden: tuple[int, ...], some_tokens: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+        for M in some_tokens:
+            for d in some_hidden:
+                yield from ((M, N, K) for N, K in ((4 * d, d), (d, 4 * d), (d, d)))
+
+    first = [] if options.tiny else list(all_of(*FIRST))
+    for dtype in dtypes:
+        best = first if dtype == "bfloat16" else []
+        yield from ((dtype, *shape, True) for shape in best)
+        yield from ((dtype, *shape, False) for shape in all_of(hidden, tokens) if shape not in best)
+
+
+def _measure(
+    shape: tuple[int, int, int], dtype: str, device: torch.device, first: bool, given: Run
+) -> Iterator[Measurement]:
+    with torch.no_grad():
+        yield from _measured(shape, dtype, device, first, given)
+
+
+def _measured(
+    shape: tuple[int, int, int], dtype: str, device: torch.device, first: bool, given: Run
+) -> Iterator[Measurement]:
+    M, N, K = shape
+    problem = Problem.draw(M, N, K, dtype, device)
+    # Without CUDA graphs of its own: their copies of the inputs would be timed with the dense products.
+    compiled: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"} if device.type == "cuda" else {}
+    products = problem.products(compiled)
+    truths = problem.truths() | {"low_rank": choices.low_rank_truth(problem, LOW_RANK)}
+    errors = own_errors(products, truths, TORCH_DTYPES[dtype])
+    if not first and device.type == "cuda":
+        for contenders in products.values():
+            del contenders["compiled"]
+    products["low_rank"] = choices.low_rank(problem, LOW_RANK)
+    errors["low_rank_slope_adapter"] = error_of(products["low_rank"]["slope_adapter"](0), truths["low_rank"])
+    offered = [*choices.library(problem, LOW_RANK), *peers.choices(problem, search=first)]
+    left_out: dict[str, str] = {}
+    for choice in offered:
+        contender, error = _tried(choice, truths, TOLERANCE[TORCH_DTYPES[dtype]])
+        if isinstance(contender, str):
+            left_out[f"{choice.product}: {choice.name}"] = contender
+        else:
+            products[choice.product][choice.name] = contender
+            errors[f"{choice.product}_{choice.name}"] = error
+    del truths
+    parts = {f"{p}:{c}": call for p, contenders in products.items() for c, call in contenders.items()}
+    samples = given.measure(parts, calls=len(problem.weights))
+    known = limits(device, dtype)
+    facts = problem.facts | {
+        "limits": {"bandwidth": known.bandwidth, "flops": known.flops},
+        "rank": choices.rank(N, K, LOW_RANK),
+    }
+    for product, contenders in products.items():
+        names = {contender: [f"{product}:{contender}"] for contender in contenders}
+        own = {
+            "errors": {name: error for name, error in errors.items() if name.startswith(product)},
+            "left_out": {name: why for name, why in left_out.items() if name.startswith(product)},
+            "floor": {
+                kind: dict(zip(("seconds", "bound"), known.floor(cost), strict=True))
+                for kind, cost in _costs(product, problem).items()
+            },
+        }
+        yield compare(product, samples, names, _baselines(contenders), facts | own)
+    steps = {
+        name: [f"{p}:{part}" for p, part in pairs]
+        for name, pairs in STEPS.items()
+        if all(part in products[p] for p, part in pairs)
+    }
+    yield compare("step", samples, steps, _baselines(steps), facts)
+
+
+def _baselines(contenders: Any) -> list[str]:
+    return [name for name in ("dense", "compiled") if name in contenders]
+
+
+def _tried(choice: Choice, truths: dict[str, Any], tolerance: float) -> tuple[Contender | str, float]:
+    """A contender that runs and is right, with its error; or why it is left out."""
+    try:
+        contender = choice.make()
+        error = error_of(contender(0), truths[choice.truth])
+    except Exception as failure:  # Of whatever kind: a peer that is missing must not lose the case.
+        lines = str(failure).strip().splitlines() or [""]
+        return f"{type(failure).__name__}: {lines[0][:200]}", float("inf")
+    if not error <= tolerance:
+        return f"wrong: its error is {error:.3g} of the largest entry, above {tolerance:g}", error
+    return contender, error
+
+
+def _costs(product: str, problem: Problem) -> dict[str, Cost]:
+    """What the product has to compute and move, dense and 2:4."""
+    layer = Layer(problem.N, problem.K, TORCH_DTYPES[problem.dtype].itemsize, double_pruned=problem.N % 4 == 0)
+    tokens: Any = problem.M
+    dense = {work.name: Cost((work,)) for work in layer.dense_training(tokens).works}
+    sparse = {
+        "forward": layer.forward(tokens),
+        "grad_input": layer.grad_input(tokens),
+        "grad_weight": layer.grad_weight(tokens),
+    }
+    name = "forward" if product == "low_rank" else product
+    return {"dense": dense[name], "sparse": sparse[name]}

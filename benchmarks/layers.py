@@ -9,7 +9,6 @@ import torch
 
 from benchmarks.cases import Case, Measurement, Run, compare
 from benchmarks.products import STEPS, Problem
-from benchmarks.timing import measure
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "autocast": "autocast"}
 
@@ -36,7 +35,7 @@ def product_case(
         errors = problem.errors()
         products = problem.products(compiled)
         parts = {f"{p}:{c}": call for p, contenders in products.items() for c, call in contenders.items()}
-        samples = measure(parts, given.plan, given.watch)
+        samples = given.measure(parts)
         baselines = ("dense", "compiled")
         for product, contenders in products.items():
             names = {contender: [f"{product}:{contender}"] for contender in contenders}
@@ -56,7 +55,7 @@ def column_case(prefix: str, shape: tuple[int, int], dtype: str, threads: int, d
     def run(given: Run) -> Iterator[Measurement]:
         problem = Problem.draw(1, N, K, dtype, device)
         contenders = problem.columns()
-        samples = measure(contenders, given.plan, given.watch)
+        samples = given.measure(contenders, calls=len(problem.weights))
         facts = problem.facts | {"shape": {"N": N, "K": K}}
         yield compare("columns", samples, {name: [name] for name in contenders}, ("copy",), facts)
 

@@ -13,13 +13,12 @@ from torch.nn import functional as F
 from benchmarks import rotation
 from benchmarks.cases import DTYPES
 from benchmarks.timing import Contender
-from slope_compile.kernels import gluon_products, gpu_ops, metadata, ops
-from slope_compile.kernels.gluon_configs import MmaSp
-from slope_compile.kernels.masks import random_mask
+from slope_compile.kernels import metadata, ops
+from slope_compile.kernels.masks import magnitude_mask, random_mask
 from slope_compile.pattern import Pattern
 
 NM = Pattern(2, 4)
-_KEEP_GROUP = (NM.keep, NM.group)
+KEEP_GROUP = (NM.keep, NM.group)
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest error of a product, as a share of its largest entry; a benchmark of wrong numbers is worth nothing."""
@@ -29,7 +28,7 @@ OURS = ("slope", "slope_exact", "slope_double_pruned")
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One weight in all its forms; the forms do not share memory."""
+    """One weight in all its forms; the dense one has numbers of its own."""
 
     dense: Tensor
     values: Tensor
@@ -47,23 +46,27 @@ class Problem:
     dtype: str
     device: torch.device
     weights: list[Weight]
-    """Random numbers; the first one's dense form is the expanded sparse one."""
+    """Random numbers, of their own in each form: a dense product with zeros in it draws less power."""
     x: Tensor
     grad: Tensor
 
     @classmethod
-    def draw(cls, M: int, N: int, K: int, dtype: str, device: torch.device, seed: int = 0) -> Problem:
+    def draw(
+        cls, M: int, N: int, K: int, dtype: str, device: torch.device, seed: int = 0, copies: int | None = None
+    ) -> Problem:
+        """Random numbers; as many copies of the weight as a cache does not hold, unless their number is given."""
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(DTYPES[dtype])
 
-        pattern = metadata.pack_mask(random_mask(N, K, NM, seed, "benchmark")).to(device)
+        pattern = metadata.pack_mask(_mask(N, K, seed, device)).to(device)
         values = normal(N, K // 2)
-        _, column_pattern = ops.compress_columns(values, pattern, *_KEEP_GROUP)
-        weights = [Weight(ops.expand(values, pattern, *_KEEP_GROUP), values, pattern, column_pattern)]
+        _, column_pattern = ops.compress_columns(values, pattern, *KEEP_GROUP)
+        weights = [Weight(normal(N, K), values, pattern, column_pattern)]
         smallest = values.nbytes + pattern.nbytes
-        for _ in range(rotation.copies(smallest, rotation.cache_bytes(device)) - 1):
+        count = rotation.copies(smallest, rotation.cache_bytes(device)) if copies is None else copies
+        for _ in range(count - 1):
             # The same positions in memory of their own; drawing masks anew would take longer than the measurement.
             weights.append(Weight(normal(N, K), normal(N, K // 2), pattern.clone(), column_pattern.clone()))
         return cls(M, N, K, dtype, device, weights, normal(M, K), normal(M, N))
@@ -92,34 +95,28 @@ class Problem:
         options = compiled or {}
         forward, grad_input, grad_weight = (
             torch.compile(product, fullgraph=True, dynamic=False, **options)
-            for product in (_forward, _grad_input, _grad_weight)
+            for product in (forward_product, grad_input_product, grad_weight_product)
         )
 
         def ours(product: Callable[[Weight], object]) -> Contender:
             return lambda i: product(weights[i % count])
 
-        def mma_sp(config: MmaSp) -> Contender:
-            return ours(lambda w: gluon_products.forward(x, w.values, w.pattern, config=config))
-
-        choices = gpu_ops.mma_sp_choices(self.M, self.device, DTYPES[self.dtype])
         return {
             "forward": {
-                "dense": lambda i: _forward(x, dense[i % count]),
+                "dense": lambda i: forward_product(x, dense[i % count]),
                 "compiled": lambda i: forward(x, dense[i % count]),
-                "slope": ours(lambda w: ops.linear(x, w.values, w.pattern, None, *_KEEP_GROUP)),
-                # On a GPU only: kernels that nothing takes by default.
-                **{str(config): mma_sp(config) for config in choices},
+                "slope": ours(lambda w: ops.linear(x, w.values, w.pattern, None, *KEEP_GROUP)),
             },
             "grad_input": {
-                "dense": lambda i: _grad_input(grad, dense[i % count]),
+                "dense": lambda i: grad_input_product(grad, dense[i % count]),
                 "compiled": lambda i: grad_input(grad, dense[i % count]),
-                "slope_exact": ours(lambda w: ops.grad_input(grad, w.values, w.pattern, *_KEEP_GROUP)),
-                "slope_double_pruned": ours(lambda w: _double_pruned(grad, w)),
+                "slope_exact": ours(lambda w: ops.grad_input(grad, w.values, w.pattern, *KEEP_GROUP)),
+                "slope_double_pruned": ours(lambda w: double_pruned_product(grad, w)),
             },
             "grad_weight": {
-                "dense": lambda i: _grad_weight(grad, x),
+                "dense": lambda i: grad_weight_product(grad, x),
                 "compiled": lambda i: grad_weight(grad, x),
-                "slope": ours(lambda w: ops.grad_weight(grad, x, w.pattern, *_KEEP_GROUP)),
+                "slope": ours(lambda w: ops.grad_weight(grad, x, w.pattern, *KEEP_GROUP)),
             },
         }
 
@@ -133,16 +130,32 @@ class Problem:
 
         def pick(i: int) -> object:
             w = weights[i % count]
-            return ops.compress_columns(w.values, w.pattern, *_KEEP_GROUP)
+            return ops.compress_columns(w.values, w.pattern, *KEEP_GROUP)
 
         def compress(i: int) -> object:
             w = weights[i % count]
-            return ops.recompress_columns(w.values, w.pattern, w.column_pattern, *_KEEP_GROUP)
+            return ops.recompress_columns(w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
 
         return {
             "copy": lambda i: target.copy_(weights[i % count].dense),
             "compress_columns": pick,
             "recompress_columns": compress,
+        }
+
+    def truths(self) -> dict[str, Tensor]:
+        """Each product in float32, from the first weight: dense ones, and ``grad_weight`` at the kept positions."""
+        w = self.weights[0]
+        expanded = ops.expand(w.values, w.pattern, *KEEP_GROUP)
+        dense, x, grad = (tensor.float() for tensor in (expanded, self.x, self.grad))
+        column_values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
+        twice = ops.expand(column_values, w.column_pattern, *KEEP_GROUP).t().float()
+        grad_weight = grad_weight_product(grad, x)
+        return {
+            "forward": forward_product(x, dense),
+            "grad_input": grad_input_product(grad, dense),
+            "grad_input_double_pruned": grad_input_product(grad, twice),
+            "grad_weight": grad_weight,
+            "grad_weight_kept": ops.compress(grad_weight, w.pattern, *KEEP_GROUP),
         }
 
     def errors(self) -> dict[str, float]:
@@ -151,32 +164,34 @@ class Problem:
         Raises:
             ArithmeticError: an error exceeds the tolerance.
         """
-        w = self.weights[0]
-        dense, x, grad = (tensor.float() for tensor in (w.dense, self.x, self.grad))
-        column_values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *_KEEP_GROUP)
-        twice = ops.expand(column_values, w.column_pattern, *_KEEP_GROUP).t().float()
-        expected = {
-            "forward": _forward(x, dense),
-            "grad_input_exact": _grad_input(grad, dense),
-            "grad_input_double_pruned": _grad_input(grad, twice),
-            "grad_weight": ops.compress(_grad_weight(grad, x), w.pattern, *_KEEP_GROUP),
-        }
-        products = self.products()
-        extra = products["forward"].keys() - {"dense", "compiled", "slope"}
-        expected |= {f"forward_{contender}": expected["forward"] for contender in extra}
-        actual = {
-            **{f"forward_{contender}": products["forward"][contender](0) for contender in extra},
-            "forward": products["forward"]["slope"](0),
-            "grad_input_exact": products["grad_input"]["slope_exact"](0),
-            "grad_input_double_pruned": products["grad_input"]["slope_double_pruned"](0),
-            "grad_weight": products["grad_weight"]["slope"](0),
-        }
-        errors = {name: _error(actual[name], expected[name]) for name in expected}
-        limit = TOLERANCE[DTYPES[self.dtype]]
-        wrong = {name: error for name, error in errors.items() if not error <= limit}
-        if wrong:
-            raise ArithmeticError(f"errors above {limit}: {wrong}")
-        return errors
+        return own_errors(self.products(), self.truths(), DTYPES[self.dtype])
+
+
+def _mask(N: int, K: int, seed: int, device: torch.device) -> Tensor:
+    """A random keep mask; on a GPU by its magnitudes of random numbers, since the library draws masks on the CPU."""
+    if device.type == "cpu":
+        return random_mask(N, K, NM, seed, "benchmark")
+    generator = torch.Generator(device).manual_seed(seed)
+    return magnitude_mask(torch.rand(N, K, generator=generator, device=device), NM)
+
+
+def own_errors(
+    products: dict[str, dict[str, Contender]], truths: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, float]:
+    """See :meth:`Problem.errors`."""
+    errors = {
+        "forward": error_of(products["forward"]["slope"](0), truths["forward"]),
+        "grad_input_exact": error_of(products["grad_input"]["slope_exact"](0), truths["grad_input"]),
+        "grad_input_double_pruned": error_of(
+            products["grad_input"]["slope_double_pruned"](0), truths["grad_input_double_pruned"]
+        ),
+        "grad_weight": error_of(products["grad_weight"]["slope"](0), truths["grad_weight_kept"]),
+    }
+    limit = TOLERANCE[dtype]
+    wrong = {name: error for name, error in errors.items() if not error <= limit}
+    if wrong:
+        raise ArithmeticError(f"errors above {limit}: {wrong}")
+    return errors
 
 
 STEPS: dict[str, Sequence[tuple[str, str]]] = {
@@ -188,30 +203,31 @@ STEPS: dict[str, Sequence[tuple[str, str]]] = {
 """Contender -> the (product, contender) pairs of its forward and backward pass."""
 
 
-def _forward(x: Tensor, weight: Tensor) -> Tensor:
+def forward_product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def _grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+def grad_input_product(grad: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(grad, weight)
 
 
-def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+def grad_weight_product(grad: Tensor, x: Tensor) -> Tensor:
     return torch.mm(grad.t(), x)
 
 
-def _double_pruned(grad: Tensor, weight: Weight) -> Tensor:
+def double_pruned_product(grad: Tensor, weight: Weight) -> Tensor:
     """Input gradient with the columns that were picked before, as a training step computes it."""
     w = weight
     # One operator where the library has it; two say the same.
     if hasattr(torch.ops.slope, "grad_input_columns"):
-        product: Tensor = torch.ops.slope.grad_input_columns(grad, w.values, w.pattern, w.column_pattern, *_KEEP_GROUP)
+        product: Tensor = torch.ops.slope.grad_input_columns(grad, w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
         return product
-    values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *_KEEP_GROUP)
-    product = ops.linear(grad, values, w.column_pattern, None, *_KEEP_GROUP)
+    values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
+    product = ops.linear(grad, values, w.column_pattern, None, *KEEP_GROUP)
     return product
 
 
-def _error(actual: object, expected: Tensor) -> float:
+def error_of(actual: object, expected: Tensor) -> float:
+    """Largest difference, as a share of the largest entry of ``expected``."""
     assert isinstance(actual, Tensor)
     return float((actual.float() - expected).abs().max() / expected.abs().max())

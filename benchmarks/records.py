@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import getpass
 import json
+import math
 import os
 import site
 import sys
@@ -14,6 +15,8 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.cases import Measurement
 
@@ -26,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def measurement_record(common: Record, measurement: Measurement) -> Record:
-    return common | {"status": "ok"} | dataclasses.asdict(measurement)
+    rounded: Record = _rounded(dataclasses.asdict(measurement))
+    return common | {"status": "ok"} | rounded
 
 
 def failure_record(common: Record, error: str) -> Record:
@@ -72,9 +76,9 @@ def read(path: Path) -> list[Record]:
     return [record for records in runs.values() for record in records]
 
 
-def finished(records: Sequence[Record]) -> set[str]:
-    """Cases that need not be run again; failed ones are tried anew."""
-    return {record["case"] for record in records if record["status"] == "ok"}
+def finished(records: Sequence[Record], failed: bool = False) -> set[str]:
+    """Cases that need not be run again; failed ones are tried anew, unless ``failed`` counts them as finished."""
+    return {record["case"] for record in records if failed or record["status"] == "ok"}
 
 
 def without_paths(text: str) -> str:
@@ -82,6 +86,7 @@ def without_paths(text: str) -> str:
     places = {
         str(ROOT): ".",
         sysconfig.get_path("purelib"): "<packages>",
+        str(Path(torch.__file__).parents[1]): "<packages>",
         **dict.fromkeys(site.getsitepackages(), "<packages>"),
         sysconfig.get_path("stdlib"): "<python>",
         sys.prefix: "<environment>",
@@ -97,6 +102,16 @@ def without_paths(text: str) -> str:
         return text.replace(f"torchinductor_{getpass.getuser()}", "torchinductor")
     except (KeyError, OSError):  # A user without a name.
         return text
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers with six digits: no measurement has more, and files of results are committed."""
+    if isinstance(value, float):
+        # JSON has no infinity; an error of that size is a result all the same.
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _ends_line(name: str) -> bool:

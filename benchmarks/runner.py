@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from benchmarks import records
+from benchmarks import progress, records
 from benchmarks.cases import Case, Run
 from benchmarks.timing import Plan
 
@@ -35,13 +34,17 @@ class Outcome:
     left: int = 0
     """Not begun, or not finished: interrupted, or out of budget."""
 
+    def __add__(self, other: Outcome) -> Outcome:
+        counts = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Outcome(*(a + b for a, b in counts))
+
     def __str__(self) -> str:
         return f"{self.done} done, {self.failed} failed, {self.skipped} done before, {self.left} left"
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to do with the cases."""
+    """What to do with the cases of a suite."""
 
     suite: str
     out: Path
@@ -54,37 +57,71 @@ class Job:
     """Seconds after which no case begins."""
     seconds: float | None = None
     """Budget of each case instead of its own."""
+    allowance: float | None = None
+    """Seconds after which everything must have ended: a case that needs more than is left is not begun, and one that
+    is still running then is stopped and left for the next run."""
+    retry: bool = True
+    """Whether cases that failed in an earlier run are tried again."""
+
+
+class BrokenDevice(Exception):
+    """The GPU answers no more in this process: after an illegal access, every later call fails as well."""
+
+
+class _OutOfTime(BaseException):
+    """The allowance is spent.  Not an Exception: a case that catches those must not go on."""
 
 
 def execute(job: Job, cases: Sequence[Case], now: Callable[[], float] = time.monotonic) -> Outcome:
-    """Run the cases that the results folder does not have yet.  Ctrl-C ends it; the case in progress is lost."""
+    """Run the cases that the results folder does not have yet.  Ctrl-C ends it; the case in progress is lost.
+
+    Raises:
+        BrokenDevice: a case failed and left the GPU unusable; its failure is recorded.
+    """
     path = job.out / records.FILE
-    had = records.finished(records.read(path))
+    had = records.finished(records.read(path), failed=not job.retry)
     todo = [case for case in cases if case.id not in had]
     outcome = Outcome(skipped=len(cases) - len(todo), left=len(todo))
     begun = now()
-    with tqdm(total=len(todo), unit="case", dynamic_ncols=True) as bar, contextlib.suppress(KeyboardInterrupt):
+    with progress.bar(len(todo)) as bar, contextlib.suppress(KeyboardInterrupt, _OutOfTime):
         for case in todo:
-            if job.budget is not None and now() - begun >= job.budget:
-                tqdm.write(f"The budget of {job.budget:.0f} s is spent.")
+            spent = now() - begun
+            if job.budget is not None and spent >= job.budget:
+                bar.say(f"The budget of {job.budget:.0f} s is spent.")
                 break
-            bar.set_description_str(case.id)
-            lines = _run(job, case)
+            left = None if job.allowance is None else job.allowance - spent
+            if left is not None and left <= case.needs:
+                bar.say(f"{case.id} is left for another run: it needs {case.needs:.0f} s, {left:.0f} s are left")
+                continue
+            bar.begin(case.id)
+            lines = _run(job, case, left)
             records.append(path, lines)
             failed = lines[-1]["status"] == "failed"
             if failed:
-                tqdm.write(f"{case.id} failed: {lines[-1]['error'].strip().splitlines()[-1]}")
+                bar.say(f"{case.id} failed: {lines[-1]['error'].strip().splitlines()[-1]}")
             outcome = dataclasses.replace(
                 outcome,
                 done=outcome.done + (not failed),
                 failed=outcome.failed + failed,
                 left=outcome.left - 1,
             )
-            bar.update()
+            bar.end()
+            if failed and not _answers(job.device):
+                raise BrokenDevice(f"{job.device} answers no more after {case.id}")
     return outcome
 
 
-def _run(job: Job, case: Case) -> list[records.Record]:
+def _answers(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        return bool(torch.ones(1, device=device).item() == 1)
+    except RuntimeError:
+        return False
+
+
+def _run(job: Job, case: Case, left: float | None) -> list[records.Record]:
     """One case's records: its measurements, or its failure."""
     plan = Plan(seconds=case.seconds if job.seconds is None else job.seconds)
     common: records.Record = {
@@ -99,7 +136,7 @@ def _run(job: Job, case: Case) -> list[records.Record]:
     }
     start = time.monotonic()
     try:
-        with _threads(case.threads), _time_limit(case.limit):
+        with _threads(case.threads), _time_limit(case.limit, left):
             measurements = list(case.measure(Run.on(job.device, plan)))
         if not measurements:
             raise RuntimeError("the case yielded no measurement")
@@ -113,7 +150,9 @@ def _run(job: Job, case: Case) -> list[records.Record]:
         torch.compiler.reset()
         gc.collect()
         if job.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # A broken device is noticed elsewhere.
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
     return lines
 
 
@@ -128,8 +167,10 @@ def _threads(number: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
+def _time_limit(seconds: float, left: float | None = None) -> Iterator[None]:
     """Raise TimeoutError in the block after so many seconds, where the system has alarms and this is the main thread.
+
+    With less than that ``left`` in the whole run it is then that the block ends, by ``_OutOfTime``.
 
     It comes between two steps of the interpreter: a call into a library is let run to its end.
     """
@@ -137,11 +178,15 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
+    ends_run = left is not None and left < seconds
+
     def stop(_signal: int, _frame: types.FrameType | None) -> None:
+        if ends_run:
+            raise _OutOfTime
         raise TimeoutError(f"the case took more than {seconds:.0f} s")
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, left if left is not None and ends_run else seconds)
     try:
         yield
     finally:

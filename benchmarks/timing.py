@@ -124,6 +124,8 @@ class Samples:
     """Seconds per call of each contender, one entry a round: equal indices belong together."""
 
     rounds: dict[str, list[float]]
+    how: dict[str, str] = dataclasses.field(default_factory=dict)
+    """How calls were timed where there is more than one way: see :mod:`benchmarks.replay`."""
 
     def sum(self, names: Sequence[str]) -> list[float]:
         """Seconds of the named contenders together, by round."""

@@ -15,7 +15,6 @@ import slope_compile as slope
 from benchmarks.cases import AUTOCAST, Case, Measurement, Options, Run, compare
 from benchmarks.layers import label
 from benchmarks.models import Subject, adamw, prepared
-from benchmarks.timing import measure
 
 
 class Trainee:
@@ -26,7 +25,7 @@ class Trainee:
         self.sparse_paths = [] if backward is None else prepared(self.model, backward)
         self.optimizer = adamw(self.model, options.optimizer)
         # The loss's graph is the same for both; only the backend differs.
-        self.forward: Any = torch.compile(self.model, backend="inductor" if backward is None else "slope")
+        self.forward: Any = torch.compile(self.model, backend="inductor" if backward is None else slope.slope)
         tokens = subject.tokens(subject.batch, subject.context + 1, options.device)
         self.tokens, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         self.autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -61,7 +60,7 @@ def training_case(subject: Subject, backward: str, dtype: str, threads: int, opt
 
     def run(given: Run) -> Iterator[Measurement]:
         dense, sparse = (Trainee(subject, dtype, way, options) for way in (None, backward))
-        samples = measure({"dense": dense, ours: sparse}, given.plan, given.watch)
+        samples = given.measure({"dense": dense, ours: sparse})
         state = {
             "dense": slope.training_state(dense.model, dense.optimizer, sparse.sparse_paths),
             ours: slope.training_state(sparse.model, sparse.optimizer),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,6 +216,70 @@ def test_no_case_begins_after_the_budget(job: runner.Job) -> None:
     assert outcome == runner.Outcome(done=1, left=1)
 
 
+def test_a_case_that_needs_more_than_is_left_is_left_for_another_run(job: runner.Job) -> None:
+    clock = itertools.count(0.0, 10.0)
+    long, short = (dataclasses.replace(case(name), needs=needs) for name, needs in (("long", 90.0), ("short", 1.0)))
+    bounded = dataclasses.replace(job, allowance=60.0)
+    assert runner.execute(bounded, [long, short], now=lambda: next(clock)) == runner.Outcome(done=1, left=1)
+    assert {record["case"] for record in results(job)} == {"short"}
+
+
+def test_a_case_that_runs_when_time_is_up_is_left_and_not_failed(job: runner.Job) -> None:
+    def forever(_: Run) -> Iterator[Measurement]:
+        while True:
+            with contextlib.suppress(Exception):  # Not even a case that takes errors lightly goes on.
+                while True:
+                    pass
+        yield
+
+    bounded = dataclasses.replace(job, allowance=0.3)
+    assert runner.execute(bounded, [Case("endless", forever, threads=1), case("b")]) == runner.Outcome(left=2)
+    assert results(job) == []
+
+
+def test_failed_cases_are_left_alone_when_asked(job: runner.Job) -> None:
+    todo = [case("a", ValueError("bad luck"))]
+    runner.execute(job, todo)
+    assert runner.execute(dataclasses.replace(job, retry=False), todo) == runner.Outcome(skipped=1)
+
+
+def test_a_device_that_answers_no_more_ends_the_process(job: runner.Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_answers", lambda _: False)
+    with pytest.raises(runner.BrokenDevice, match="after b"):
+        runner.execute(job, [case("a"), case("b", RuntimeError("illegal memory access")), case("c")])
+    # The failure is recorded, so that the next process knows which case to leave alone.
+    assert [(r["case"], r["status"]) for r in results(job)][-1] == ("b", "failed")
+
+
+def test_the_next_process_goes_on_without_the_case_that_broke_the_device(
+    tmp_path: Path, uncompiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[list[str]] = []
+
+    def broken(*_: Any) -> runner.Outcome:
+        raise runner.BrokenDevice("cuda answers no more after x")
+
+    def execv(_: str, words: list[str]) -> None:
+        begun.append(words)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(runner, "execute", broken)
+    monkeypatch.setattr(os, "execv", execv)
+    words = ["run", "--suite", "cpu", "--tiny", "--threads", "1", "--minutes", "9", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        command.main(words)
+    assert begun[0][1:-1] == ["-m", "benchmarks", *words, "--no-retry", "--minutes"]
+    assert 8.5 < float(begun[0][-1]) <= 9.0
+
+
+def test_numbers_that_json_has_not_are_written_as_text(job: runner.Job) -> None:
+    def infinite(_: Run) -> Iterator[Measurement]:
+        yield Measurement("x", {}, {}, {"error": float("inf"), "ratio": 1 / 3, "sizes": (1, 2)})
+
+    runner.execute(job, [Case("a", infinite, threads=1)])
+    assert results(job)[0]["facts"] == {"error": "inf", "ratio": 0.333333, "sizes": [1, 2]}
+
+
 def test_a_case_over_its_limit_fails(job: runner.Job) -> None:
     def forever(_: Run) -> Iterator[Measurement]:
         while True:
@@ -241,7 +307,7 @@ def test_threads_are_those_of_the_case(job: runner.Job) -> None:
 # --- cases -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suite", [suite for suite, modules in cases.SUITES.items() if modules])
+@pytest.mark.parametrize("suite", cases.SUITES)
 @pytest.mark.parametrize("tiny", [False, True])
 def test_every_case_has_an_id_of_its_own(suite: str, tiny: bool) -> None:
     found = cases.cases(suite, Options(tiny=tiny))
@@ -256,10 +322,9 @@ def test_options_choose_cases() -> None:
     assert "model/llama-300m-l3/decode/b8/fp32/t2" in ids
 
 
-@pytest.mark.parametrize("suite", ["layer", "no such suite"])
-def test_a_suite_without_cases_is_an_error(suite: str) -> None:
-    with pytest.raises(ValueError, match=suite):
-        cases.cases(suite, Options())
+def test_an_unknown_suite_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no such suite"):
+        cases.cases("no such suite", Options())
 
 
 @pytest.fixture
@@ -295,9 +360,8 @@ def test_compile_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "compilation" not in two.seconds
 
 
-@pytest.mark.parametrize("suite", ["cpu", "kernels"])
-def test_layer_cases(suite: str, uncompiled: None) -> None:
-    found = run_cases(suite, r".*/64x64/.*")
+def test_layer_cases(uncompiled: None) -> None:
+    found = run_cases("cpu", r".*/64x64/.*")
     assert {m.name for m in found} == {"forward", "grad_input", "grad_weight", "step", "columns"}
     assert all(summary.median > 0 and summary.n == 2 for m in found for summary in m.seconds.values())
     for m in found:
@@ -364,12 +428,32 @@ def test_the_command_line_runs_resumes_and_lists(
     assert command.main([*words, "--out", str(tmp_path / "late"), "--budget", "0"]) == 130
 
 
+def test_several_suites_share_the_minutes(
+    tmp_path: Path, uncompiled: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[runner.Job] = []
+
+    def execute(job: runner.Job, found: list[Case]) -> runner.Outcome:
+        given.append(job)
+        return runner.Outcome(done=len(found))
+
+    monkeypatch.setattr(runner, "execute", execute)
+    words = ["run", "--suite", "memory", "model", "--tiny", "--minutes", "2", "--out", str(tmp_path)]
+    assert command.main(words) == 0
+    assert [job.suite for job in given] == ["memory", "model"]
+    assert given[0].allowance == pytest.approx(60.0, abs=5.0)
+    assert given[1].allowance == pytest.approx(120.0, abs=5.0)
+    assert given[0].command == "python -m benchmarks run --suite memory model --minutes 2.0 --tiny"
+    count = sum(len(cases.cases(suite, Options(tiny=True))) for suite in ("memory", "model"))
+    assert f"{count} done" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         pytest.param(["run", "--suite", "cpu", "--only", "no such case"], "matches no case", id="only"),
         pytest.param(["run", "--suite", "cpu", "--only", "("], "not a regular expression", id="regex"),
-        pytest.param(["run", "--suite", "quality"], "has no cases yet", id="suite"),
+        pytest.param(["run", "--suite", "speed"], "invalid choice: 'speed'", id="suite"),
         pytest.param(["run", "--suite", "cpu", "--threads", "0"], "expected 1 or more", id="threads"),
         pytest.param(["report", "no/such/folder"], "has no results", id="folder"),
     ],

@@ -1,0 +1,147 @@
+"""Every way that there is to compute a layer's products on a GPU: the library's own choices, each in turn.
+
+The library's operators pick one of them by rule; here each is called by name, so that a table can say which one should
+have been picked, and a wrong or missing one can be told from a slow one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.cases import DTYPES
+from benchmarks.products import KEEP_GROUP, Problem, Weight
+from benchmarks.timing import Contender
+from slope_compile.kernels import gluon_products, gpu_ops, ops, triton_configs, triton_products
+from slope_compile.kernels.gluon_configs import MmaSp
+from slope_compile.kernels.triton_configs import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One contender that may turn out not to run, or to be wrong."""
+
+    product: str
+    name: str
+    truth: str
+    """Which of :meth:`Problem.truths` it computes."""
+    make: Callable[[], Contender]
+    """Raises where it does not exist here."""
+
+
+def rank(N: int, K: int, share: float) -> int:
+    """An adapter's rank as a share of the layer's smaller side, in multiples of 16."""
+    return max(16, round(share * min(N, K) / 16) * 16)
+
+
+def library(problem: Problem, low_rank_share: float) -> Iterator[Choice]:
+    """The Triton kernels in every tile size, the ``mma.sp`` kernels, and the dense product with the expanded weight."""
+    if problem.device.type == "cuda" and gpu_ops.available(problem.device):
+        yield from _triton(problem)
+        for config in gpu_ops.mma_sp_choices(problem.M, problem.device, DTYPES[problem.dtype]):
+            yield Choice("forward", str(config), "forward", _mma_sp(problem, config))
+        yield _fused_low_rank(problem, low_rank_share)
+    yield Choice("forward", "expanded", "forward", _each(problem, _expanded_forward(problem.x)))
+    yield Choice("grad_input", "expanded_exact", "grad_input", _each(problem, _expanded_grad_input(problem.grad)))
+
+
+def low_rank(problem: Problem, share: float) -> dict[str, Contender]:
+    """The forward product with an adapter of two more products, beside the dense layer that has none."""
+    x, weights, count = problem.x, problem.weights, len(problem.weights)
+    A, B = _adapter(problem, share)
+
+    def separate(i: int) -> object:
+        w = weights[i % count]
+        return torch.addmm(ops.linear(x, w.values, w.pattern, None, *KEEP_GROUP), x @ A.t(), B.t())
+
+    return {
+        "dense": lambda i: F.linear(x, weights[i % count].dense),
+        "slope": lambda i: ops.linear(x, weights[i % count].values, weights[i % count].pattern, None, *KEEP_GROUP),
+        "slope_adapter": separate,
+    }
+
+
+def low_rank_truth(problem: Problem, share: float) -> Tensor:
+    """In float32, from the first weight."""
+    A, B = (factor.float() for factor in _adapter(problem, share))
+    w, x = problem.weights[0], problem.x.float()
+    truth: Tensor = F.linear(x, ops.expand(w.values, w.pattern, *KEEP_GROUP).float()) + (x @ A.t()) @ B.t()
+    return truth
+
+
+def _adapter(problem: Problem, share: float) -> tuple[Tensor, Tensor]:
+    """``A [R, K]`` and ``B [N, R]``, the same at every call; the down-projection's entries are near 1."""
+    R = rank(problem.N, problem.K, share)
+    generator = torch.Generator(problem.device).manual_seed(1)
+
+    def normal(rows: int, columns: int, size: float) -> Tensor:
+        drawn = size * torch.randn(rows, columns, generator=generator, device=problem.device)
+        return drawn.to(DTYPES[problem.dtype])
+
+    return normal(R, problem.K, problem.K**-0.5), normal(problem.N, R, 1.0)
+
+
+def _each(problem: Problem, product: Callable[[Weight], object]) -> Callable[[], Contender]:
+    weights, count = problem.weights, len(problem.weights)
+    return lambda: lambda i: product(weights[i % count])
+
+
+def _expanded_forward(x: Tensor) -> Callable[[Weight], object]:
+    return lambda w: F.linear(x, ops.expand(w.values, w.pattern, *KEEP_GROUP))
+
+
+def _expanded_grad_input(grad: Tensor) -> Callable[[Weight], object]:
+    return lambda w: torch.mm(grad, ops.expand(w.values, w.pattern, *KEEP_GROUP))
+
+
+def _mma_sp(problem: Problem, config: MmaSp) -> Callable[[], Contender]:
+    x = problem.x
+    return _each(problem, lambda w: gluon_products.forward(x, w.values, w.pattern, config=config))
+
+
+def _fused_low_rank(problem: Problem, share: float) -> Choice:
+    x = problem.x
+    A, B = _adapter(problem, share)
+
+    def fused(w: Weight) -> object:
+        return triton_products.forward(x, w.values, w.pattern, low_rank=(x @ A.t(), B))
+
+    return Choice("low_rank", "triton_fused", "low_rank", _each(problem, fused))
+
+
+def _triton(problem: Problem) -> Iterator[Choice]:
+    x, grad, dtype = problem.x, problem.grad, DTYPES[problem.dtype]
+    aligned = problem.N % 16 == 0 and problem.K % 128 == 0
+
+    def fitting(kernel: str) -> Iterator[tuple[str, Config]]:
+        for config in triton_configs.configurations(kernel, dtype, aligned, triton_products.arch(problem.device)):
+            # A tile of far more tokens than there are computes nothing but padding; grad_weight sums over tokens.
+            if kernel == "grad_weight" or max(16, 2 * problem.M) >= config.BM:
+                yield f"triton_{config.BM}x{config.BN}x{config.BK}", config
+
+    for name, config in fitting("forward"):
+
+        def forward(w: Weight, config: Config = config) -> object:
+            return triton_products.forward(x, w.values, w.pattern, config=config)
+
+        yield Choice("forward", name, "forward", _each(problem, forward))
+    for name, config in fitting("grad_input"):
+
+        def exact(w: Weight, config: Config = config) -> object:
+            return triton_products.grad_input(grad, w.values, w.pattern, config=config)
+
+        def double_pruned(w: Weight, config: Config = config) -> object:
+            return triton_products.grad_input(grad, w.values, w.pattern, w.column_pattern, config=config)
+
+        yield Choice("grad_input", f"{name}_exact", "grad_input", _each(problem, exact))
+        yield Choice("grad_input", f"{name}_double_pruned", "grad_input_double_pruned", _each(problem, double_pruned))
+    for name, config in fitting("grad_weight"):
+
+        def grad_weight(w: Weight, config: Config = config) -> object:
+            return triton_products.grad_weight(grad, x, w.pattern, config=config)
+
+        yield Choice("grad_weight", name, "grad_weight_kept", _each(problem, grad_weight))

@@ -1,0 +1,162 @@
+"""Suite correctness: every product in every way that there is on the device, and compiled models, against float64.
+
+It comes before any timing.  The yardstick is PyTorch's dense product of the same dtype, on the device, on the same
+numbers: a way passes when its error is at most 1.1 times the dense one's.  Inputs are fresh random numbers; outputs
+are checked to be finite, and what is checked is what runs, not its interpreted form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks import choices, model_checks
+from benchmarks.cases import DTYPES, Case, Measurement, Options, Run
+from benchmarks.choices import Choice
+from benchmarks.layers import label
+from benchmarks.products import (
+    KEEP_GROUP,
+    Problem,
+    double_pruned_product,
+    forward_product,
+    grad_input_product,
+    grad_weight_product,
+)
+from benchmarks.suite_tests import suite_case
+from benchmarks.timing import Contender
+from slope_compile.kernels import cpu_rules, gpu_rules, ops
+from tolerances import UNIT_ROUNDOFF, relative_error
+
+SHAPES = (
+    (1, 4096, 4096), (16384, 768, 3072), (37, 132, 268), (16, 4096, 1024), (5, 76, 140), (512, 1024, 4096),
+    (2048, 3072, 768), (64, 64, 64), (300, 2564, 2052),
+)  # fmt: skip
+"""``(M, N, K)``: a token, a training step's many, and sizes that no tile divides."""
+TINY = ((5, 76, 140), (1, 64, 64))
+WAYS = {"rule": None, "kernel": True, "dense": False}
+"""How an operator is made to choose: by its rule, always a 2:4 kernel, never one."""
+
+FACTOR = {torch.bfloat16: 1.1, torch.float16: 1.1, torch.float32: 2.0}
+"""Largest error, as a multiple of the dense product's: of the whole result (root of the sum of squares), and of the
+worst single entry with one rounding on top, since a dense entry may happen to be exact.  In 16 bits it is the rounding
+of the result, the same for all.  In float32 it is that of the sums, whose order differs."""
+
+Truth = tuple[Tensor, Tensor, Tensor]
+"""The product in float64, the sum of the magnitudes that were added up, and the dense product in the dtype itself."""
+
+
+def cases(options: Options) -> list[Case]:
+    threads = options.threads[0] if options.threads else torch.get_num_threads()
+    found = []
+    for shape in TINY if options.tiny else SHAPES:
+        for dtype in (dtype for dtype in ("bfloat16", "float16", "float32") if options.wants(dtype)):
+            M, N, K = shape
+            name = f"correctness/products/m{M}/{N}x{K}/{label(dtype, threads)}"
+            run = functools.partial(_products, shape, dtype, options.device)
+            found.append(Case(name, run, threads, limit=240.0, needs=6.0))
+    models = model_checks.cases(options, forced)
+    # The largest part first of what tells most: products in 16 bits, then models, then the rest.
+    found[6:6] = models
+    return [*found, suite_case(options)]
+
+
+@contextlib.contextmanager
+def forced(way: bool | None) -> Iterator[None]:
+    """The rules of the operators say ``way`` to every call; None: what they always say."""
+    with contextlib.ExitStack() as stack:
+        if way is not None:
+            for rules in (gpu_rules, cpu_rules):
+                stack.enter_context(mock.patch.object(rules, "sparse", return_value=way))
+        yield
+
+
+def _products(shape: tuple[int, int, int], dtype: str, device: torch.device, given: Run) -> Iterator[Measurement]:
+    with torch.no_grad():
+        problem = Problem.draw(*shape, dtype, device, copies=1)
+        truths = _truths(problem)
+        checks: dict[str, dict[str, Any]] = {}
+        for way, says in WAYS.items():
+            with forced(says):
+                for choice in _operators(problem, way):
+                    checks[f"{choice.product}: {choice.name}"] = _checked(choice, truths, DTYPES[dtype])
+        for choice in choices.library(problem, 0.0156):
+            if choice.product != "low_rank":
+                checks[f"{choice.product}: {choice.name}"] = _checked(choice, truths, DTYPES[dtype])
+    facts = problem.facts | {"checks": checks, "passed": all(check["passed"] for check in checks.values())}
+    yield Measurement("correctness", {}, {}, facts)
+
+
+def _operators(problem: Problem, way: str) -> Iterator[Choice]:
+    x, grad = problem.x, problem.grad
+
+    def operator(product: str, name: str, truth: str, call: Callable[[Any], object]) -> Choice:
+        contender: Contender = lambda _: call(problem.weights[0])  # noqa: E731
+        return Choice(product, f"{name} ({way})", truth, lambda: contender)
+
+    yield operator("forward", "linear", "forward", lambda w: ops.linear(x, w.values, w.pattern, None, *KEEP_GROUP))
+    yield operator(
+        "grad_input", "exact", "grad_input", lambda w: ops.grad_input(grad, w.values, w.pattern, *KEEP_GROUP)
+    )
+    yield operator(
+        "grad_input", "double_pruned", "grad_input_double_pruned", lambda w: double_pruned_product(grad, w)
+    )
+    yield operator(
+        "grad_weight", "kept", "grad_weight_kept", lambda w: ops.grad_weight(grad, x, w.pattern, *KEEP_GROUP)
+    )
+
+
+def _truths(problem: Problem) -> dict[str, Truth]:
+    """Every product: exact, in magnitudes, and dense in the problem's dtype."""
+    w = problem.weights[0]
+    expanded = ops.expand(w.values, w.pattern, *KEEP_GROUP)
+    column_values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
+    twice = ops.expand(column_values, w.column_pattern, *KEEP_GROUP).t()
+    x, grad = problem.x, problem.grad
+
+    def kept(dense: Tensor) -> Tensor:
+        values: Tensor = ops.compress(dense, w.pattern, *KEEP_GROUP)
+        return values
+
+    def each(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Truth:
+        exact = product(a.double(), b.double())
+        return exact, product(a.double().abs(), b.double().abs()), product(a, b)
+
+    return {
+        "forward": each(forward_product, x, expanded),
+        "grad_input": each(grad_input_product, grad, expanded),
+        "grad_input_double_pruned": each(grad_input_product, grad, twice),
+        "grad_weight_kept": each(lambda a, b: kept(grad_weight_product(a, b)), grad, x),
+    }
+
+
+def _checked(choice: Choice, truths: dict[str, Truth], dtype: torch.dtype) -> dict[str, Any]:
+    """Errors of a way beside the dense product's; or why it does not run, which is no pass."""
+    exact, scale, dense = truths[choice.truth]
+    try:
+        result = choice.make()(0)
+    except Exception as error:  # Whatever a compiler or a driver raises.
+        return {"passed": False, "raised": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+    assert isinstance(result, Tensor)
+    return judged(result, dense, exact, scale, dtype)
+
+
+def judged(result: Tensor, dense: Tensor, exact: Tensor, scale: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """Whether a result is as good as the dense one."""
+    whole = [float((t.double() - exact).norm() / exact.norm().clamp_min(1e-300)) for t in (result, dense)]
+    worst = [relative_error(t, exact, scale) for t in (result, dense)]
+    # A dense result that is exact leaves the other one a rounding.
+    floor = UNIT_ROUNDOFF[dtype] / 16
+    passed = (
+        result.dtype == dense.dtype
+        and result.shape == dense.shape
+        and bool(torch.isfinite(result).all())
+        and whole[0] <= FACTOR[dtype] * max(whole[1], floor)
+        and worst[0] <= FACTOR[dtype] * worst[1] + UNIT_ROUNDOFF[dtype]
+    )
+    return {"passed": passed, "error": whole[0], "dense": whole[1], "worst": worst[0], "worst_dense": worst[1]}

@@ -1,0 +1,149 @@
+"""Compiled models against float64: the loss, and all gradients, of a training step on the device.
+
+The truth is the same prepared model in float64 on the CPU, its rewritten graph run by the operators' definitions.  The
+yardstick is a dense model with the expanded weights, compiled by Inductor on the device in the same dtype, against its
+own float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import slope_compile as slope
+from benchmarks import blocks
+from benchmarks.blocks import Blocks
+from benchmarks.cases import DTYPES, Case, Measurement, Options, Run
+from benchmarks.choices import rank
+from benchmarks.contestants import CONFIG, step
+
+FACTOR = 1.25
+"""Largest error of all gradients together, as a multiple of the dense model's.  Some dozen products in a row: their
+errors vary from one order of summation to the next by more than a single product's."""
+
+SIZES = {
+    "gpt": blocks.Size(width=256, mlp=1024, heads=4, layers=2, vocabulary=64),
+    "llama": blocks.Size(
+        width=256, mlp=704, heads=4, kv_heads=2, layers=2, vocabulary=64, family="llama", activation="silu"
+    ),
+}
+Forced = Callable[[bool | None], contextlib.AbstractContextManager[None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One compiled model."""
+
+    model: str
+    dtype: str
+    way: bool | None
+    """See :data:`benchmarks.correctness.WAYS`."""
+    backward: str
+    adapters: bool = False
+    autotune: bool = False
+
+    @property
+    def name(self) -> str:
+        way = {None: "rule", True: "kernel", False: "dense"}[self.way]
+        extra = "/adapters" * self.adapters + "/autotuned" * self.autotune
+        return f"{self.model}/{self.backward}/{way}{extra}/{self.dtype}"
+
+
+SETTINGS = (
+    Setting("llama", "bfloat16", True, "double_pruned"),
+    Setting("gpt", "bfloat16", None, "double_pruned"),
+    Setting("gpt", "bfloat16", True, "exact"),
+    Setting("gpt", "bfloat16", True, "double_pruned", adapters=True),
+    Setting("gpt", "bfloat16", False, "double_pruned"),
+    Setting("gpt", "float16", True, "double_pruned"),
+    Setting("gpt", "float32", True, "double_pruned"),
+    Setting("llama", "bfloat16", None, "double_pruned", autotune=True),
+    Setting("gpt", "bfloat16", False, "exact"),
+    Setting("llama", "float16", None, "exact", adapters=True),
+    Setting("llama", "float32", None, "exact"),
+)
+
+
+def cases(options: Options, forced: Forced) -> list[Case]:
+    threads = options.threads[0] if options.threads else torch.get_num_threads()
+    chosen = [setting for setting in SETTINGS if options.wants(setting.dtype)]
+    return [
+        Case(
+            f"correctness/model/{setting.name}", functools.partial(_run, setting, options, forced), threads,
+            limit=200.0, needs=20.0,
+        )
+        for setting in (chosen[:1] if options.tiny else chosen)
+    ]  # fmt: skip
+
+
+def _run(setting: Setting, options: Options, forced: Forced, given: Run) -> Iterator[Measurement]:
+    size = SIZES[setting.model]
+    dtype = DTYPES[setting.dtype]
+    torch.manual_seed(0)
+    model = Blocks(size, 1 if options.tiny else 2).to(dtype)
+    R = rank(size.width, size.width, 0.0625) if setting.adapters else 0
+    exact = setting.backward == "exact"
+    config = dataclasses.replace(CONFIG, adapter_rank=R, backward="exact" if exact else "double_pruned")
+    slope.sparsify_(model, config)
+    if R:
+        slope.set_adapters(model, True)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".B"):  # Zero at first, which would check half of the adapter only.
+                nn.init.normal_(parameter, std=0.02)
+    x, grad = (torch.randn(2, 64, size.width).to(dtype) for _ in range(2))
+    truth = _step(model, x, grad, torch.float64, "cpu", backend=slope.slope, options={"compiler": "aot_eager"})
+    tuned: dict[str, Any] = {"options": {"max_autotune": True}} if setting.autotune else {}
+    with forced(setting.way):
+        result = _step(model, x, grad, dtype, options.device, backend=slope.slope, **tuned)
+    dense = copy.deepcopy(model)
+    slope.densify_(dense)
+    dense_truth = _step(dense, x, grad, torch.float64, "cpu")
+    dense_result = _step(dense, x, grad, dtype, options.device, backend="inductor")
+    errors = {
+        part: {"slope": _error(result[part], truth[part]), "dense": _error(dense_result[part], dense_truth[part])}
+        for part in ("output", "gradients")
+    }
+    passed = all(error["slope"] <= FACTOR * error["dense"] for error in errors.values())
+    facts = dataclasses.asdict(setting) | {"errors": errors, "passed": passed, "rank": R}
+    yield Measurement("correctness_model", {}, {}, facts)
+
+
+def _step(
+    model: nn.Module, x: Tensor, grad: Tensor, dtype: torch.dtype, device: Any, **compiled: Any
+) -> dict[str, dict[str, Tensor]]:
+    """Output and gradients, of the input first, in float64 on the CPU; compiled if it is said how."""
+    twin = copy.deepcopy(model).to(dtype).to(device)
+    inputs = x.detach().clone().to(dtype).to(device).requires_grad_()
+    run: Any = torch.compile(twin, **compiled) if compiled else twin
+    outputs = []
+
+    def forward(given: Tensor) -> Tensor:
+        output: Tensor = run(given)
+        outputs.append(output)
+        return output
+
+    step(forward, inputs, grad.to(dtype).to(device))
+    gradients = {"input": inputs.grad} | {name: parameter.grad for name, parameter in twin.named_parameters()}
+    return {
+        "output": {"output": outputs[0].detach().double().cpu()},
+        "gradients": {name: g.detach().double().cpu() for name, g in gradients.items() if g is not None},
+    }
+
+
+def _error(results: dict[str, Tensor], truths: dict[str, Tensor]) -> float:
+    """Of all tensors: each one's error as a share of its norm, root of the mean of the squares.
+
+    Raises:
+        ArithmeticError: one has tensors that the other has not.
+    """
+    if different := results.keys() ^ truths.keys():
+        raise ArithmeticError(f"gradients of some parameters only: {', '.join(sorted(different))}")
+    shares = [float((results[n] - t).norm() / t.norm().clamp_min(1e-300)) for n, t in truths.items()]
+    return float(torch.tensor(shares, dtype=torch.float64).square().mean().sqrt())
