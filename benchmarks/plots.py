@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import select
+from benchmarks import gpu_plots, select
 from benchmarks.records import Record
 
 _PARTS = ("weights", "metadata", "gradients", "moments")
@@ -25,6 +25,9 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     if rows := select.ok(records, "train"):
         written.append(folder / "memory.png")
         _memory(rows).savefig(written[-1], dpi=120)
+    for name, figure in gpu_plots.pictures(records).items():
+        written.append(folder / name)
+        figure.savefig(written[-1], dpi=120)
     return written
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pretrain_results
-from benchmarks import records, select, tables
+from benchmarks import gpu_report, records, select, tables
 from benchmarks.records import Record
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
@@ -47,7 +47,8 @@ def _demo(path: Path) -> str:
 
 def _benchmark(found: list[Record]) -> str:
     parts = [f"**Benchmarks**: {_cited(select.provenance(found))}"]
-    for setting, group in select.grouped(select.ok(found, *select.PRODUCTS), select.setting).items():
+    products = select.ok([record for record in found if record["suite"] != "kernels"], *select.PRODUCTS)
+    for setting, group in select.grouped(products, select.setting).items():
         parts.append(
             f"Single layers, {select.titled(*setting)}: times faster than eager dense, geometric mean over shapes "
             f"(worst shape).\n\n{tables.summary(group, _FORM)}"
@@ -60,6 +61,7 @@ def _benchmark(found: list[Record]) -> str:
         parts.append(f"Training state (weights, metadata, gradients, moments).\n\n{tables.memory(rows, _FORM)}")
     if rows := select.ok(found, "compile"):
         parts.append(f"Time of the passes in `torch.compile`, prepared models.\n\n{tables.compilation(rows, _FORM)}")
+    parts += [f"{title}\n\n{table}" for title, table in gpu_report.sections(found, _FORM, whole=False)]
     if failures := select.failed(found):
         parts.append(f"Failed: {', '.join(record['case'] for record in failures)}.")
     return "\n\n".join(parts)

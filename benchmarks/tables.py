@@ -14,8 +14,11 @@ _THROUGHPUT = ("train", "decode")
 
 def report(records: Sequence[Record]) -> str:
     """Every table there is something for."""
+    from benchmarks import gpu_report
+
     parts = ["\n".join(select.provenance(records))]
-    for setting, group in select.grouped(select.ok(records, *select.PRODUCTS), select.setting).items():
+    others = [record for record in records if record["suite"] != "kernels"]
+    for setting, group in select.grouped(select.ok(others, *select.PRODUCTS), select.setting).items():
         title = select.titled(*setting)
         parts.append(f"{title}: times faster than eager dense, geometric mean over shapes (worst)\n{summary(group)}")
         for product, rows in select.grouped(group, lambda record: record["name"]).items():
@@ -28,6 +31,7 @@ def report(records: Sequence[Record]) -> str:
         parts.append(f"Training state\n{memory(rows)}")
     if rows := select.ok(records, "compile"):
         parts.append(f"Time of the passes\n{compilation(rows)}")
+    parts += [f"{title}\n{table}" for title, table in gpu_report.sections(records, "simple", whole=True)]
     if rows := select.failed(records):
         parts.append(f"Failed\n{failures(rows)}")
     return "\n\n".join(parts)
@@ -47,7 +51,7 @@ def summary(records: Sequence[Record], form: str = "simple") -> str:
             ratios = [select.speedup(r, contender)["median"] for r in group if r["name"] == product]
             cells.append(f"{select.geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else "-")
         rows.append(cells)
-    return _table(rows, ["tokens", *present], form)
+    return in_columns(rows, ["tokens", *present], form)
 
 
 def details(records: Iterable[Record], form: str = "simple") -> str:
@@ -60,12 +64,12 @@ def details(records: Iterable[Record], form: str = "simple") -> str:
             [
                 select.shape(record),
                 str(record["facts"]["shape"]["M"]),
-                _milliseconds(record["seconds"]["dense"]["median"]),
-                *(_ratio(select.speedup(record, name)) for name in names),
+                milliseconds(record["seconds"]["dense"]["median"]),
+                *(with_quartiles(select.speedup(record, name)) for name in names),
                 str(record["seconds"]["dense"]["n"]),
             ]
         )
-    return _table(rows, ["N x K", "tokens", "dense, ms", *names, "rounds"], form)
+    return in_columns(rows, ["N x K", "tokens", "dense, ms", *names, "rounds"], form)
 
 
 def columns(records: Iterable[Record], form: str = "simple") -> str:
@@ -75,11 +79,11 @@ def columns(records: Iterable[Record], form: str = "simple") -> str:
             select.shape(record),
             record["facts"]["dtype"],
             str(record["threads"]),
-            *(_milliseconds(seconds["median"]) for seconds in record["seconds"].values()),
+            *(milliseconds(seconds["median"]) for seconds in record["seconds"].values()),
         ]
         for record in records
     ]
-    return _table(rows, ["N x K", "dtype", "threads", "copy, ms", "pick, ms", "recompress, ms"], form)
+    return in_columns(rows, ["N x K", "dtype", "threads", "copy, ms", "pick, ms", "recompress, ms"], form)
 
 
 def models(records: Iterable[Record], form: str = "simple") -> str:
@@ -99,12 +103,12 @@ def models(records: Iterable[Record], form: str = "simple") -> str:
                 str(record["threads"]),
                 f"{tokens['dense']:,.1f}",
                 f"{tokens[name]:,.1f}",
-                _ratio(select.speedup(record, name)),
-                "-" if frozen is None else _ratio(frozen),
+                with_quartiles(select.speedup(record, name)),
+                "-" if frozen is None else with_quartiles(frozen),
             ]
         )
     headers = ["model", "what", "dtype", "threads", "dense, tokens/s", "SLoPe, tokens/s", "faster", "than frozen dense"]
-    return _table(rows, headers, form)
+    return in_columns(rows, headers, form)
 
 
 def memory(records: Iterable[Record], form: str = "simple") -> str:
@@ -122,7 +126,7 @@ def memory(records: Iterable[Record], form: str = "simple") -> str:
             cells += [f"{dense / 2**20:,.2f}", f"{sparse / 2**20:,.2f}", f"{sparse / dense:.3f}"]
         rows[tuple(cells[:3])] = cells  # Threads make no difference to bytes.
     headers = ["model", "dtype", "backward", "sparse linears: dense, MiB", "SLoPe, MiB", "ratio"]
-    return _table(list(rows.values()), [*headers, "whole: dense, MiB", "SLoPe, MiB", "ratio"], form)
+    return in_columns(list(rows.values()), [*headers, "whole: dense, MiB", "SLoPe, MiB", "ratio"], form)
 
 
 def compilation(records: Iterable[Record], form: str = "simple") -> str:
@@ -142,16 +146,16 @@ def compilation(records: Iterable[Record], form: str = "simple") -> str:
             ]
         )
     headers = ["model", "nodes", "sparse linears", "passes, s", "ms a node", "forward + backward compiled, s", "share"]
-    return _table(rows, headers, form)
+    return in_columns(rows, headers, form)
 
 
 def failures(records: Iterable[Record]) -> str:
     """The last line of each traceback; the results file has all of it."""
     rows = [[record["case"], record["error"].strip().splitlines()[-1]] for record in records]
-    return _table(rows, ["case", "error"], "simple")
+    return in_columns(rows, ["case", "error"], "simple")
 
 
-def _table(rows: Sequence[Sequence[str]], headers: Sequence[str], form: str) -> str:
+def in_columns(rows: Sequence[Sequence[str]], headers: Sequence[str], form: str) -> str:
     # Right-aligned figures, left-aligned words: the first row says which column is which.
     words = [not cell[:1].isdigit() or " x " in cell for cell in rows[0]] if rows else [True] * len(headers)
     return tabulate(
@@ -163,9 +167,9 @@ def _table(rows: Sequence[Sequence[str]], headers: Sequence[str], form: str) -> 
     )
 
 
-def _ratio(summary: dict[str, float]) -> str:
+def with_quartiles(summary: dict[str, float]) -> str:
     return f"{summary['median']:.2f} ({summary['low']:.2f}-{summary['high']:.2f})"
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3f}"
