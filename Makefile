@@ -15,9 +15,11 @@ TORCH ?= $(DEFAULT_TORCH)
 ARGS ?=
 PYTEST_ARGS ?=
 
-# .venv, .venv-torch2.11, .venv-python3.12, .venv-torch2.11-python3.12
+# .venv, .venv-torch2.11, .venv-python3.12, .venv-torch2.11-python3.12. A Python that is named is asked for its
+# version, since a path says little: /usr/bin/python3 and ~/other/bin/python3 may be different ones.
 TORCH_SUFFIX := $(if $(filter $(DEFAULT_TORCH),$(TORCH)),,-torch$(TORCH))
-PYTHON_SUFFIX := $(if $(filter python3,$(PYTHON)),,-$(notdir $(PYTHON)))
+PYTHON_VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+PYTHON_SUFFIX := $(if $(filter python3,$(PYTHON)),,-python$(PYTHON_VERSION))
 VENV ?= .venv$(TORCH_SUFFIX)$(PYTHON_SUFFIX)
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
@@ -40,8 +42,11 @@ install: $(STAMP) ## Make the environment and install the project in it
 
 # torch goes first and is named again afterwards: the second command must not move it to another release.
 # setuptools is installed so that the project builds without build isolation, the way it does offline.
+# An environment that broke off half made has no pip, and is completed.
 $(STAMP): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d, and this \
+	project needs 3.11 or later: name one with make PYTHON=..." % sys.version_info[:2])'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet "$(TORCH_SPEC)" "setuptools>=77"
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation \
 		"$(TORCH_SPEC)" --editable ".[$(EXTRAS)]"
