@@ -38,6 +38,10 @@ _KINDS: tuple[Kind, ...] = ("dense", "slope")
 _Flags = TypeVar("_Flags", Settings, "Place")
 _INTERRUPTED = 130
 """Exit status of a program ended by Ctrl-C, by the shell's convention."""
+_NO_COMPILER = """\
+No working C++ compiler was found, and torch.compile needs one on a CPU.  Install g++ or clang (Debian, Ubuntu: apt
+install g++), name another with the environment variable CXX, or run eagerly with --no-compile: the same losses but for
+SLoPe's input gradient, which is the exact one then, and more time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,12 +222,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             finished = job.execute(interrupt)
         except KeyboardInterrupt:
             finished = False
+        except Exception as error:
+            if not _lacks_compiler(error):
+                raise
+            print(_NO_COMPILER, file=sys.stderr)
+            return 1
     if not finished:
         again = ["--resume", str(place.checkpoint), *_place_flags(place)]
         print(f"Stopped. To go on:\n  python {shlex.quote(sys.argv[0])} {shlex.join(again)}")
         return _INTERRUPTED
     job.report()
     return 0
+
+
+def _lacks_compiler(error: BaseException) -> bool:
+    """Whether Inductor found no compiler for its code; Dynamo wraps that error, and keeps its text."""
+    return "No working C++ compiler found" in str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

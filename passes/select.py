@@ -166,8 +166,7 @@ class _Judge:
         store = self.context.weights
         tensor = store.tensor(site.base) if site.base_region.parent is None else None
         if tensor is None:
-            reason = Reason.NOT_CONSTANT if site.base.op == "placeholder" else Reason.COMPUTED
-            return Decision(weight=site.base.name, sparse=False, reason=reason, node=site.node.name)
+            return Decision(weight=site.base.name, sparse=False, reason=_no_parameter(site), node=site.node.name)
         path = store.path(site.base)
         rows, columns = tensor.shape
         N, K = (columns, rows) if site.transposed else (rows, columns)
@@ -243,6 +242,16 @@ class _Judge:
             node=site.node.name,
             detail="" if site.region.entered else str(site.region.call),
         )
+
+
+def _no_parameter(site: Site) -> Reason:
+    """Why the weight has no parameter behind it that could be converted."""
+    if site.base.op == "placeholder":
+        return Reason.NOT_CONSTANT
+    frozen = site.base.op == "get_attr" and isinstance(
+        attribute(site.base_region.module, str(site.base.target)), torch.nn.Parameter
+    )
+    return Reason.FROZEN if frozen else Reason.COMPUTED
 
 
 def _is_table(node: Node) -> bool:

@@ -83,6 +83,8 @@ def _prepared_columns(context: Context, weights: DynamoWeights) -> list[ColumnAr
     found = []
     for site in context.columns:
         nodes = (site.values, site.pattern, site.column_pattern, site.column_age)
+        if any(node.op == "get_attr" for node in nodes):
+            continue  # frozen: nobody trains it
         if any(node not in weights.inputs for node in nodes):
             log.warning("column pattern of %s is not an input of the graph and will not be refreshed", site.values)
             continue
@@ -114,6 +116,13 @@ def _check_agreement(options: BackendOptions, report: Report) -> None:
 
 
 def _log(report: Report) -> None:
+    frozen = [d for d in report if d.reason is Reason.FROZEN]
+    if frozen and not report.sparse:
+        log.warning(
+            "backend 'slope': %d linears run dense, since Inductor's freezing has made constants of their weights; "
+            "sparsify_ the model first, or compile it without freezing",
+            len(frozen),
+        )
     if len(report):
         log.info("%d of %d linears of the graph are sparse", len(report.sparse), len(report))
         log.debug("decisions:\n%s", report)

@@ -126,7 +126,8 @@ class SlopeConfig:
         for name in ("include", "exclude"):
             value = getattr(self, name)
             if not isinstance(value, tuple | list) or not all(isinstance(item, str) for item in value):
-                raise ConfigError(f"{name}: expected a tuple of regular expressions, got {value!r}")
+                hint = f"; write ({value!r},) for one" if isinstance(value, str) else ""
+                raise ConfigError(f"{name}: expected a tuple of regular expressions, got {value!r}{hint}")
             for item in value:
                 _check_regex(name, item)
             object.__setattr__(self, name, tuple(value))
@@ -198,6 +199,22 @@ class SlopeConfig:
         if not isinstance(data, dict):
             raise ConfigError(f"SlopeConfig: expected a JSON object, got {type(data).__name__}")
         return cls.from_dict(data)
+
+
+def checked_config(who: str, config: object) -> SlopeConfig:
+    """The configuration that a function was given; the default for None.
+
+    Raises:
+        ConfigError: something else; ``who`` is the function's name.
+    """
+    if config is None:
+        return SlopeConfig()
+    if not isinstance(config, SlopeConfig):
+        raise ConfigError(
+            f"{who}: config: expected a SlopeConfig, got {config!r}; "
+            "SlopeConfig(pattern='2:4') or SlopeConfig.from_dict({'pattern': '2:4'}) makes one"
+        )
+    return config
 
 
 def check_names(given: Mapping[str, Any], valid: list[str], what: str) -> None:

@@ -9,6 +9,7 @@ elementwise optimizer with momentum and decay keeps them at zero.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,9 @@ class DenseState:
 _states = WeakTensorKeyDictionary()
 """Parameter -> DenseState, by identity.  So recompiles (a new shape, adapters on) find the same pattern, even where a
 kept weight has become exactly 0."""
+
+_warned: weakref.WeakKeyDictionary[nn.Module, SlopeConfig] = weakref.WeakKeyDictionary()
+"""Model -> the configuration about which :func:`_warn` has said its word."""
 
 
 class DynamoWeights:
@@ -95,6 +99,8 @@ class DynamoWeights:
         decisions = [decision for _, decision in decide(model, self.config, adapters_stay=True)]
         if any(layer.sparse for layer in linear_layers(model)):
             decisions = [_settled(decision) for decision in decisions]
+        else:
+            _warn(model, self.config, decisions)
         return {decision.weight: decision for decision in decisions}
 
     def compressed(self, node: Node, layer: LayerConfig, transposed: bool, before: Node) -> CompressedWeight:
@@ -184,6 +190,18 @@ class DynamoWeights:
         if mode is not None:
             placeholder.meta[VALUE_KEYS[0]] = mode.from_tensor(tensor, static_shapes=True)
         return placeholder
+
+
+def _warn(model: nn.Module, config: SlopeConfig, decisions: Sequence[Decision]) -> None:
+    """Say, once for a model and a configuration, what its author cannot have meant."""
+    if _warned.get(model) == config:
+        return
+    _warned[model] = config
+    for rule in config.unused([d.weight for d in decisions]):
+        log.warning("backend 'slope': %s matches no linear layer of %s", rule, type(model).__name__)
+    if not any(d.sparse for d in decisions):
+        reasons = "\n".join(f"  {d.weight or 'the model'}: {d.why}" for d in decisions)
+        log.warning("backend 'slope': %s runs dense, no linear layer is eligible:\n%s", type(model).__name__, reasons)
 
 
 def _settled(decision: Decision) -> Decision:

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from slope_compile import cost
 from slope_compile._capture import Captured, Linear, capture, uncompiled
-from slope_compile.config import SlopeConfig
+from slope_compile.config import SlopeConfig, checked_config
 from slope_compile.errors import ConversionError
 from slope_compile.kernels import ops
 from slope_compile.layers import LinearLayer, linear_layers
@@ -151,14 +151,14 @@ def explain(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ConfigError: there is no data sheet of that name.
+        ConfigError: there is no data sheet of that name, or ``config`` is no SlopeConfig.
         ConversionError: Dynamo captured no linear.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain: expected an nn.Module, got {type(model).__name__}")
     peaks = cost.device(device) if isinstance(device, str) else device
     try:
-        return _explained(model, args, kwargs, config or SlopeConfig(), peaks, measure)
+        return _explained(model, args, kwargs, checked_config("explain", config), peaks, measure)
     finally:
         gc.collect()  # the copy stands in cycles; what Dynamo compiled for it goes when it goes
 

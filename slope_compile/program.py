@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from slope_compile._export import ExportedWeights, rebuild
-from slope_compile.config import LayerConfig, SlopeConfig
+from slope_compile.config import LayerConfig, SlopeConfig, checked_config
 from slope_compile.cost import Device
 from slope_compile.errors import ConversionError
 from slope_compile.graph_state import COLUMN_PATTERN, PATTERN, VALUES, compressed_state
@@ -68,10 +68,10 @@ def transform(
 
     Raises:
         ConversionError: the graph has been transformed already, or has no eligible linear.
-        ConfigError: no such fusion, or no such device.
+        ConfigError: no such fusion, no such device, or ``config`` is no SlopeConfig.
         TypeError: neither an ExportedProgram nor a GraphModule.
     """
-    config, enabled = config or SlopeConfig(), parse_fusions("transform: fusions", fusions)
+    config, enabled = checked_config("transform", config), parse_fusions("transform: fusions", fusions)
     peaks = parse_device("transform: device", device)
     if isinstance(program, ExportedProgram):
         module = _copy(program.graph_module)

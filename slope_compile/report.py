@@ -24,6 +24,7 @@ class Reason(enum.Enum):
     SHAPE = "shape does not divide"
     DTYPE = "dtype is not supported"
     COMPUTED = "weight is computed, not a parameter"
+    FROZEN = "weight is frozen, a constant of the graph"
     NOT_CONSTANT = "weight is a graph input without a parameter behind it"
     PARAMETRIZED = "weight has a parametrization that is not ours"
     SUBCLASS = "weight is a tensor subclass"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from slope_compile.adapter_nodes import has_adapters, set_adapter_nodes
-from slope_compile.config import SlopeConfig
+from slope_compile.config import SlopeConfig, checked_config
 from slope_compile.errors import ConversionError, ScheduleError
 from slope_compile.graph_state import ADAPTER_A, ADAPTER_B
 from slope_compile.log import log
@@ -101,6 +101,10 @@ class AdapterSchedule:
             raise ScheduleError(f"fraction: expected above 0, up to 1 (share of steps with adapters), got {fraction}")
         if start_step is not None and start_step < 0:
             raise ScheduleError(f"start_step: expected 0 or more, got {start_step}")
+        if start_step is not None and start_step > total_steps:
+            raise ScheduleError(
+                f"start_step: expected up to total_steps = {total_steps} (which means never), got {start_step}"
+            )
         if not lr_scale > 0 or warmup_steps < 0:
             raise ScheduleError(
                 f"lr_scale must be positive and warmup_steps not negative, got {lr_scale} and {warmup_steps}"
@@ -175,7 +179,7 @@ class AdapterSchedule:
                 "the optimizer is made"
             )
         try:
-            add_adapters_(self.model, config)
+            add_adapters_(self.model, checked_config("AdapterSchedule", config))
         except ConversionError as error:
             raise ScheduleError(f"AdapterSchedule: {error}") from error
 

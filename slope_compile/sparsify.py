@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from slope_compile.config import LayerConfig, SlopeConfig
+from slope_compile.config import LayerConfig, SlopeConfig, checked_config
 from slope_compile.errors import ConversionError
 from slope_compile.kernels import cpu_library
 from slope_compile.kernels.masks import choose_mask
@@ -65,16 +65,21 @@ def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
     Raises:
         ConversionError: the model is prepared already, has parameters on the meta device, pending gradients or
             optimizer state, or has no eligible layer.  Nothing has been changed then.
+        ConfigError, TypeError: ``config`` is no SlopeConfig, ``model`` no module.
     """
-    config = config or SlopeConfig()
+    config = checked_config("sparsify_", config)
+    _check_module("sparsify_", model)
     _check_not_prepared(model)
     decisions = decide(model, config)
     chosen = [(layer, config.layer(layer.path)) for layer, decision in decisions if decision.sparse]
     if not chosen:
-        reasons = "\n".join(f"  {d.weight}: {d.why}" for _, d in decisions) or "  it has no linear layers"
+        reasons = [f"  {d.weight or 'the model'}: {d.why}" for _, d in decisions]
+        unused = config.unused([d.weight for _, d in decisions])
+        reasons += [f"  {rule} matches no linear layer" for rule in unused if decisions]
+        listed = "\n".join(reasons or ["  it has no linear layers"])
         raise ConversionError(
             "sparsify_: no layer of the model is eligible; change include, exclude, first_dense, heads_dense or "
-            f"pattern in the SlopeConfig:\n{reasons}"
+            f"pattern in the SlopeConfig:\n{listed}"
         )
     _check_convertible("sparsify_", [layer for layer, _ in chosen])
 
@@ -111,6 +116,7 @@ def densify_(model: nn.Module) -> Report:
         ConversionError: no layer is prepared, or gradients or optimizer state belong to the compressed parameters.
             Nothing has been changed then.
     """
+    _check_module("densify_", model)
     layers = [layer for layer in linear_layers(model) if layer.sparse or layer.low_rank]
     if not layers:
         raise ConversionError("densify_: the model has no prepared layer; sparsify_ it first")
@@ -167,6 +173,11 @@ def _register(layer: LinearLayer, settings: LayerConfig, pattern: Tensor) -> Non
 
 
 def _register_adapter(layer: LinearLayer, settings: LayerConfig) -> None:
+    if settings.adapter_rank > min(layer.shape):
+        log.warning(
+            "adapter_rank %d of %r is more than the rank of its %d x %d weight",
+            settings.adapter_rank, layer.path, *layer.shape,
+        )  # fmt: skip
     A, B = draw_adapter(layer.shape, settings, layer.path, layer.weight.detach())
     adapter = LowRank(A, B, settings.adapter_scale, layer.transposed)
     parametrize.register_parametrization(layer.module, "weight", adapter)
@@ -208,6 +219,11 @@ def _note(layer: LinearLayer, decision: Decision) -> None:
 def _print_children(module: nn.Module) -> None:
     """Let a parametrized module print as any module does, where its class hides the children (Conv1D does)."""
     type(module).__repr__ = nn.Module.__repr__  # type: ignore[method-assign]  # its class is its own
+
+
+def _check_module(who: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{who}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _check_not_prepared(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 import slope_compile as slope
-from masked import assert_same_gradients, masked_copy, masks_of, picked_now
+from masked import assert_same_gradients, masked_copy, masks_of, masks_of_prepared, picked_now
 from recording import compiled, compiled_way, every_way, record
 from recording import fresh_dynamo as fresh_dynamo
 from tolerances import assert_same
@@ -76,21 +77,28 @@ def test_autocast(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     dense, ids = toy(torch.float32), token_ids(6, 9)
     model, run = compiled_way(way, dense, fields={"backward": "exact"})
 
-    def autocast_step(any_model: Any) -> Tensor:
-        with torch.autocast("cpu", dtype):
-            logits: Tensor = any_model(ids)
-        loss_of(logits.float(), ids).backward()
-        return logits.detach()
-
-    logits = autocast_step(run)
-    assert logits.dtype == dtype
+    logits = autocast_step(run, ids, dtype)
     assert recording.sparse == len(SPARSE)
-    masks = masks_of(model)
-    assert all(g.dtype == torch.float32 for g in gradients(model).values())
+    assert_as_good_as_stock(dense, model, ids, logits, dtype)
 
-    # The yardstick: the same masks on a dense model, under stock autocast, and in float64.
+
+def autocast_step(model: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Forward under autocast and backward; returns the logits."""
+    with torch.autocast("cpu", dtype):
+        logits: Tensor = model(ids)
+    loss_of(logits.float(), ids).backward()
+    return logits.detach()
+
+
+def assert_as_good_as_stock(
+    dense: nn.Module, model: nn.Module, ids: Tensor, logits: Tensor, dtype: torch.dtype
+) -> None:
+    """Against the same masks on the dense model: under stock autocast (the yardstick), and in float64 (the truth)."""
+    assert logits.dtype == dtype
+    assert all(g.dtype == torch.float32 for g in gradients(model).values())
+    masks = masks_of(model)
     stock, truth = masked_dense(dense, masks), masked_dense(dense, masks).double()
-    yardstick = {"logits": autocast_step(stock), **kept_gradients(stock, masks)}
+    yardstick = {"logits": autocast_step(stock, ids, dtype), **kept_gradients(stock, masks)}
     exact = {"logits": step(truth, ids), **kept_gradients(truth, masks)}
     found = {"logits": logits, **compressed_gradients(model, masks)}
     assert found.keys() == exact.keys()
@@ -114,7 +122,7 @@ def kept_gradients(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Tens
 
 def compressed_gradients(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Tensor]:
     found = gradients(model)
-    if f"{SPARSE[0]}.weight" in found:
+    if f"{next(iter(masks))}.weight" in found:
         return kept_gradients(model, masks)
     return {f"{path}.weight": found[f"{path}.parametrizations.weight.original"].flatten() for path in masks}
 
@@ -177,7 +185,7 @@ def test_switching_between_training_and_evaluation(way: str) -> None:
 def masked_now(dense: nn.Module, model: nn.Module) -> nn.Module:
     """The masked dense twin of a model as it is now, in evaluation."""
     state = copy.deepcopy(model).eval()
-    if "blocks.1.out.weight" not in dict(state.named_parameters()):
+    if masks_of_prepared(state):
         slope.densify_(state)
     twin = copy.deepcopy(dense).eval()
     twin.load_state_dict(state.state_dict())
@@ -304,9 +312,17 @@ def test_compiling_again_after_a_reset() -> None:
 # --- Inductor --------------------------------------------------------------------------------------------------------
 
 
+def one_block() -> nn.Module:
+    """As small as it can be: generating code is what takes the time here."""
+    model = toy(torch.float32)
+    del model.blocks[1]
+    return model
+
+
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
-def test_modes_through_inductor(mode: str) -> None:
-    """Forward only, by name: each mode compiles and computes what the masked model does."""
+def test_modes_through_inductor(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward only, by name: each mode compiles with its options and computes what the masked model does."""
+    recording = record(monkeypatch)
     run = by_name(mode=mode)
     del run._orig_mod.blocks[1]
     dense, ids = copy.deepcopy(run._orig_mod), token_ids()
@@ -314,11 +330,40 @@ def test_modes_through_inductor(mode: str) -> None:
         logits = run(ids)
         reference = masked_copy(dense, masks_of(run._orig_mod))
         assert_same(logits, reference(ids))
+    (graph,) = recording
+    assert graph.compiler == "inductor"
+    assert graph.patches == torch._inductor.list_mode_options(mode)
+
+
+@every_way
+def test_inference_through_inductor_uses_the_weights_as_they_are(way: str) -> None:
+    """Generated code without gradients: any batch size, and no number of an old weight in it."""
+    dense = one_block()
+    model, run = compiled_way(way, dense, compiler="inductor", dynamic=True)
+    model.eval()
+    with torch.inference_mode():
+        for shape in ((3, 5), (4, 6)):
+            ids = token_ids(*shape)
+            before = run(ids).clone()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.5)
+            after = run(ids)
+            assert not torch.allclose(before, after)
+            assert_same(after, masked_now(dense, model)(ids).detach())
+
+
+@every_way
+def test_autocast_through_inductor(way: str) -> None:
+    """bfloat16 products in generated code, forward and backward, as good as those of stock autocast."""
+    dense, ids = one_block(), token_ids(6, 9)
+    model, run = compiled_way(way, dense, compiler="inductor", fields={"backward": "exact"})
+    logits = autocast_step(run, ids, torch.bfloat16)
+    assert_as_good_as_stock(dense, model, ids, logits, torch.bfloat16)
 
 
 def test_dynamic_training_through_inductor() -> None:
-    dense = toy(torch.float32)
-    del dense.blocks[1]
+    dense = one_block()
     model, run = compiled_way("B", dense, compiler="inductor", dynamic=True)
     reference = masked_copy(dense, masks_of(model), picked_now)
     for shape in ((3, 5), (4, 6)):
@@ -329,9 +374,43 @@ def test_dynamic_training_through_inductor() -> None:
         assert_same_gradients(model, reference)
 
 
-def test_freezing_folds_no_stale_weight() -> None:
-    """Inductor's freezing makes constants of the parameters; the first result must be that of the pruned weights."""
+def test_freezing_a_prepared_model(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Constants in place of parameters: products stay sparse, and nobody complains about columns that none will train.
+
+    What is folded into the code is of this compilation; the next one starts from the values of its time.
+    """
+    recording = record(monkeypatch)
+    dense, ids = one_block(), token_ids()
+    model, run = compiled_way("B", dense, compiler="inductor")
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True), caplog.at_level(logging.WARNING):
+        assert_same(run(ids), masked_now(dense, model)(ids))
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        torch._dynamo.reset()
+        assert_same(run(ids), masked_now(dense, model)(ids))
+    assert [one.sparse for one in recording] == [3, 3]
+    assert [r.getMessage() for r in caplog.records if r.name == "slope_compile"] == []
+
+
+def test_freezing_a_dense_model_is_said_to_leave_it_dense(caplog: pytest.LogCaptureFixture) -> None:
+    """Its parameters are constants of the graph; who they are is lost, so nothing is pruned."""
+    model, ids = one_block(), token_ids()
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True), caplog.at_level(logging.WARNING):
+        expected = model(ids)
+        assert torch.equal(compiled(model, "eager")(ids), expected)
+    (said,) = (r.getMessage() for r in caplog.records if r.name == "slope_compile")
+    assert said == (
+        "backend 'slope': 5 linears run dense, since Inductor's freezing has made constants of their weights; "
+        "sparsify_ the model first, or compile it without freezing"
+    )
+
+
+def test_freezing_by_option() -> None:
+    """Dynamo does not see the option, so the weights are still parameters, and are pruned."""
     run = by_name(options={"freezing": True})
+    del run._orig_mod.blocks[1]
     dense, ids = copy.deepcopy(run._orig_mod), token_ids()
     with torch.no_grad():
         logits = run(ids)

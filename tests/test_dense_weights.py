@@ -90,6 +90,19 @@ def test_said_once(caplog: pytest.LogCaptureFixture) -> None:
         assert text in message
 
 
+def test_rules_without_effect_are_said_once_each(caplog: pytest.LogCaptureFixture) -> None:
+    """A model that stays dense because of a slip of the pen must not do so in silence."""
+    run = compiled(toy(), options={"include": (r"layers\..*", "head")})
+    with caplog.at_level(logging.WARNING, "slope_compile"):
+        run(token_ids())
+        run(token_ids(2, 3))
+    rule, dense = (r.getMessage() for r in caplog.records if r.name == "slope_compile")
+    assert rule == r"backend 'slope': include 'layers\\..*' matches no linear layer of Toy"
+    assert dense.startswith("backend 'slope': Toy runs dense, no linear layer is eligible:\n")
+    assert "  blocks.0.up: excluded by the configuration" in dense
+    assert "  head: output head" in dense
+
+
 def test_exclusion_by_path() -> None:
     masks = pruned(toy(), include=(r"blocks\.\d\.(up|down)",), exclude=(r"blocks\.1\.down",))
     assert list(masks) == ["blocks.0.up", "blocks.0.down", "blocks.1.up"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.exc import InvalidCxxCompiler
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # As `python examples/pretrain.py` does.
@@ -221,6 +222,28 @@ def test_a_compiler_killed_by_the_interrupt_is_not_an_error(tmp_path: Path, monk
     monkeypatch.setattr(Run, "train_step", train_step)
     assert pretrain.main([*TINY, "--no-compile", "--run", "dense", "--out", str(tmp_path)]) == 130
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["runs"]["dense"]["step"] == 0
+
+
+def test_a_missing_compiler_is_named_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The text that is looked for is that of the installed torch."""
+
+    def train_step(self: Run, corpus: stdlib_text.Corpus) -> float:
+        raise RuntimeError("backend failed") from InvalidCxxCompiler()
+
+    monkeypatch.setattr(Run, "train_step", train_step)
+    with pytest.raises(RuntimeError, match="backend failed"):
+        pretrain.main([*TINY, "--run", "dense", "--out", str(tmp_path)])
+
+    def wrapped(self: Run, corpus: stdlib_text.Corpus) -> float:
+        raise RuntimeError(f"InvalidCxxCompiler: {InvalidCxxCompiler()}")
+
+    monkeypatch.setattr(Run, "train_step", wrapped)
+    assert pretrain.main([*TINY, "--run", "dense", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "No working C++ compiler" in said
+    assert "--no-compile" in said
 
 
 def test_one_run_can_be_added_to_another(uninterrupted: Path, tmp_path: Path) -> None:

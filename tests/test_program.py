@@ -418,6 +418,11 @@ def test_neither_a_program_nor_a_graph(thing: Any) -> None:
         slope.transform(thing)
 
 
+def test_no_configuration() -> None:
+    with pytest.raises(slope.ConfigError, match=r"transform: config: expected a SlopeConfig, got \{'pattern': '2:8'\}"):
+        slope.transform(symbolic_trace(nn.Linear(4, 4)), {"pattern": "2:8"})  # type: ignore[arg-type]
+
+
 def test_a_symbolically_traced_module() -> None:
     """``torch.fx`` leaves linears as calls of modules, without values; in the end the same products."""
     dense = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).double()

@@ -298,6 +298,7 @@ def test_loading_switches_on_and_off() -> None:
         ({"total_steps": 5, "fraction": 1.5}, r"fraction: expected above 0, up to 1 .*, got 1\.5"),
         ({"total_steps": 5, "fraction": math.nan}, "fraction: expected above 0, up to 1 .*, got nan"),
         ({"total_steps": 5, "start_step": -1}, "start_step: expected 0 or more, got -1"),
+        ({"total_steps": 5, "start_step": 6}, r"start_step: expected up to total_steps = 5 .*, got 6"),
         ({"total_steps": 5, "lr_scale": 0.0}, "lr_scale must be positive"),
         ({"total_steps": 5, "lr_scale": math.nan}, "lr_scale must be positive"),
         ({"total_steps": 5, "warmup_steps": -1}, "warmup_steps not negative, got 1.0 and -1"),
@@ -327,6 +328,8 @@ def test_models_without_adapters() -> None:
         assert [name for name, _ in model.named_parameters()] == before
     with pytest.raises(slope.ScheduleError, match="no eligible layer has an adapter_rank above 0"):
         slope.AdapterSchedule(net(), total_steps=5, config=plain)
+    with pytest.raises(slope.ConfigError, match="AdapterSchedule: config: expected a SlopeConfig"):
+        slope.AdapterSchedule(net(), total_steps=5, config={"adapter_rank": 2})  # type: ignore[arg-type]
 
 
 def test_a_state_that_is_not_one() -> None:

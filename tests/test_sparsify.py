@@ -212,6 +212,13 @@ def test_rules_that_match_nothing_are_logged(caplog: pytest.LogCaptureFixture) -
     assert [r.getMessage() for r in caplog.records] == ["sparsify_: exclude 'blocks.7.*' matched no linear layer"]
 
 
+def test_an_adapter_of_more_than_full_rank_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="slope_compile"):
+        sparsify_(net(), SlopeConfig(overrides=(Override(path=r"blocks\.1\.up", adapter_rank=90),)))
+    (said,) = (r.getMessage() for r in caplog.records)
+    assert said.startswith("adapter_rank 90 of 'blocks.1.up' is more than the rank of its ")
+
+
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 

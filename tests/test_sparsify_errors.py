@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from prepared import SPARSE, Net, assert_unchanged, net, snapshot, sparse_layers
 from slope_compile.config import SlopeConfig
-from slope_compile.errors import ConversionError, SlopeError
+from slope_compile.errors import ConfigError, ConversionError, SlopeError
 from slope_compile.sparsify import densify_, sparsify_
 
 
@@ -81,10 +81,27 @@ def test_twice() -> None:
             id="no_shape_divides",
         ),
         pytest.param(nn.Sequential(nn.ReLU()), SlopeConfig(), "it has no linear layers", id="no_linear"),
+        pytest.param(nn.Linear(8, 8), SlopeConfig(), "\n  the model: first linear after the input", id="alone"),
+        pytest.param(net(), SlopeConfig(include=("h\d",)), r"include 'h.*d' matches no linear layer", id="no_match"),
     ],
 )
 def test_nothing_to_convert(model: nn.Module, config: SlopeConfig, says: str) -> None:
     refused(lambda: sparsify_(model, config), model, says)
+
+
+@pytest.mark.parametrize("convert", [sparsify_, densify_])
+def test_no_module(convert: Callable[[Any], object]) -> None:
+    with pytest.raises(TypeError, match=rf"{convert.__name__}: expected a torch.nn.Module, got list"):
+        convert([net()])
+
+
+@pytest.mark.parametrize("config", [{"pattern": "2:4"}, "2:4"], ids=["dict", "string"])
+def test_no_configuration(config: Any) -> None:
+    model = net()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=r"sparsify_: config: expected a SlopeConfig, got .*2:4.*from_dict"):
+        sparsify_(model, config)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize(
