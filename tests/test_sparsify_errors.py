@@ -82,7 +82,7 @@ def test_twice() -> None:
         ),
         pytest.param(nn.Sequential(nn.ReLU()), SlopeConfig(), "it has no linear layers", id="no_linear"),
         pytest.param(nn.Linear(8, 8), SlopeConfig(), "\n  the model: first linear after the input", id="alone"),
-        pytest.param(net(), SlopeConfig(include=("h\d",)), r"include 'h.*d' matches no linear layer", id="no_match"),
+        pytest.param(net(), SlopeConfig(include=(r"h\d",)), r"include 'h.*d' matches no linear layer", id="no_match"),
     ],
 )
 def test_nothing_to_convert(model: nn.Module, config: SlopeConfig, says: str) -> None:
