@@ -420,7 +420,7 @@ def test_neither_a_program_nor_a_graph(thing: Any) -> None:
 
 def test_no_configuration() -> None:
     with pytest.raises(slope.ConfigError, match=r"transform: config: expected a SlopeConfig, got \{'pattern': '2:8'\}"):
-        slope.transform(symbolic_trace(nn.Linear(4, 4)), {"pattern": "2:8"})  # type: ignore[arg-type]
+        slope.transform(symbolic_trace(nn.Linear(4, 4)), {"pattern": "2:8"})  # type: ignore[call-overload]
 
 
 def test_a_symbolically_traced_module() -> None:
