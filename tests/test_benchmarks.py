@@ -237,6 +237,14 @@ def test_a_case_that_runs_when_time_is_up_is_left_and_not_failed(job: runner.Job
     assert results(job) == []
 
 
+def test_a_check_that_does_not_pass_is_counted_as_failed_and_keeps_its_record(job: runner.Job) -> None:
+    def wrong(_: Run) -> Iterator[Measurement]:
+        yield Measurement("correctness", {}, {}, {"passed": False, "checks": {}})
+
+    assert runner.execute(job, [Case("a", wrong, threads=1)]) == runner.Outcome(failed=1)
+    assert results(job)[0]["status"] == "ok"
+
+
 def test_failed_cases_are_left_alone_when_asked(job: runner.Job) -> None:
     todo = [case("a", ValueError("bad luck"))]
     runner.execute(job, todo)
