@@ -12,6 +12,8 @@
 #include "gemv.h"
 #include "product.h"
 #include "few_backward.h"
+#include "kept_lanes.h"
+#include "pairs.h"
 #include "weight_gradient.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -94,6 +96,12 @@ EXPORT int slope_cpu_forward(int dtype, int threads, const void* x, int64_t x_st
     const T* d = static_cast<const T*>(down);
     const T* u = static_cast<const T*>(up);
     if (M <= FEW) return forward_few(threads, a, v, pattern, b, d, u, R, static_cast<T*>(y), M, N, K);
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+    if constexpr (std::is_same_v<T, BFloat16>)
+      return pair_product(threads, a, M, K, Matrix<T>{d, R, 1}, u, R, b, static_cast<T*>(y),
+                          N, ForwardSlots{v, pattern, N, K});
+    else
+#endif
     return product(threads, a, M, K, Matrix<T>{d, R, 1}, u, R, b, static_cast<T*>(y), N,
                    ForwardLists<T>{v, pattern, N, K});
   });
@@ -110,6 +118,13 @@ EXPORT int slope_cpu_grad_input(int dtype, int threads, const void* grad, int64_
     const T* v = static_cast<const T*>(values);
     if (M <= FEW_GRADIENTS)
       return grad_input_few(threads, a, v, pattern, column_pattern, static_cast<T*>(dx), M, N, K);
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+    if constexpr (std::is_same_v<T, BFloat16>)
+      return pair_product(threads, a, M, N, Matrix<T>{}, static_cast<const T*>(nullptr), 0,
+                          static_cast<const T*>(nullptr), static_cast<T*>(dx), K,
+                          ColumnSlots{v, pattern, column_pattern, N, K});
+    else
+#endif
     return product(threads, a, M, N, Matrix<T>{}, static_cast<const T*>(nullptr), 0, static_cast<const T*>(nullptr),
                    static_cast<T*>(dx), K, ColumnLists<T>{v, pattern, column_pattern, N, K});
   });
@@ -124,6 +139,9 @@ EXPORT int slope_cpu_grad_weight(int dtype, int threads, const void* grad, int64
     using T = std::remove_pointer_t<decltype(type)>;
     const Matrix<T> g{static_cast<const T*>(grad), g_stride_m, g_stride_n};
     const Matrix<T> a{static_cast<const T*>(x), x_stride_m, x_stride_k};
+#if defined(__AVX512F__)
+    return grad_weight_lanes(threads, g, a, pattern, static_cast<T*>(dv), accumulate != 0, M, N, K);
+#endif
     if (0 < M && M <= FEW_OUTER)
       return grad_weight_few(threads, g, a, pattern, static_cast<T*>(dv), accumulate != 0, M, N, K);
     return grad_weight(threads, g, a, pattern, static_cast<T*>(dv), accumulate != 0, M, N, K);

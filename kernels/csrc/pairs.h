@@ -1,0 +1,338 @@
+// Y = A S for sparse S with bfloat16 instructions (AVX512_BF16, VBMI2): lanes run along the outputs.
+//
+// vdpbf16ps multiplies pairs: sum += a0 b0 + a1 b1 in every 32-bit lane.  For 32 neighbouring numbers of the reduction
+// (a block) each output wants some pairs of them; a slot holds one pair for each of 16 outputs:
+//
+//   sums [16 outputs] += dot2(permute(A[m, block], index [16]), weights [16])      for every slot, for every m
+//
+// The permutation (vpermw) picks from a register, so A is not transposed and half of the multiplications of a dense
+// product are never issued.  A forward product has one slot for each group of four columns: 8 a block.  An input gradient
+// has as many as its fullest column needs: 8 at most if it is double-pruned, about 11 if not.
+//
+//   LANE_ROWS   rows of A at once: as many sums and as many blocks of A in registers
+//   lists       [blocks of the reduction][slots](index [16], weights [16]) for 16 outputs, made once for a panel of A
+#pragma once
+
+#include "kept_lanes.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+
+namespace slope {
+
+constexpr int LANE_ROWS = 12;
+constexpr int64_t LANE_BLOCK = 32;
+constexpr int64_t LANE_PANEL = 85 * LANE_ROWS;
+constexpr int64_t LISTS_BYTES = 384 << 10;  // of the outputs that share a pass over the panel: part of the L2 cache
+
+struct Slot {
+  alignas(64) uint32_t index[16];  // two 16-bit columns of the block
+  uint32_t weights[16];            // two bfloat16
+};
+
+// Slots of 16 outputs: those of block b are slots[starts[b]] to slots[starts[b + 1]].
+struct SlotLists {
+  Slot* slots;
+  int32_t* starts;
+};
+
+// y [ROWS, 16], `stride` apart, of ROWS rows of a packed tile [blocks][ROWS][32]; `stored` of the 16 outputs exist.
+template <int ROWS>
+void pair_tile(BFloat16* y, int64_t stride, __mmask16 stored, const BFloat16* tile, const SlotLists& lists,
+               int64_t blocks, __m512 bias) {
+  __m512 s[ROWS];
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; r++) s[r] = bias;
+  const Slot* slot = lists.slots;
+  for (int64_t b = 0; b < blocks; b++, tile += ROWS * LANE_BLOCK) {
+    __m512i a[ROWS];
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++) a[r] = _mm512_load_si512(tile + r * LANE_BLOCK);
+    for (const Slot* end = lists.slots + lists.starts[b + 1]; slot < end; slot++) {
+      const __m512i index = _mm512_load_si512(slot->index), weights = _mm512_load_si512(slot->weights);
+#pragma GCC unroll 12
+      for (int r = 0; r < ROWS; r++)
+        s[r] = _mm512_dpbf16_ps(s[r], (__m512bh)_mm512_permutexvar_epi16(index, a[r]), (__m512bh)weights);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; r++) {
+    alignas(64) float sums[16];
+    alignas(32) BFloat16 rounded[16];
+    _mm512_store_ps(sums, s[r]);
+    store8(rounded, load8(sums));
+    store8(rounded + 8, load8(sums + 8));
+    _mm256_mask_storeu_epi16(y + r * stride, stored, _mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
+  }
+}
+
+using PairTile = void (*)(BFloat16*, int64_t, __mmask16, const BFloat16*, const SlotLists&, int64_t, __m512);
+
+inline PairTile pair_tile_of(int rows) {
+  static constexpr PairTile tiles[LANE_ROWS] = {pair_tile<1>, pair_tile<2>, pair_tile<3>,  pair_tile<4>,
+                                                pair_tile<5>, pair_tile<6>, pair_tile<7>,  pair_tile<8>,
+                                                pair_tile<9>, pair_tile<10>, pair_tile<11>, pair_tile<12>};
+  return tiles[rows - 1];
+}
+
+// 16 x 16 words transposed: rows[i][j] -> rows[j][i].
+inline void transpose16(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  // r[4 q + j] holds, in its four lanes of 128 bits, columns j, 4 + j, 8 + j, 12 + j of rows 4 q to 4 q + 3.
+  for (int j = 0; j < 4; j++) {
+    t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+    t[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    t[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+  }
+  for (int j = 0; j < 4; j++) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+    r[4 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0x88);
+    r[12 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0xdd);
+  }
+}
+
+// Slots of the forward product: outputs are rows of W, the reduction runs along its columns.
+struct ForwardSlots {
+  const BFloat16* values;  // [N, K / 2]
+  const uint8_t* pattern;  // [N, ceil(K / 8)]
+  int64_t N, K;
+
+  static constexpr int MOST = 8;
+
+  int operator()(Slot* slots, int64_t o0, int64_t count, int64_t r0) const {
+    const int64_t width = (K + 7) / 8, columns = std::min(LANE_BLOCK, K - r0);
+    // The two columns that a nibble names; see kept_indices for one that has not two bits.
+    const __m512i named = _mm512_setr_epi32(0, 0, 0x10001, 0x10000, 0x20002, 0x20000, 0x20001, 0x20000, 0x30003, 0x30000,
+                                            0x30001, 0x30000, 0x30002, 0x30000, 0x30001, 0x30000);
+    alignas(64) uint32_t bits[16] = {};
+    alignas(64) uint32_t pairs[16][8] = {};
+    for (int64_t o = 0; o < count; o++) {
+      const uint8_t* p = pattern + (o0 + o) * width + r0 / 8;
+      const BFloat16* v = values + (o0 + o) * (K / 2) + r0 / 2;
+      if (columns == LANE_BLOCK) {
+        std::memcpy(&bits[o], p, 4);
+        std::memcpy(pairs[o], v, 32);
+      } else {
+        std::memcpy(&bits[o], p, (columns + 7) / 8);
+        std::memcpy(pairs[o], v, columns);
+      }
+    }
+    const __m512i b = _mm512_load_si512(bits);
+    Vec8 low[8], high[8];
+    for (int i = 0; i < 8; i++) {
+      low[i] = load8(reinterpret_cast<const float*>(pairs[i]));
+      high[i] = load8(reinterpret_cast<const float*>(pairs[8 + i]));
+    }
+    transpose8(low);
+    transpose8(high);
+    const int groups = int(columns / 4);
+    for (int g = 0; g < groups; g++) {
+      const __m512i index = _mm512_permutexvar_epi32(_mm512_srl_epi32(b, _mm_cvtsi32_si128(4 * g)), named);
+      _mm512_store_si512(slots[g].index, _mm512_add_epi32(index, _mm512_set1_epi32(4 * g * 0x10001)));
+      store8(reinterpret_cast<float*>(slots[g].weights), low[g]);
+      store8(reinterpret_cast<float*>(slots[g].weights + 8), high[g]);
+    }
+    return groups;
+  }
+};
+
+// Slots of the input gradient: outputs are columns of W, the reduction runs along its rows.
+struct ColumnSlots {
+  const BFloat16* values;
+  const uint8_t* pattern;
+  const uint8_t* column_pattern;  // [K, ceil(N / 8)], or nullptr: exact
+  int64_t N, K;
+
+  static constexpr int MOST = 16;
+
+  int operator()(Slot* slots, int64_t o0, int64_t count, int64_t r0) const {
+    const int64_t width = (K + 7) / 8, column_width = (N + 7) / 8;
+    const int rows = int(std::min(LANE_BLOCK, N - r0)), bytes = int((count + 7) / 8);
+    // Rows r and 16 + r of W, dense, side by side.
+    alignas(64) uint16_t bits[32] = {};
+    __m512i r[16];
+    __m256i dense[32];
+    for (int n = 0; n < 32; n++) {
+      dense[n] = _mm256_setzero_si256();
+      if (n >= rows) continue;
+      const BFloat16* v = values + (r0 + n) * (K / 2) + o0 / 2;
+      std::memcpy(&bits[n], pattern + (r0 + n) * width + o0 / 8, bytes);
+      __m128i kept = _mm_setzero_si128();
+      if (count == 16)
+        kept = _mm_loadu_si128(reinterpret_cast<const __m128i*>(v));
+      else
+        std::memcpy(&kept, v, count);
+      dense[n] = _mm256_maskz_expand_epi16(bits[n], _mm256_castsi128_si256(kept));
+    }
+    for (int n = 0; n < 16; n++) r[n] = _mm512_inserti64x4(_mm512_castsi256_si512(dense[n]), dense[16 + n], 1);
+    columns_of_rows(r);
+    const __m512i row_bits = _mm512_load_si512(bits);
+    alignas(64) uint16_t iota[32];
+    for (int n = 0; n < 32; n++) iota[n] = uint16_t(n);
+    const __m512i numbers = _mm512_load_si512(iota);
+    __m512i index[16];
+    int most = 0;
+    for (int c = 0; c < 16; c++) {
+      __mmask32 kept = _mm512_test_epi16_mask(row_bits, _mm512_set1_epi16(int16_t(1 << c)));
+      if (column_pattern != nullptr) {
+        uint32_t also = 0;
+        if (c < count) std::memcpy(&also, column_pattern + (o0 + c) * column_width + r0 / 8, (rows + 7) / 8);
+        kept &= also;
+      }
+      most = std::max(most, __builtin_popcount(kept));
+      index[c] = _mm512_maskz_compress_epi16(kept, numbers);
+      r[c] = _mm512_maskz_compress_epi16(kept, r[c]);
+    }
+    transpose16(index);
+    transpose16(r);
+    const int used = (most + 1) / 2;
+    for (int i = 0; i < used; i++) {
+      _mm512_store_si512(slots[i].index, index[i]);
+      _mm512_store_si512(slots[i].weights, r[i]);
+    }
+    return used;
+  }
+
+ private:
+  // 16 vectors of (row r, row 16 + r), each of 16 columns -> 16 columns of 32 rows.
+  static void columns_of_rows(__m512i (&r)[16]) {
+    __m512i t[16];
+    for (int h = 0; h < 16; h += 8) {
+      __m512i u[8];
+      for (int i = 0; i < 4; i++) {
+        t[2 * i] = _mm512_unpacklo_epi16(r[h + 2 * i], r[h + 2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi16(r[h + 2 * i], r[h + 2 * i + 1]);
+      }
+      for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+          u[i + 2 * j] = _mm512_unpacklo_epi32(t[i + j], t[i + j + 2]);
+          u[i + 2 * j + 1] = _mm512_unpackhi_epi32(t[i + j], t[i + j + 2]);
+        }
+      for (int j = 0; j < 4; j++) {
+        r[h + 2 * j] = _mm512_unpacklo_epi64(u[j], u[4 + j]);
+        r[h + 2 * j + 1] = _mm512_unpackhi_epi64(u[j], u[4 + j]);
+      }
+    }
+    const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    for (int c = 0; c < 8; c++) {
+      t[c] = _mm512_permutex2var_epi64(r[c], even, r[8 + c]);
+      t[8 + c] = _mm512_permutex2var_epi64(r[c], odd, r[8 + c]);
+    }
+    for (int c = 0; c < 16; c++) r[c] = t[c];
+  }
+};
+
+// Slots of dense weights [outputs, extra] (the low-rank branch): all pairs.
+inline int dense_slots(Slot* slots, const BFloat16* weights, int64_t extra, int64_t o0, int64_t count, int64_t r0) {
+  const int columns = int(std::min(LANE_BLOCK, extra - r0));
+  for (int i = 0; i < (columns + 1) / 2; i++)
+    for (int o = 0; o < 16; o++) {
+      const BFloat16* w = weights + (o0 + o) * extra + r0 + 2 * i;
+      slots[i].index[o] = uint32_t(2 * i) | uint32_t(2 * i + 1) << 16;
+      slots[i].weights[o] = o < count ? PairWord::word(w, 2 * i + 1 < columns ? w + 1 : nullptr) : 0;
+    }
+  return (columns + 1) / 2;
+}
+
+// to [blocks][rows][32] = a[i0 .. i0 + rows, 0 .. columns), zeros past them.
+inline void pack_blocks(BFloat16* to, Matrix<BFloat16> a, int64_t i0, int rows, int64_t columns) {
+  for (int64_t j0 = 0; j0 < columns; j0 += LANE_BLOCK)
+    for (int r = 0; r < rows; r++, to += LANE_BLOCK) {
+      const int count = int(std::min(LANE_BLOCK, columns - j0));
+      if (a.columns == 1) {
+        const __mmask32 there = count == 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
+        _mm512_store_si512(to, _mm512_maskz_loadu_epi16(there, a.at(i0 + r, j0)));
+      } else {
+        for (int j = 0; j < LANE_BLOCK; j++) to[j] = j < count ? *a.at(i0 + r, j0 + j) : BFloat16{0};
+      }
+    }
+}
+
+// The product; arguments as in product() (product.h).  `fill(slots, o0, count, r0)` makes the slots of outputs
+// [o0, o0 + count) for the block of the reduction that starts at r0 and says how many there are.
+template <class Fill>
+int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, Matrix<BFloat16> extra,
+                 const BFloat16* extra_weights, int64_t extra_size, const BFloat16* bias, BFloat16* y, int64_t outputs,
+                 const Fill& fill) {
+  const int64_t main_blocks = ceil_div(reduction, LANE_BLOCK), extra_blocks = ceil_div(extra_size, LANE_BLOCK);
+  const int64_t blocks = main_blocks + extra_blocks, depth = std::max<int64_t>(1, blocks * LANE_BLOCK);
+  const int64_t panel_rows = std::min(LANE_PANEL, M);
+  BFloat16* panel = reinterpret_cast<BFloat16*>(shared_a.floats(ceil_div(panel_rows * depth, 2)));
+  if (panel == nullptr) return 1;
+  const int64_t most_slots = main_blocks * Fill::MOST + extra_blocks * 16;
+  const int64_t slot_floats = sizeof(Slot) / sizeof(float);
+  const int64_t list_floats = most_slots * slot_floats + ceil_div(blocks + 1, 16) * 16;
+  // Outputs that share a pass: as many as fit the cache, the same for every thread.
+  const int64_t lanes = ceil_div(outputs, 16);
+  const int64_t fitting = std::clamp<int64_t>(LISTS_BYTES / (list_floats * int64_t(sizeof(float))), 1, 16);
+  const int64_t group = block_size(lanes, threads, fitting, 1);
+  bool failed = false;
+
+  for (int64_t m0 = 0; m0 < M; m0 += panel_rows) {
+    const int64_t rows = std::min(panel_rows, M - m0), tiles = ceil_div(rows, LANE_ROWS);
+    const int64_t tile_rows = ceil_div(rows, tiles);
+    auto rows_of = [&](int64_t t) { return int(std::max<int64_t>(0, std::min(tile_rows, rows - t * tile_rows))); };
+    parallel(threads, tiles, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++) {
+        BFloat16* to = panel + t * tile_rows * depth;
+        if (rows_of(t) == 0) continue;
+        pack_blocks(to, a, m0 + t * tile_rows, rows_of(t), reduction);
+        pack_blocks(to + main_blocks * rows_of(t) * LANE_BLOCK, extra, m0 + t * tile_rows, rows_of(t), extra_size);
+      }
+    });
+    parallel(threads, ceil_div(lanes, group), [&](int64_t begin, int64_t end) {
+      float* memory = own.floats(group * list_floats);
+      if (memory == nullptr) {
+        failed = true;
+        return;
+      }
+      for (int64_t first = begin * group; first < std::min(lanes, end * group); first += group) {
+        const int64_t count = std::min({group, lanes - first, end * group - first});
+        auto lists_of = [&](int64_t i) {
+          Slot* slots = reinterpret_cast<Slot*>(memory + i * list_floats);
+          return SlotLists{slots, reinterpret_cast<int32_t*>(slots + most_slots)};
+        };
+        for (int64_t i = 0; i < count; i++) {
+          const SlotLists lists = lists_of(i);
+          const int64_t o0 = (first + i) * 16, there = std::min<int64_t>(16, outputs - o0);
+          int32_t at = 0;
+          for (int64_t b = 0; b < blocks; b++) {
+            lists.starts[b] = at;
+            at += b < main_blocks ? fill(lists.slots + at, o0, there, b * LANE_BLOCK)
+                                  : dense_slots(lists.slots + at, extra_weights, extra_size, o0, there,
+                                                (b - main_blocks) * LANE_BLOCK);
+          }
+          lists.starts[blocks] = at;
+        }
+        for (int64_t t = 0; t < tiles; t++) {
+          if (rows_of(t) == 0) continue;
+          const PairTile tile = pair_tile_of(rows_of(t));
+          for (int64_t i = 0; i < count; i++) {
+            const int64_t o0 = (first + i) * 16, there = std::min<int64_t>(16, outputs - o0);
+            alignas(64) float start[16] = {};
+            if (bias != nullptr)
+              for (int64_t o = 0; o < there; o++) start[o] = to_float(bias[o0 + o]);
+            tile(y + (m0 + t * tile_rows) * outputs + o0, outputs, __mmask16((1u << there) - 1),
+                 panel + t * tile_rows * depth, lists_of(i), blocks, _mm512_load_ps(start));
+          }
+        }
+      }
+    });
+    if (failed) return 1;
+  }
+  return 0;
+}
+
+}  // namespace slope
+
+#endif
