@@ -119,6 +119,9 @@ struct ForwardSlots {
     for (int64_t o = 0; o < count; o++) {
       const uint8_t* p = pattern + (o0 + o) * width + r0 / 8;
       const BFloat16* v = values + (o0 + o) * (K / 2) + r0 / 2;
+      // The same columns of the next 16 rows: too many short streams for the hardware to see them coming.
+      if (r0 % 64 == 0) __builtin_prefetch(v + 16 * (K / 2));
+      if (r0 % 512 == 0) __builtin_prefetch(p + 16 * width);
       if (columns == LANE_BLOCK) {
         std::memcpy(&bits[o], p, 4);
         std::memcpy(pairs[o], v, 32);
@@ -146,6 +149,12 @@ struct ForwardSlots {
   }
 };
 
+alignas(64) inline constexpr std::array<uint16_t, 32> NUMBERS = [] {
+  std::array<uint16_t, 32> numbers{};
+  for (int n = 0; n < 32; n++) numbers[n] = uint16_t(n);
+  return numbers;
+}();
+
 // Slots of the input gradient: outputs are columns of W, the reduction runs along its rows.
 struct ColumnSlots {
   const BFloat16* values;
@@ -156,37 +165,50 @@ struct ColumnSlots {
   static constexpr int MOST = 16;
 
   int operator()(Slot* slots, int64_t o0, int64_t count, int64_t r0) const {
+    return count == 16 && r0 + LANE_BLOCK <= N ? fill<true>(slots, o0, 16, r0) : fill<false>(slots, o0, count, r0);
+  }
+
+ private:
+  // WHOLE: 16 columns and 32 rows are there, so that every copy has a fixed size.
+  template <bool WHOLE> int fill(Slot* slots, int64_t o0, int64_t count, int64_t r0) const {
     const int64_t width = (K + 7) / 8, column_width = (N + 7) / 8;
-    const int rows = int(std::min(LANE_BLOCK, N - r0)), bytes = int((count + 7) / 8);
-    // Rows r and 16 + r of W, dense, side by side.
+    const int rows = WHOLE ? 32 : int(std::min(LANE_BLOCK, N - r0));
     alignas(64) uint16_t bits[32] = {};
-    __m512i r[16];
     __m256i dense[32];
     for (int n = 0; n < 32; n++) {
       dense[n] = _mm256_setzero_si256();
       if (n >= rows) continue;
       const BFloat16* v = values + (r0 + n) * (K / 2) + o0 / 2;
-      std::memcpy(&bits[n], pattern + (r0 + n) * width + o0 / 8, bytes);
+      const uint8_t* p = pattern + (r0 + n) * width + o0 / 8;
       __m128i kept = _mm_setzero_si128();
-      if (count == 16)
+      if constexpr (WHOLE) {
+        // The cache line that the 32 columns after the next ones need.
+        if (o0 % 64 == 0) __builtin_prefetch(v + 32, 0, 2);
+        std::memcpy(&bits[n], p, 2);
         kept = _mm_loadu_si128(reinterpret_cast<const __m128i*>(v));
-      else
+      } else {
+        std::memcpy(&bits[n], p, (count + 7) / 8);
         std::memcpy(&kept, v, count);
+      }
       dense[n] = _mm256_maskz_expand_epi16(bits[n], _mm256_castsi128_si256(kept));
     }
+    // Rows n and 16 + n of W, side by side.
+    __m512i r[16];
     for (int n = 0; n < 16; n++) r[n] = _mm512_inserti64x4(_mm512_castsi256_si512(dense[n]), dense[16 + n], 1);
     columns_of_rows(r);
     const __m512i row_bits = _mm512_load_si512(bits);
-    alignas(64) uint16_t iota[32];
-    for (int n = 0; n < 32; n++) iota[n] = uint16_t(n);
-    const __m512i numbers = _mm512_load_si512(iota);
+    const __m512i numbers = _mm512_load_si512(NUMBERS.data());
     __m512i index[16];
     int most = 0;
     for (int c = 0; c < 16; c++) {
       __mmask32 kept = _mm512_test_epi16_mask(row_bits, _mm512_set1_epi16(int16_t(1 << c)));
       if (column_pattern != nullptr) {
         uint32_t also = 0;
-        if (c < count) std::memcpy(&also, column_pattern + (o0 + c) * column_width + r0 / 8, (rows + 7) / 8);
+        const uint8_t* from = column_pattern + (o0 + c) * column_width + r0 / 8;
+        if constexpr (WHOLE)
+          std::memcpy(&also, from, 4);
+        else if (c < count)
+          std::memcpy(&also, from, (rows + 7) / 8);
         kept &= also;
       }
       most = std::max(most, __builtin_popcount(kept));
@@ -203,7 +225,6 @@ struct ColumnSlots {
     return used;
   }
 
- private:
   // 16 vectors of (row r, row 16 + r), each of 16 columns -> 16 columns of 32 rows.
   static void columns_of_rows(__m512i (&r)[16]) {
     __m512i t[16];

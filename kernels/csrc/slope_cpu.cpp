@@ -95,7 +95,7 @@ EXPORT int slope_cpu_forward(int dtype, int threads, const void* x, int64_t x_st
     const T* b = static_cast<const T*>(bias);
     const T* d = static_cast<const T*>(down);
     const T* u = static_cast<const T*>(up);
-    if (M <= FEW) return forward_few(threads, a, v, pattern, b, d, u, R, static_cast<T*>(y), M, N, K);
+    if (M <= few<T>()) return forward_few(threads, a, v, pattern, b, d, u, R, static_cast<T*>(y), M, N, K);
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
     if constexpr (std::is_same_v<T, BFloat16>)
       return pair_product(threads, a, M, K, Matrix<T>{d, R, 1}, u, R, b, static_cast<T*>(y),
