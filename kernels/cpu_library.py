@@ -40,6 +40,8 @@ _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
     "compress": (_INT, (*_START, *_MATRIX, _POINTER, _POINTER, _LONG, _LONG)),
     # W, dense, N, K
     "expand": (_INT, (*_START, *_SPARSE, _POINTER, _LONG, _LONG)),
+    # W, column pattern, dense, N, K
+    "expand_double_pruned": (_INT, (*_START, *_SPARSE, _POINTER, _POINTER, _LONG, _LONG)),
     # W, column values, column pattern, N, K
     "compress_columns": (_INT, (*_START, *_SPARSE, _POINTER, _POINTER, _LONG, _LONG)),
     # W, column pattern, column values, N, K
@@ -65,6 +67,7 @@ class CpuLibrary:
     grad_weight: Function
     compress: Function
     expand: Function
+    expand_double_pruned: Function
     compress_columns: Function
     recompress_columns: Function
     illegal_groups: Function

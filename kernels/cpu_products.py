@@ -66,11 +66,8 @@ def grad_input(
 ) -> Tensor:
     """The input gradient by the 2:4 kernel or by a dense one; exact without a column pattern."""
     N, K = values.shape[0], values.shape[1] * 2
-    if not sparse and column_pattern is None:
-        return _give(torch.matmul(grad, expand(library, values, pattern)), out)
-    if not sparse and column_pattern is not None:
-        column_values = recompress_columns(library, values, pattern, column_pattern)
-        return _give(torch.nn.functional.linear(grad, expand(library, column_values, column_pattern)), out)
+    if not sparse:
+        return _give(torch.matmul(grad, expand(library, values, pattern, column_pattern)), out)
     rows = grad.reshape(-1, N)
     values, pattern = values.contiguous(), pattern.contiguous()
     column_pattern = None if column_pattern is None else column_pattern.contiguous()
@@ -142,20 +139,16 @@ def compress(library: CpuLibrary, weight: Tensor, pattern: Tensor) -> Tensor:
     return values
 
 
-def expand(library: CpuLibrary, values: Tensor, pattern: Tensor) -> Tensor:
-    """Dense ``[N, K]`` of values ``[N, K / 2]``."""
+def expand(library: CpuLibrary, values: Tensor, pattern: Tensor, column_pattern: Tensor | None = None) -> Tensor:
+    """Dense ``[N, K]`` of values ``[N, K / 2]``; with a column pattern the entries that both keep, ``W^{R,C}``."""
     N, K = values.shape[0], values.shape[1] * 2
     values, pattern = values.contiguous(), pattern.contiguous()
     dense = values.new_empty(N, K)
-    library.expand(
-        CODES[values.dtype],
-        torch.get_num_threads(),
-        values.data_ptr(),
-        pattern.data_ptr(),
-        dense.data_ptr(),
-        N,
-        K,
-    )
+    start = (CODES[values.dtype], torch.get_num_threads(), values.data_ptr(), pattern.data_ptr())
+    if column_pattern is None:
+        library.expand(*start, dense.data_ptr(), N, K)
+    else:
+        library.expand_double_pruned(*start, column_pattern.contiguous().data_ptr(), dense.data_ptr(), N, K)
     return dense
 
 

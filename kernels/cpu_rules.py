@@ -1,10 +1,9 @@
 """When the 2:4 kernels are used on a CPU, and when a dense product with the expanded weight is.
 
 A machine on which ``slope-compile tune`` has run goes by what was measured there.  Elsewhere a rule decides, which
-comes from interleaved measurements (``python -m benchmarks run --suite cpu``): in float32 and float16 a 2:4
-kernel beats expanding at every M but for the weight gradient of some ten tokens.  In bfloat16 that holds where
-PyTorch has no bfloat16 instructions to use; where it has (AVX512_BF16), its dense product runs at twice the rate of
-float32, and the 2:4 kernels, which add up in float32, only win while they are bound by memory.
+comes from interleaved measurements on an AVX2 and an AVX-512 machine: a 2:4 kernel beats expanding at every number of
+tokens but for the cases named here.  In bfloat16 with AVX512_BF16 the dense product is fast too, so that few tokens are
+not enough to make up for the lists that the kernels build from the metadata.
 """
 
 from __future__ import annotations
@@ -13,10 +12,12 @@ import torch
 
 from slope_compile.kernels import cpu_tuning
 
-FEW_TOKENS = 16
-"""Below: products bound by memory, also where the dense one has faster instructions."""
-OUTER, PACKED = 8, 32
-"""Weight gradients: up to the one, sums of outer products; from the other on, tiles.  In between neither wins."""
+AVX2_OUTER, AVX2_PACKED = 8, 32
+"""Weight gradients without AVX-512: up to the one, sums of outer products; from the other on, tiles.  In between
+neither wins."""
+
+PAIRS = {"forward": 1, "grad_input": 256, "grad_input_columns": 1, "grad_weight": 32}
+"""bfloat16 with AVX512_BF16: product -> tokens from which on the kernel wins."""
 
 
 def sparse(op: str, M: int, dtype: torch.dtype, isa: str) -> bool:
@@ -32,7 +33,8 @@ def sparse(op: str, M: int, dtype: torch.dtype, isa: str) -> bool:
     measured = None if table is None else table.sparse(op, M, dtype)
     if measured is not None:
         return measured
-    instructions = dtype is torch.bfloat16 and isa == "avx512_bf16"
-    if op == "grad_weight":
-        return M <= OUTER or (M >= PACKED and not instructions)
-    return M < FEW_TOKENS or not instructions
+    if dtype is torch.bfloat16 and isa == "avx512_bf16":
+        return M >= PAIRS[op]
+    if isa.startswith("avx512"):
+        return op != "grad_input" or M > 1
+    return op != "grad_weight" or M <= AVX2_OUTER or M >= AVX2_PACKED

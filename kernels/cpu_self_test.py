@@ -37,6 +37,7 @@ class Kernels(Protocol):
     grad_weight: Function
     compress: Function
     expand: Function
+    expand_double_pruned: Function
     compress_columns: Function
     recompress_columns: Function
     illegal_groups: Function
@@ -86,6 +87,7 @@ class _Case:
             yield "compress_columns", self.compress_columns(column_values, column_pattern)
             yield "recompress_columns", self.recompress_columns(column_values, column_pattern)
             dense = reference.expand(column_values, column_pattern, 2, 4).t()
+            yield "expand_double_pruned", self.expand_double_pruned(dense, column_pattern)
             yield "grad_input (double-pruned)", self.grad_input(dense, column_pattern)
 
     def illegal_groups(self) -> bool:
@@ -114,6 +116,16 @@ class _Case:
             ),
         )
         return same and torch.equal(dense, self.dense)
+
+    def expand_double_pruned(self, expected: Tensor, column_pattern: Tensor) -> bool:
+        dense = _unwritten(self.dense)
+        same = _same(
+            dense,
+            lambda threads, to: self.kernels.expand_double_pruned(
+                self.code, threads, _at(self.values), _at(self.pattern), _at(column_pattern), to, self.N, self.K
+            ),
+        )
+        return same and torch.equal(dense, expected)
 
     def forward(self) -> bool:
         x, down, up = self.x, self.down, self.up

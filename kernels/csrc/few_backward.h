@@ -2,6 +2,8 @@
 // nothing is packed and no lists are made: weights are expanded, or activations closed up, eight at a time in registers.
 #pragma once
 
+#include <utility>
+
 #include "gemv.h"
 
 namespace slope {
@@ -15,8 +17,19 @@ constexpr int SPREAD = 4;
 constexpr int STRETCH = SPREAD * LANES;  // columns of dX in registers
 constexpr int DEPTH = 32;                // rows of W expanded at a time: bits of a word of the column pattern
 constexpr int AHEAD = 3;                 // stretches
-constexpr int64_t FEW_GRADIENTS = 32;    // tokens up to which grad_input_few is used
-constexpr int64_t FEW_OUTER = 8;         // and grad_weight_few
+// Tokens up to which grad_input_few is used: fewer where pairs (pairs.h) are there for what comes next.
+template <class T> constexpr int64_t few_gradients() {
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+  if (std::is_same_v<T, BFloat16>) return 12;
+#endif
+  return 32;
+}
+// And those up to which grad_weight_few is: fewer where kept_lanes.h is there for what comes next.
+#if defined(__AVX512F__)
+constexpr int64_t FEW_OUTER = 2;
+#else
+constexpr int64_t FEW_OUTER = 8;
+#endif
 
 // sums [R rows, `stride` apart][STRETCH] += g [R rows, N apart][depth] * w [depth][STRETCH].
 template <int R>
@@ -137,32 +150,46 @@ int grad_input_few(int threads, Matrix<T> a, const T* values, const uint8_t* pat
   return 0;
 }
 
-// The kept ones of 16 activations, in order.
-inline Vec8 kept16(const float* x, const uint8_t* p) {
+// The kept ones of some neighbouring activations, in order.
 #if defined(__AVX512F__)
-  uint16_t mask;
-  std::memcpy(&mask, p, 2);
-  return (Vec8)_mm512_castps512_ps256(_mm512_maskz_compress_ps(mask, _mm512_loadu_ps(x)));
-#else
-  return SLOPE_SHUFFLE(gather8(load8(x), p[0]), gather8(load8(x + 8), p[1]), 0, 1, 2, 3, 8, 9, 10, 11);
-#endif
+constexpr int OUTER_STEP = 32;
+inline Vec kept_of_step(const float* x, const uint8_t* p) {
+  uint32_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  const __m512 low = _mm512_maskz_compress_ps(__mmask16(bits), _mm512_loadu_ps(x));
+  const __m512 high = _mm512_maskz_compress_ps(__mmask16(bits >> 16), _mm512_loadu_ps(x + 16));
+  return (Vec)_mm512_insertf32x8(low, _mm512_castps512_ps256(high), 1);
 }
+#else
+constexpr int OUTER_STEP = 16;
+inline Vec8 kept_of_step(const float* x, const uint8_t* p) {
+  return SLOPE_SHUFFLE(gather8(load8(x), p[0]), gather8(load8(x + 8), p[1]), 0, 1, 2, 3, 8, 9, 10, 11);
+}
+#endif
 
 // One row of dV: sums over M rows of x [M, K] at the kept positions, times g[m * N].
 template <class T, int M>
 inline void outer_row(T* to, const float* g, int64_t N, const float* x, const uint8_t* p, bool accumulate, int64_t K) {
+  float factors[M];
+  for (int m = 0; m < M; m++) factors[m] = g[m * N];
   int64_t k = 0;
-  for (; k + 16 <= K; k += 16) {
-    Vec8 s = kept16(x + k, p + k / 8) * g[0];
+  for (; k + OUTER_STEP <= K; k += OUTER_STEP) {
+    auto s = kept_of_step(x + k, p + k / 8) * factors[0];
 #pragma GCC unroll 8
-    for (int m = 1; m < M; m++) s += kept16(x + m * K + k, p + k / 8) * g[m * N];
-    store8(to + k / 2, accumulate ? load8(to + k / 2) + s : s);
+    for (int m = 1; m < M; m++) s += kept_of_step(x + m * K + k, p + k / 8) * factors[m];
+    Vec8 parts[OUTER_STEP / 16];
+    static_assert(sizeof parts == sizeof s);
+    std::memcpy(parts, &s, sizeof s);
+    for (int i = 0; i < OUTER_STEP / 16; i++) {
+      T* part = to + k / 2 + 8 * i;
+      store8(part, accumulate ? load8(part) + parts[i] : parts[i]);
+    }
   }
   for (; k < K; k += 4) {
     const uint8_t nibble = uint8_t(p[k / 8] >> (k % 8)) & 15;
     for (int e = 0; e < 2; e++) {
       float s = accumulate ? to_float(to[k / 2 + e]) : 0.0f;
-      for (int m = 0; m < M; m++) s += x[m * K + k + tables.kept[nibble][e]] * g[m * N];
+      for (int m = 0; m < M; m++) s += x[m * K + k + tables.kept[nibble][e]] * factors[m];
       to[k / 2 + e] = from_float<T>(s);
     }
   }
@@ -174,8 +201,9 @@ template <class T> using OuterRow = void (*)(T*, const float*, int64_t, const fl
 template <class T>
 int grad_weight_few(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* pattern, T* dv, bool accumulate, int64_t M,
                     int64_t N, int64_t K) {
-  static constexpr OuterRow<T> row_of[FEW_OUTER] = {outer_row<T, 1>, outer_row<T, 2>, outer_row<T, 3>, outer_row<T, 4>,
-                                                    outer_row<T, 5>, outer_row<T, 6>, outer_row<T, 7>, outer_row<T, 8>};
+  static constexpr auto row_of = []<int... m>(std::integer_sequence<int, m...>) {
+    return std::array<OuterRow<T>, FEW_OUTER>{outer_row<T, m + 1>...};
+  }(std::make_integer_sequence<int, FEW_OUTER>());
   const float* g = float_rows(shared_a, grad, M, N);
   const float* rows = float_rows(shared_b, x, M, K);
   if (g == nullptr || rows == nullptr) return 1;

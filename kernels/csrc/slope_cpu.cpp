@@ -46,7 +46,7 @@ template <class F> int with_bits(int dtype, const F& f) {
 
 }  // namespace
 
-EXPORT int slope_cpu_abi(void) { return 1; }
+EXPORT int slope_cpu_abi(void) { return 2; }
 
 EXPORT const char* slope_cpu_isa(void) {
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
@@ -116,7 +116,7 @@ EXPORT int slope_cpu_grad_input(int dtype, int threads, const void* grad, int64_
     using T = std::remove_pointer_t<decltype(type)>;
     const Matrix<T> a{static_cast<const T*>(grad), g_stride_m, g_stride_n};
     const T* v = static_cast<const T*>(values);
-    if (M <= FEW_GRADIENTS)
+    if (M <= few_gradients<T>())
       return grad_input_few(threads, a, v, pattern, column_pattern, static_cast<T*>(dx), M, N, K);
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
     if constexpr (std::is_same_v<T, BFloat16>)
@@ -139,12 +139,13 @@ EXPORT int slope_cpu_grad_weight(int dtype, int threads, const void* grad, int64
     using T = std::remove_pointer_t<decltype(type)>;
     const Matrix<T> g{static_cast<const T*>(grad), g_stride_m, g_stride_n};
     const Matrix<T> a{static_cast<const T*>(x), x_stride_m, x_stride_k};
-#if defined(__AVX512F__)
-    return grad_weight_lanes(threads, g, a, pattern, static_cast<T*>(dv), accumulate != 0, M, N, K);
-#endif
     if (0 < M && M <= FEW_OUTER)
       return grad_weight_few(threads, g, a, pattern, static_cast<T*>(dv), accumulate != 0, M, N, K);
+#if defined(__AVX512F__)
+    return grad_weight_lanes(threads, g, a, pattern, static_cast<T*>(dv), accumulate != 0, M, N, K);
+#else
     return grad_weight(threads, g, a, pattern, static_cast<T*>(dv), accumulate != 0, M, N, K);
+#endif
   });
 }
 
@@ -163,6 +164,15 @@ EXPORT int slope_cpu_expand(int dtype, int threads, const void* values, const ui
   return with_bits(dtype, [&](auto* type) {
     using U = std::remove_pointer_t<decltype(type)>;
     expand(threads, static_cast<const U*>(values), pattern, static_cast<U*>(dense), N, K);
+  });
+}
+
+// dense [N, K] of the entries that both patterns keep: W^{R,C} as a dense matrix.
+EXPORT int slope_cpu_expand_double_pruned(int dtype, int threads, const void* values, const uint8_t* pattern,
+                                          const uint8_t* column_pattern, void* dense, int64_t N, int64_t K) {
+  return with_bits(dtype, [&](auto* type) {
+    using U = std::remove_pointer_t<decltype(type)>;
+    expand_double_pruned(threads, static_cast<const U*>(values), pattern, column_pattern, static_cast<U*>(dense), N, K);
   });
 }
 

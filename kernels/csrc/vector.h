@@ -94,11 +94,16 @@ inline Vec8 load8(const Float16* p) {
 }
 inline void store8(float* p, Vec8 v) { *reinterpret_cast<AnyVec8*>(p) = v; }
 inline void store8(BFloat16* p, Vec8 v) {
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+  const __m128bh h = _mm256_cvtneps_pbh((__m256)v);  // nearest even; what is below 2^-126 becomes zero
+  std::memcpy(p, &h, sizeof h);
+#else
   const Int8 bits = bit_cast<Int8>(v);
   const Int8 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Int8 nan = (Int8)((bits & 0x7fffffff) > 0x7f800000);
   const Half8 h = __builtin_convertvector((nan & ((bits >> 16) | 0x40)) | (~nan & rounded), Half8);
   std::memcpy(p, &h, sizeof h);
+#endif
 }
 inline void store8(Float16* p, Vec8 v) {
 #if defined(__F16C__)

@@ -43,6 +43,8 @@ int slope_cpu_expand(int dtype, int threads, const void* values, const uint8_t* 
                      int64_t K);
 int slope_cpu_compress_columns(int dtype, int threads, const void* values, const uint8_t* pattern, void* column_values,
                                uint8_t* column_pattern, int64_t N, int64_t K);
+int slope_cpu_expand_double_pruned(int dtype, int threads, const void* values, const uint8_t* pattern,
+                                   const uint8_t* column_pattern, void* dense, int64_t N, int64_t K);
 int slope_cpu_recompress_columns(int dtype, int threads, const void* values, const uint8_t* pattern,
                                  const uint8_t* column_pattern, void* column_values, int64_t N, int64_t K);
 int64_t slope_cpu_illegal_groups(const uint8_t* pattern, int64_t N, int64_t K);
@@ -297,6 +299,20 @@ struct Case {
                                           given.buffer.data(), to, N, K);
     });
     check_columns("recompress_columns", again, given);
+
+    Matrix both = contiguous(type, N, K);
+    same_for_threads("expand_double_pruned", both.buffer, [&](int threads, void* to) {
+      return slope_cpu_expand_double_pruned(type, threads, values.buffer.data(), pattern.buffer.data(),
+                                            given.buffer.data(), to, N, K);
+    });
+    const uint8_t zero[4] = {};
+    for (int64_t n = 0; n < N; n++)
+      for (int64_t k = 0; k < K; k++) {
+        const bool is_there = kept(n, k) && given.kept(k, n);
+        require(std::memcmp(both.at(n, k), is_there ? values.at(n, slot[size_t(n * K + k)]) : zero,
+                            size_t(SIZE[type])) == 0,
+                "expand_double_pruned is wrong");
+      }
     grad_input(random.once_in(2) ? &given : &chosen);
   }
 
@@ -341,6 +357,7 @@ struct Case {
       slope_cpu_expand(type, 2, v, p, full.buffer.data(), N, K);
       if (N % 4 != 0) return 0;
       slope_cpu_recompress_columns(type, 2, v, p, c, result.buffer.data(), N, K);
+      slope_cpu_expand_double_pruned(type, 2, v, p, c, full.buffer.data(), N, K);
       return slope_cpu_compress_columns(type, 2, v, p, result.buffer.data(), columns.buffer.data(), N, K);
     });
   }
@@ -394,7 +411,7 @@ int main(int argc, char** argv) {
       return 2;
     }
   }
-  if (slope_cpu_abi() != 1 || !slope_cpu_supported()) {
+  if (slope_cpu_abi() != 2 || !slope_cpu_supported()) {
     std::fprintf(stderr, "%s is not for this CPU\n", slope_cpu_isa());
     return 3;
   }

@@ -40,6 +40,7 @@ PRODUCTS = {
 MOVES = {
     "compress": Result(6, lambda M, N, K: N * K // 2),
     "expand": Result(4, lambda M, N, K: N * K),
+    "expand_double_pruned": Result(5, lambda M, N, K: N * K),
     "compress_columns": Result(4, lambda M, N, K: N * K // 2),
     "recompress_columns": Result(5, lambda M, N, K: N * K // 2),
 }
@@ -53,6 +54,7 @@ class Changed:
     grad_weight: Function
     compress: Function
     expand: Function
+    expand_double_pruned: Function
     compress_columns: Function
     recompress_columns: Function
     illegal_groups: Function
