@@ -34,7 +34,7 @@ def sparse(op: str, M: int, dtype: torch.dtype, isa: str) -> bool:
     if measured is not None:
         return measured
     if dtype is torch.bfloat16 and isa == "avx512_bf16":
-        return M >= PAIRS[op]
+        return PAIRS[op] <= M
     if isa.startswith("avx512"):
         return op != "grad_input" or M > 1
     return op != "grad_weight" or M <= AVX2_OUTER or M >= AVX2_PACKED
