@@ -78,6 +78,8 @@ def _run(given: argparse.Namespace) -> int:
 
 def _cases(given: argparse.Namespace, suite: str) -> tuple[torch.device, list[cases.Case]]:
     device = torch.device(given.device or ("cpu" if suite in ("cpu", "compile") else _accelerator()))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # as tensors name it, so that caches keyed by it hit
     options = cases.Options(
         device=device,
         threads=tuple(given.threads),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 
 from benchmarks import progress, records
 from benchmarks.cases import Case, Run
@@ -139,7 +140,7 @@ def _run(job: Job, case: Case, left: float | None) -> list[records.Record]:
     }
     start = time.monotonic()
     try:
-        with _threads(case.threads), _time_limit(case.limit, left):
+        with _threads(case.threads), _time_limit(case.limit, left), _compiled_or_error():
             measurements = list(case.measure(Run.on(job.device, plan)))
         if not measurements:
             raise RuntimeError("the case yielded no measurement")
@@ -157,6 +158,12 @@ def _run(job: Job, case: Case, left: float | None) -> list[records.Record]:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
     return lines
+
+
+def _compiled_or_error() -> contextlib.AbstractContextManager[None]:
+    """What was compiled too often for Dynamo's taste would go on eagerly, and be timed as if it were compiled."""
+    patched: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+    return patched
 
 
 @contextlib.contextmanager

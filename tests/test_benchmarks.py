@@ -299,6 +299,21 @@ def test_a_case_over_its_limit_fails(job: runner.Job) -> None:
     assert "TimeoutError" in results(job)[0]["error"]
 
 
+def test_what_is_no_longer_compiled_is_not_timed(job: runner.Job) -> None:
+    def run(_: Run) -> Iterator[Measurement]:
+        def scaled(x: torch.Tensor, factor: int) -> torch.Tensor:
+            return x * factor
+
+        with torch._dynamo.config.patch(recompile_limit=1):
+            compiled = torch.compile(scaled, backend="eager", dynamic=False)
+            for factor in range(3):
+                compiled(torch.ones(2), factor)
+        yield constant("forward", 1.0, 1.0)
+
+    assert runner.execute(job, [Case("a", run, threads=1)]) == runner.Outcome(failed=1)
+    assert "FailOnRecompileLimitHit" in results(job)[0]["error"]
+
+
 def test_threads_are_those_of_the_case(job: runner.Job) -> None:
     before = torch.get_num_threads()
     seen = []
