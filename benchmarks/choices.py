@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from benchmarks.cases import DTYPES
 from benchmarks.products import KEEP_GROUP, Problem, Weight
 from benchmarks.timing import Contender
-from slope_compile.kernels import gluon_products, gpu_ops, ops, triton_configs, triton_products
-from slope_compile.kernels.gluon_configs import MmaSp
+from slope_compile.kernels import gluon_choices, gpu_ops, ops, triton_configs, triton_products
 from slope_compile.kernels.triton_configs import Config
 
 
@@ -39,12 +38,12 @@ def rank(N: int, K: int, share: float) -> int:
 
 
 def library(problem: Problem, low_rank_share: float) -> Iterator[Choice]:
-    """The Triton kernels in every tile size, the ``mma.sp`` kernels, and the dense product with the expanded weight."""
+    """The Triton and Gluon kernels in every tile size, and the dense product with the expanded weight."""
     if problem.device.type == "cuda" and gpu_ops.available(problem.device):
         yield from _triton(problem)
-        for config in gpu_ops.mma_sp_choices(problem.M, problem.device, DTYPES[problem.dtype]):
-            yield Choice("forward", str(config), "forward", _mma_sp(problem, config))
+        yield from _gluon(problem)
         yield _fused_low_rank(problem, low_rank_share)
+        yield from _gluon(problem, low_rank_share)
     yield Choice("forward", "expanded", "forward", _each(problem, _expanded_forward(problem.x)))
     yield Choice("grad_input", "expanded_exact", "grad_input", _each(problem, _expanded_grad_input(problem.grad)))
 
@@ -98,9 +97,21 @@ def _expanded_grad_input(grad: Tensor) -> Callable[[Weight], object]:
     return lambda w: torch.mm(grad, ops.expand(w.values, w.pattern, *KEEP_GROUP))
 
 
-def _mma_sp(problem: Problem, config: MmaSp) -> Callable[[], Contender]:
+def _gluon(problem: Problem, share: float | None = None) -> Iterator[Choice]:
+    """The kernels on the sparse tensor cores that passed their test here; with an adapter for a ``share``."""
     x = problem.x
-    return _each(problem, lambda w: gluon_products.forward(x, w.values, w.pattern, config=config))
+    factors = None if share is None else _adapter(problem, share)
+    R = 0 if factors is None else factors[1].shape[1]
+    sizes = (problem.M, problem.N, problem.K, R)
+    for config in gluon_choices.choices(*sizes, problem.device, DTYPES[problem.dtype], bias=False):
+        product = gluon_choices.product(config)
+
+        def forward(w: Weight, product: gluon_choices.Product = product) -> object:
+            low_rank = None if factors is None else (x @ factors[0].t(), factors[1])
+            return product(x, w.values, w.pattern, None, low_rank)
+
+        kind = "forward" if factors is None else "low_rank"
+        yield Choice(kind, str(config), kind, _each(problem, forward))
 
 
 def _fused_low_rank(problem: Problem, share: float) -> Choice:

@@ -1,7 +1,13 @@
-"""Launches of the Gluon kernels, called with tensors: 2:4, bfloat16 and float16, CUDA devices from sm_80 on.
+"""Products on the 2:4 sparse tensor cores, called with tensors: 2:4, bfloat16 and float16, CUDA devices.
 
 Nothing here decides whether they should be used, and by default nothing uses them: they have never been measured on a
-GPU.  They are offered to the benchmarks as one more contender; ``gpu_self_test.mma_sp_passes`` comes before any use.
+GPU.  ``gluon_choices`` names those that are right on a device, for something to measure and choose from.
+
+Both kernels compute ``Y = X W^T + T B^T + bias`` from the stored weights, and so does anything of that form: with
+``(dY, values, pattern)`` of the transposed double-pruned weight they compute its input gradient.
+
+An entry of ``x`` that meets only pruned weights takes no part, whatever it is: where it is infinite or NaN, a dense
+product has NaN and these have not.
 """
 
 from __future__ import annotations
@@ -12,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from slope_compile.kernels import gluon_configs
-from slope_compile.kernels.gluon_configs import MmaSp
+from slope_compile.kernels import gluon_builds, gluon_configs
+from slope_compile.kernels.gluon_configs import MmaSp, WgmmaSp
 from slope_compile.kernels.triton_products import _on
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -27,26 +34,63 @@ def _kernels() -> Any:
     return gluon_mma_sp
 
 
-def forward(
+@functools.cache
+def _wgmma_kernels() -> Any:
+    from slope_compile.kernels import gluon_wgmma_sp
+
+    return gluon_wgmma_sp
+
+
+def unsupported(
+    kernel: str, capability: tuple[int, int], dtype: torch.dtype, M: int, N: int, K: int, R: int = 0
+) -> str | None:
+    """Why a product cannot be computed by a kernel; None: it can.
+
+    Args:
+        kernel: "mma_sp" or "wgmma_sp".
+        capability: compute capability of the device.
+        R: rank of the low-rank update; 0 without.
+    """
+    if dtype not in DTYPES:
+        return f"the sparse tensor cores multiply bfloat16 and float16, not {dtype}"
+    if min(M, N, K, R) < 0 or K % 4:
+        return f"K = {K} is no multiple of 4"
+    if kernel == "mma_sp":
+        return None if capability >= (8, 0) else f"mma.sp needs compute capability 8.0, not {capability}"
+    if capability != (9, 0):
+        return f"wgmma.sp is an instruction of compute capability 9.0, not {capability}"
+    if K % 16:
+        return f"K = {K} is no multiple of 16, so that rows do not begin where the TMA can read them"
+    largest = max(config.largest_rank for config in gluon_configs.WGMMA_SP)
+    return None if largest >= R else f"a rank of {R} is above {largest}"
+
+
+def supports(kernel: str, capability: tuple[int, int], dtype: torch.dtype, M: int, N: int, K: int, R: int = 0) -> bool:
+    """Whether a product can be computed by a kernel, see :func:`unsupported`."""
+    return unsupported(kernel, capability, dtype, M, N, K, R) is None
+
+
+def mma_sp(
     x: Tensor,
     values: Tensor,
     pattern: Tensor,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     config: MmaSp | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """``Y = X W^T + bias`` on the sparse tensor cores: x ``[..., K]`` -> contiguous ``[..., N]``.
+    """``Y = X W^T + T B^T + bias`` by ``mma.sp``, sm_80 and later: x ``[..., K]`` -> contiguous ``[..., N]``.
 
-    Sums are float32.  An entry of ``x`` that meets only pruned weights takes no part, whatever it is: where it is
-    infinite or NaN, a dense product has NaN and this one has not.
+    Sums are float32.
 
     Args:
         x: any layout; copied where the features of a token lie apart or a token does not begin at 4 bytes.
         values: ``[N, K / 2]``, see ``metadata``.
         pattern: uint8 ``[N, ceil(K / 8)]``.
+        low_rank: ``(T [..., R], B [N, R])``, for an adapter ``T = X A^T``.
         config: tile sizes; those of :func:`gluon_configs.default` without.
         splits: over how many programs the sum of an output is split; :func:`gluon_configs.splits` without.  Their
-            parts are added up in a fixed order.
+            float32 parts are added up in a fixed order.
     """
     N, K = values.shape[0], values.shape[1] * 2
     y = x.new_empty(*x.shape[:-1], N)
@@ -54,8 +98,9 @@ def forward(
     if M * N == 0:
         return y
     if K == 0:
-        return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
-    rows, words = _pairs(x.reshape(M, K)), _pairs(values)
+        return _without_weights(y, bias, low_rank)
+    rows, words = _words(x.reshape(M, K), 4), _words(values, 4)
+    t, b, R = _low_rank(low_rank, M, words, 4)
     halves = K % 16 == 0
     pattern = _halves(pattern) if halves else pattern.contiguous()
     config = config or gluon_configs.default(M)
@@ -65,15 +110,15 @@ def forward(
     per_split = -(-blocks // splits)
     splits = -(-blocks // per_split)  # none without work
     parts = y if splits == 1 else x.new_empty(splits, M, N, dtype=torch.float32)
-    given = x if bias is None else bias.contiguous()
+    given = y if bias is None else bias.contiguous()
     tiles = -(-M // config.BM) * -(-N // config.BN)
     with _on(x):
         _kernels().forward[(tiles, splits)](
-            rows, words, pattern, given, parts,
-            M, N, K, 2 * rows.stride(0), -(-K // 8), per_split,
+            rows, words, pattern, t, b, given, parts,
+            M, N, K, R, 2 * rows.stride(0), -(-K // 8), per_split,
             MT=config.MT, WN=config.WN, NT=config.NT, WM=config.WM, STAGES=config.stages,
-            FP16=x.dtype is torch.float16, HAS_BIAS=bias is not None and splits == 1, HALVES=halves,
-            num_warps=config.warps,
+            FP16=x.dtype is torch.float16, HAS_BIAS=bias is not None and splits == 1, HAS_LOW_RANK=R > 0,
+            HALVES=halves, num_warps=config.warps,
         )  # fmt: skip
         if splits > 1:
             _kernels().add_up[(-(-M * N // 512),)](
@@ -82,12 +127,109 @@ def forward(
     return y
 
 
-def _pairs(matrix: Tensor) -> Tensor:
-    """16-bit ``[rows, even columns]`` as int32 ``[rows, columns / 2]``, copied where the words are not aligned."""
-    aligned = matrix.stride(1) == 1 and matrix.stride(0) % 2 == 0 and matrix.data_ptr() % 4 == 0
-    if not aligned or matrix.storage_offset() % 2:
+def wgmma_sp(
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    config: WgmmaSp | None = None,
+) -> Tensor:
+    """``Y = X W^T + T B^T + bias`` by ``wgmma.sp``, sm_90: x ``[..., K]`` -> contiguous ``[..., N]``.
+
+    Sums are float32.
+
+    Args:
+        x: any layout; copied where the features of a token lie apart or a token does not begin at 16 bytes.
+        values: ``[N, K / 2]`` of K a multiple of 16, see ``metadata``.
+        pattern: uint8 ``[N, K / 8]``.
+        low_rank: ``(T [..., R], B [N, R])``, for an adapter ``T = X A^T``; R up to the configuration's largest.
+        config: tile sizes; those of :func:`gluon_configs.default_wgmma` without.
+
+    Raises:
+        ValueError: of K or R.
+        RuntimeError: what the compiler made of the kernel must not be used (``gluon_builds``).
+    """
+    N, K = values.shape[0], values.shape[1] * 2
+    y = x.new_empty(*x.shape[:-1], N)
+    M = math.prod(x.shape[:-1])
+    if M * N == 0:
+        return y
+    if K == 0:
+        return _without_weights(y, bias, low_rank)
+    config = config or gluon_configs.default_wgmma(M)
+    rows, words = _words(x.reshape(M, K), 16), _words(values, 16)
+    t, b, R = _low_rank(low_rank, M, rows, 16)
+    if K % 16 or config.largest_rank < R:
+        raise ValueError(f"wgmma_sp: K = {K} must be a multiple of 16, and R = {R} at most {config.largest_rank}")
+    kernels = _wgmma_kernels()
+    tile = kernels.tiles(rows, config.BM, 32)
+    arguments = (
+        tile, kernels.tiles(words, config.BN, 16), kernels.tiles(t, config.BM, 32) if R else tile,
+        _halves(pattern), b, y if bias is None else bias.contiguous(), y,
+        M, N, R, K // 8, 2 * -(-K // 128),
+    )  # fmt: skip
+    flags = {"FP16": x.dtype is torch.float16, "HAS_BIAS": bias is not None, "HAS_LOW_RANK": R > 0, "WIDE": N % 8 == 0}
+    options = {"MT": config.MT, "WN": config.WN, "NT": config.NT, "STAGES": config.stages, "num_warps": config.warps}
+    with _on(x):
+        if _on_gpu(x):
+            _check_build(x.device, config, arguments, flags | options)
+        kernels.forward[(-(-M // config.BM) * -(-N // config.BN),)](*arguments, **flags, **options)
+    return y
+
+
+def _check_build(
+    device: torch.device, config: WgmmaSp, arguments: tuple[Any, ...], options: dict[str, bool | int]
+) -> None:
+    """Compile, without a launch, and look at the result, once for each that there is."""
+    wide_sizes = tuple(argument > 2**31 - 1 for argument in arguments if isinstance(argument, int))
+    key = (device, *options.values(), *wide_sizes)
+    if key not in _build_problems:
+        built = _wgmma_kernels().forward.warmup(*arguments, grid=(1,), **options)
+        ptx = built.asm["ptx"]
+        from slope_compile.kernels._gluon import assembler
+
+        messages = gluon_builds.assemble(ptx, assembler(90), "sm_90a")
+        _build_problems[key] = gluon_builds.problems(ptx, config, messages)
+    found = _build_problems[key]
+    if found:
+        raise RuntimeError(f"{config} must not be used as this compiler builds it: {'; '.join(found)}")
+
+
+_build_problems: dict[tuple[Any, ...], list[str]] = {}
+"""What is known of the builds of this process; a fact of the compiler, the same for every model."""
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _without_weights(y: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The product with weights of no columns."""
+    if low_rank is not None:
+        return y.copy_(F.linear(*low_rank, bias))
+    return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+
+
+def _words(matrix: Tensor, alignment: int) -> Tensor:
+    """16-bit ``[rows, even columns]`` as int32 ``[rows, columns / 2]``; copied where rows begin off the alignment."""
+    columns, stride = matrix.shape[1], matrix.stride(0)
+    aligned = matrix.stride(1) == 1 and 2 * stride % alignment == 0 and matrix.data_ptr() % alignment == 0
+    if not aligned or matrix.storage_offset() % 2 or (alignment > 4 and stride < columns):
         matrix = matrix.clone(memory_format=torch.contiguous_format)
     return matrix.view(torch.int32)
+
+
+def _low_rank(
+    low_rank: tuple[Tensor, Tensor] | None, M: int, instead: Tensor, alignment: int
+) -> tuple[Tensor, Tensor, int]:
+    """T and B as words, contiguous, their columns filled up with zeros where rows would begin off the alignment."""
+    if low_rank is None or low_rank[1].shape[1] == 0:
+        return instead, instead, 0
+    t, b = low_rank[0].reshape(M, -1), low_rank[1]
+    missing = -t.shape[1] % (alignment // 2)
+    t, b = (F.pad(m, (0, missing)) if missing else m.contiguous() for m in (t, b))
+    return _words(t, alignment), _words(b, 4), t.shape[1]
 
 
 def _halves(pattern: Tensor) -> Tensor:

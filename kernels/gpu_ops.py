@@ -14,8 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from slope_compile.kernels import gluon_configs, gluon_products, gpu_rules, gpu_self_test, reference, triton_products
-from slope_compile.kernels.gluon_configs import MmaSp
+from slope_compile.kernels import gpu_rules, gpu_self_test, reference, triton_products
 from slope_compile.log import log
 
 OLDEST = (8, 0)
@@ -67,21 +66,6 @@ def usable(keep: int, group: int, *tensors: Tensor | None) -> bool:
 
 _tested: set[tuple[torch.device, torch.dtype]] = set()
 """For what the result of the self-test is known."""
-
-
-def mma_sp_choices(M: int, device: torch.device, dtype: torch.dtype) -> tuple[MmaSp, ...]:
-    """Configurations of the ``mma.sp`` kernel that are right on a device, for something to measure and choose from.
-
-    The rule never takes them by itself.  The first call compiles and compares: not while a graph is captured.
-
-    Args:
-        M: tokens; configurations that would compute more than twice as many are left out.
-    """
-    if device.type != "cuda" or dtype not in gluon_products.DTYPES or not available(device):
-        return ()
-    most = max(2 * M, gluon_configs.FEW_TOKENS)
-    fitting = (config for config in gluon_configs.MMA_SP if most >= config.BM)
-    return tuple(config for config in fitting if gpu_self_test.mma_sp_passes(device, dtype, config))
 
 
 def tokens(x: Tensor) -> int:

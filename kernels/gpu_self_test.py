@@ -10,8 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from slope_compile.kernels import gluon_products, reference, triton_products
-from slope_compile.kernels.gluon_configs import MmaSp
+from slope_compile.kernels import reference, triton_products
 from slope_compile.kernels.metadata import pack_mask
 from slope_compile.log import log
 
@@ -65,38 +64,6 @@ def _checks(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
             "compress_columns": equal(picked, truth) and torch.equal(picked_pattern, true_pattern),
             "recompress_columns": equal(again, reference.recompress_columns(exact, pattern, columns, 2, 4)),
         }
-
-
-MMA_SP_SIZES = ((M, N, K, 1), (M, N, K, 2), (40, 80, 192, 1), (40, 80, 192, 3), (1, 80, 192, 1))
-"""M, N, K and splits for the ``mma.sp`` kernel: both ways to read a pattern, whole and split, and a single token."""
-
-
-@functools.lru_cache(maxsize=256)
-def mma_sp_passes(device: torch.device, dtype: torch.dtype, config: MmaSp) -> bool:
-    """Whether the ``mma.sp`` kernel is right in this configuration; where it is not, the log says so."""
-    try:
-        wrong = [sizes for sizes in MMA_SP_SIZES if not _mma_sp_right(device, dtype, config, *sizes)]
-    except Exception as error:  # Whatever a compiler or a driver raises.
-        log.warning("the mma.sp kernel %s does not run on %s in %s and is not used: %s", config, device, dtype, error)
-        return False
-    if wrong:
-        log.warning(
-            "the mma.sp kernel %s is wrong on %s in %s for (M, N, K, splits) %s and is not used",
-            config, device, dtype, ", ".join(map(str, wrong)),
-        )  # fmt: skip
-    return not wrong
-
-
-def _mma_sp_right(
-    device: torch.device, dtype: torch.dtype, config: MmaSp, tokens: int, rows: int, columns: int, splits: int
-) -> bool:
-    with torch.no_grad(), torch.inference_mode(False):
-        pattern = pack_mask(_mask(rows, columns)).to(device)
-        sizes = ((rows, columns // 2, 7), (tokens, columns, 5), (1, rows, 5))
-        values, x, bias = (_numbers(*size).to(device, dtype) for size in sizes)
-        result = gluon_products.forward(x, values, pattern, bias[0], config, splits)
-        truth = reference.forward(x.double(), values.double(), pattern, bias[0].double(), 2, 4)
-        return torch.equal(result.double(), truth)
 
 
 def _mask(rows: int, columns: int) -> Tensor:

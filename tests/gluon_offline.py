@@ -1,8 +1,8 @@
 """The Gluon kernels compiled to machine code for a GPU that is not there, and what the machine code says.
 
 ``python tests/gluon_offline.py [80 90 ...]`` compiles every configuration for every architecture (or those that are
-named), in both dtypes, with and without aligned sizes, whole and split, prints a line for each, and fails if one is
-not acceptable (some minutes).  The suite compiles a part.
+named), in both dtypes, in every way that a launch may ask for, prints a line for each, and fails if one is not
+acceptable (some ten minutes).  The suite compiles a part.
 """
 
 from __future__ import annotations
@@ -17,29 +17,47 @@ from typing import Any
 
 import torch
 
-from slope_compile.kernels import gluon_configs
-from slope_compile.kernels.gluon_configs import MmaSp
+from slope_compile.kernels import gluon_builds, gluon_configs
+from slope_compile.kernels.gluon_configs import MmaSp, WgmmaSp
 from triton_offline import NAMES, SHARED_MEMORY, _disassembled
 
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """The ``mma.sp`` product, one way to compile it; without a configuration, the kernel that adds up its parts."""
+    """One way to compile a product; without a configuration, the kernel that adds up the parts of ``mma.sp``."""
 
-    config: MmaSp | None
+    config: MmaSp | WgmmaSp | None
     dtype: torch.dtype
     arch: int
     aligned: bool
-    """Sizes and strides are multiples of 16; else nothing is known of them, and the pattern is read by the byte."""
+    """``mma.sp``: sizes and strides are multiples of 16; else nothing is known of them, and the pattern is read by the
+    byte.  ``wgmma.sp``: N is a multiple of 8."""
     split: bool = False
     ones: bool = False
-    """M, N and the number of blocks are 1, which Triton compiles in as constants."""
+    """M, N and the number of blocks are 1, which Triton compiles in as constants; ``mma.sp`` only."""
+    low_rank: bool = False
+    bias: bool = True
 
     def __str__(self) -> str:
         c = self.config
-        tile = "add_up" if c is None else f"{c.BM}x{c.BN}-w{c.WN}x{c.WM}s{c.stages}"
-        kinds = ["aligned" if self.aligned else "any", *["split"] * self.split, *["ones"] * self.ones]
-        return f"mma_sp-{NAMES[self.dtype]}-sm{self.arch}-{tile}-{'-'.join(kinds)}"
+        tile = "add_up" if c is None else f"{c}_s{c.stages}"
+        flags = {"split": self.split, "ones": self.ones, "low_rank": self.low_rank, "no_bias": not self.bias}
+        kinds = ["aligned" if self.aligned else "any", *(name for name, on in flags.items() if on)]
+        return f"{tile}-{NAMES[self.dtype]}-sm{self.arch}-{'-'.join(kinds)}"
+
+    def constants(self) -> dict[str, Any]:
+        """The constexpr arguments of a launch."""
+        c = self.config
+        found: dict[str, Any] = {"HAS_BIAS": self.bias and not self.split}
+        if c is None:
+            return found | {"BLOCK": 512}
+        found |= {"MT": c.MT, "WN": c.WN, "NT": c.NT, "STAGES": c.stages, "BAND": 8}
+        found |= {"FP16": self.dtype is torch.float16, "HAS_LOW_RANK": self.low_rank}
+        if isinstance(c, WgmmaSp):
+            return found | {"WIDE": self.aligned}
+        if self.ones:
+            found |= {"M": 1, "N": 1, "blocks_per_split": 1, "stride_p": 1}
+        return found | {"WM": c.WM, "HALVES": self.aligned}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,47 +68,79 @@ class Result:
     shared: int
     sparse: int
     """Instructions of the sparse tensor core, of the right dtype."""
-    other: int
+    dense: int
     """Of any other tensor core."""
     copies: int
-    """Asynchronous copies in the PTX."""
+    """Asynchronous copies in the PTX: ``cp.async``, or of the TMA."""
     unfilled: int
-    """Those of them that name no source size: masked, they would leave shared memory as it was."""
+    """``cp.async`` that name no source size: masked, they would leave shared memory as it was."""
     narrow: int
-    """Those of them that are shorter than 16 bytes."""
+    """``cp.async`` that are shorter than 16 bytes."""
     ldmatrix: int
     """``ldmatrix`` instructions of four matrices in the machine code."""
+    in_flight: int
+    """Waits for groups of ``wgmma`` that leave one under way."""
     loop: int
     """Instructions of the main loop, for the report."""
+    build: tuple[str, ...] = ()
+    """What ``gluon_builds`` finds."""
 
     def problems(self, build: Build) -> list[str]:
         """What makes the kernel unacceptable."""
-        found = []
+        found = list(self.build)
+        c = build.config
         if self.spills:
             found.append(f"{self.spills} spills")
         if self.shared > SHARED_MEMORY[build.arch]:
             found.append(f"{self.shared} bytes of shared memory")
-        if build.config is not None:
-            if self.sparse != 2 * build.config.MT * build.config.NT:
-                found.append(f"{self.sparse} sparse instructions")
-            if self.other:
-                found.append(f"{self.other} dense instructions")
-            if not self.copies or self.unfilled:
-                found.append(f"{self.unfilled} of {self.copies} copies fill nothing in")
-            if build.aligned and self.narrow:
-                found.append(f"{self.narrow} of {self.copies} copies are short")
-            # For both steps of a block: A takes two for 16 rows, B two for 8 tokens.
-            if self.ldmatrix != 2 * (build.config.MT + build.config.NT):
-                found.append(f"{self.ldmatrix} ldmatrix")
+        if isinstance(c, MmaSp):
+            found += self._of_mma_sp(build, c)
+        if isinstance(c, WgmmaSp):
+            found += self._of_wgmma_sp(build, c)
+        return found
+
+    def _of_mma_sp(self, build: Build, c: MmaSp) -> list[str]:
+        found = []
+        if self.sparse != 2 * c.MT * c.NT:
+            found.append(f"{self.sparse} sparse instructions")
+        if self.dense != 2 * c.MT * c.NT * build.low_rank:
+            found.append(f"{self.dense} dense instructions")
+        if not self.copies or self.unfilled:
+            found.append(f"{self.unfilled} of {self.copies} copies fill nothing in")
+        if build.aligned and self.narrow:
+            found.append(f"{self.narrow} of {self.copies} copies are short")
+        # For both steps of a block: A takes two for 16 rows, B two for 8 tokens.
+        if self.ldmatrix != 2 * (c.MT + c.NT):
+            found.append(f"{self.ldmatrix} ldmatrix")
+        return found
+
+    def _of_wgmma_sp(self, build: Build, c: WgmmaSp) -> list[str]:
+        found = []
+        # Two blocks of two steps; the low-rank update takes four.
+        if self.sparse != 4 * c.MT:
+            found.append(f"{self.sparse} sparse instructions")
+        if self.dense != 4 * c.MT * build.low_rank:
+            found.append(f"{self.dense} dense instructions")
+        if self.copies != 2 * (c.stages + 2) + c.stages * build.low_rank:
+            found.append(f"{self.copies} copies")
+        if self.ldmatrix != 4 * c.MT:
+            found.append(f"{self.ldmatrix} ldmatrix")
+        if self.in_flight != 2:
+            found.append(f"{self.in_flight} waits leave a group under way")
         return found
 
 
 def builds(archs: tuple[int, ...]) -> Iterator[Build]:
+    both = (True, False)
     for arch, dtype in itertools.product(archs, (torch.bfloat16, torch.float16)):
-        for config, aligned, split in itertools.product(gluon_configs.MMA_SP, (True, False), (False, True)):
-            yield Build(config, dtype, arch, aligned, split)
+        for mma, aligned in itertools.product(gluon_configs.MMA_SP, both):
+            for split, low_rank in ((False, False), (True, False), (False, True)):
+                yield Build(mma, dtype, arch, aligned, split, low_rank=low_rank)
         yield Build(gluon_configs.MMA_SP[0], dtype, arch, aligned=False, ones=True)
         yield Build(None, dtype, arch, aligned=False)
+        for wgmma, aligned, low_rank in itertools.product(gluon_configs.WGMMA_SP if arch == 90 else (), both, both):
+            yield Build(wgmma, dtype, arch, aligned, low_rank=low_rank)
+            yield Build(wgmma, dtype, arch, aligned, low_rank=low_rank, bias=False)
 
 
 def compile_offline(build: Build) -> Result:
@@ -99,60 +149,76 @@ def compile_offline(build: Build) -> Result:
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from slope_compile.kernels import gluon_mma_sp
-
     c = build.config
-    kernel = gluon_mma_sp.add_up if c is None else gluon_mma_sp.forward
-    constants: dict[str, Any] = {"HAS_BIAS": not build.split}
-    if c is None:
-        constants |= {"BLOCK": 512}
-    else:
-        constants |= {"MT": c.MT, "WN": c.WN, "NT": c.NT, "WM": c.WM, "STAGES": c.stages, "BAND": 8}
-        constants |= {"FP16": build.dtype is torch.float16, "HALVES": build.aligned}
-    if build.ones:
-        constants |= {"M": 1, "N": 1, "blocks_per_split": 1, "stride_p": 1}
-    element = f"*{NAMES[build.dtype]}"
-    pointers = {"X": "*i32", "V": "*i32", "P": "*i16" if build.aligned else "*u8", "BIAS": element, "PARTS": "*fp32"}
-    pointers["Y"] = "*fp32" if build.split else element
-    signature: dict[str, str] = {}
-    attributes: dict[tuple[int, ...], list[Any]] = {}
-    for position, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = pointers.get(name, "i32")
-        if (build.aligned and name not in ("M", "blocks_per_split", "stride_p")) or name == "Y":
-            attributes[(position,)] = [["tt.divisibility", 16]]
+    kernel, signature, attributes = _signature(build)
     compiled = triton.compile(
-        GluonASTSource(kernel, signature, constants, attributes),
+        GluonASTSource(kernel, signature, build.constants(), attributes),
         target=GPUTarget("cuda", build.arch, 32),
         options={"num_warps": 4 if c is None else c.warps},
     )
     code, usage = _disassembled(compiled.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
-    sparse = r"\bHMMA\.SP\.16832\.F32" + (r"\.BF16\b" if build.dtype is torch.bfloat16 else r"\s")
+    ptx = compiled.asm["ptx"]
+    of_dtype = r"\.F32" + (r"\.BF16\b" if build.dtype is torch.bfloat16 else r"\s")
+    sparse = len(re.findall(r"\bHMMA\.SP\.16832" + of_dtype, code))
+    sparse += len(re.findall(r"\bHGMMA\.SP\.64x\d+x32" + of_dtype, code))
     tensor = len(re.findall(r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA)\b", code))
-    found = len(re.findall(sparse, code))
-    copies = re.findall(r"cp\.async\.c[ag]\.shared[^;]*;", compiled.asm["ptx"])
+    cp_async = re.findall(r"cp\.async\.c[ag]\.shared[^;]*;", ptx)
     registers = re.search(r"REG:(\d+)", usage)
     return Result(
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         registers=int(registers.group(1)) if registers else 0,
         shared=compiled.metadata.shared,
-        sparse=found,
-        other=tensor - found,
-        copies=len(copies),
-        unfilled=sum(copy.count(",") < 3 for copy in copies),
-        narrow=sum(not re.search(r",\s*(0x10|16)\s*,", copy) for copy in copies),
+        sparse=sparse,
+        dense=tensor - sparse,
+        copies=len(cp_async) + len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+        unfilled=sum(copy.count(",") < 3 for copy in cp_async),
+        narrow=sum(not re.search(r",\s*(0x10|16)\s*,", copy) for copy in cp_async),
         ldmatrix=len(re.findall(r"\bLDSM\.16\.M88\.4\b", code)),
+        in_flight=len(re.findall(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", code)),
         loop=_loop(code),
+        build=tuple(_build_problems(ptx, c)) if isinstance(c, WgmmaSp) else (),
     )
 
 
+def _signature(build: Build) -> tuple[Any, dict[str, str], dict[tuple[int, ...], list[Any]]]:
+    """The kernel, the types of its arguments, and what is known to be a multiple of 16."""
+    from slope_compile.kernels import gluon_mma_sp, gluon_wgmma_sp
+
+    c = build.config
+    element = f"*{NAMES[build.dtype]}"
+    types = {"X": "*i32", "V": "*i32", "P": "*i16", "T": "*i32", "B": "*i32", "BIAS": element, "PARTS": "*fp32"}
+    types["Y"] = "*fp32" if build.split else element
+    if isinstance(c, WgmmaSp):
+        kernel = gluon_wgmma_sp.forward
+        types |= {"x_desc": _tiles(c.BM, 32), "v_desc": _tiles(c.BN, 16), "t_desc": _tiles(c.BM, 32)}
+        divisible = {"Y"}
+    else:
+        kernel = gluon_mma_sp.add_up if c is None else gluon_mma_sp.forward
+        types["P"] = "*i16" if build.aligned else "*u8"
+        known = {"X", "V", "P", "T", "B", "BIAS", "N", "K", "R", "stride_xm"} if build.aligned else set()
+        divisible = known | {"Y"}
+    constants = build.constants()
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    positions = [(i,) for i, name in enumerate(kernel.arg_names) if name in divisible - constants.keys()]
+    return kernel, signature, {position: [["tt.divisibility", 16]] for position in positions}
+
+
+def _tiles(rows: int, columns: int) -> str:
+    layout = f"NVMMASharedLayout(swizzle_byte_width={4 * columns}, element_bitwidth=32, rank=2)"
+    return f"tensordesc<i32[{rows}, {columns}],{layout}>"
+
+
+def _build_problems(ptx: str, config: WgmmaSp) -> list[str]:
+    from slope_compile.kernels._gluon import assembler
+
+    return gluon_builds.problems(ptx, config, gluon_builds.assemble(ptx, assembler(90), "sm_90a"))
+
+
 def _loop(code: str) -> int:
-    """Instructions between the label of the loop with the tensor core's work and its branch back."""
+    """Instructions between the label of the loop with the sparse tensor core's work and its branch back."""
     lines = code.splitlines()
     labels: dict[str, int] = {}
-    longest = 0
+    found: list[tuple[int, int]] = []
     for position, line in enumerate(lines):
         label = re.match(r"^\.(L_x_\d+):", line)
         if label:
@@ -160,9 +226,8 @@ def _loop(code: str) -> int:
         back = re.search(r"\bBRA\b.*\(\.(L_x_\d+)\)", line)
         if back and back.group(1) in labels:
             body = "\n".join(lines[labels[back.group(1)] : position + 1])
-            if "HMMA" in body:
-                longest = max(longest, len(re.findall(r"/\*[0-9a-f]{4,}\*/", body)))
-    return longest
+            found.append((-body.count("MMA.SP"), len(re.findall(r"/\*[0-9a-f]{4,}\*/", body))))
+    return min(found)[1] if found else 0
 
 
 def main(archs: tuple[int, ...]) -> int:
@@ -171,7 +236,7 @@ def main(archs: tuple[int, ...]) -> int:
         result = compile_offline(build)
         problems = result.problems(build)
         failed += bool(problems)
-        found = f"{result.registers} registers, {result.shared} B, loop {result.loop} with {result.sparse} HMMA.SP"
+        found = f"{result.registers} registers, {result.shared} B, loop {result.loop} with {result.sparse} sparse"
         print(f"{build}: {found} {problems}", flush=True)
     print(f"{failed} not acceptable")
     return failed

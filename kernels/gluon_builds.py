@@ -1,0 +1,73 @@
+"""What the ``wgmma.sp`` kernel takes for granted of a compiler that does not promise it, checked in every build.
+
+- The assembly addresses shared memory from the PTX symbol ``global_smem`` on, and takes the ring of tokens to be the
+  first thing there.  The PTX says where the first copies go.
+- ptxas gives up asynchronous ``wgmma`` where it cannot prove that registers in flight are left alone, and says so
+  (advisories C7510 to C7519: "Potential Performance Loss: wgmma.mma_async instructions are serialized").  Results
+  stay right; the point of the kernel is gone.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+from slope_compile.kernels.gluon_configs import WgmmaSp
+
+_DEFINITION = re.compile(r"(?:mov|cvt|cvta)\S*\s+(%\w+), (\w+|%\w+);")
+_SUM = re.compile(r"(?:add|or)\.\w+\s+(%\w+), (%\w+), (\d+);")
+_TMA = re.compile(r"cp\.async\.bulk\.tensor\.\dd\.shared\S*\s*\[\s*(%\w+)(?:\s*\+\s*(\d+))?\s*\]")
+
+
+def first_copies(ptx: str) -> list[int]:
+    """Offsets in ``global_smem`` to which the TMA copies first, up to the first that is computed while running."""
+    known = {"global_smem": 0}
+    found = []
+    for line in ptx.splitlines():
+        copy = _TMA.search(line)
+        if copy:
+            if copy[1] not in known:
+                break
+            found.append(known[copy[1]] + int(copy[2] or 0))
+            continue
+        moved, added = _DEFINITION.search(line), _SUM.search(line)
+        if moved and moved[2] in known:
+            known[moved[1]] = known[moved[2]]
+        elif added and added[2] in known:
+            known[added[1]] = known[added[2]] + int(added[3])
+    return found
+
+
+def problems(ptx: str, config: WgmmaSp, messages: str) -> list[str]:
+    """Why a build must not be used.
+
+    Args:
+        messages: what ptxas said, see :func:`assemble`.
+    """
+    x, v = config.BM * 128, config.BN * 64
+    expected = [at for i in range(config.stages) for at in (i * x, config.stages * x + i * v)]
+    found = []
+    if "global_smem" not in ptx:
+        found.append("the compiler names shared memory otherwise")
+    if first_copies(ptx)[: len(expected)] != expected:
+        found.append("the ring of tokens does not begin where shared memory does")
+    serialized = re.findall(r"C75\d\d|wgmma\.mma_async instructions are serialized", messages)
+    if serialized:
+        found.append(f"ptxas serializes wgmma ({', '.join(sorted(set(serialized)))})")
+    return found
+
+
+def assemble(ptx: str, assembler: str, arch: str) -> str:
+    """What ptxas says to a kernel.  Triton hides it, hence a second time.
+
+    Raises:
+        subprocess.CalledProcessError: it refuses the kernel.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [assembler, "-v", f"--gpu-name={arch}", str(source), "-o", str(Path(folder, "kernel.cubin"))]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    return ran.stdout + ran.stderr

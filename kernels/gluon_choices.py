@@ -1,0 +1,51 @@
+"""The Gluon kernels that are right on a device, for something to measure and choose from.
+
+Nothing takes them by itself.  The first call for a device compiles and compares: not while a graph is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from slope_compile.kernels import gluon_configs, gluon_products, gluon_self_test
+from slope_compile.kernels.gluon_configs import Config, MmaSp, WgmmaSp
+from slope_compile.kernels.gluon_products import unsupported
+
+Product = Callable[[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None], Tensor]
+
+
+def choices(
+    M: int, N: int, K: int, R: int, device: torch.device, dtype: torch.dtype, bias: bool = True
+) -> tuple[Config, ...]:
+    """Configurations that compute ``[M, K] x [N, K]^T`` with a low-rank update of rank R on a CUDA device.
+
+    Those that would compute more than twice as many tokens are left out.  Whoever calls has made sure that Triton
+    works there (``gpu_ops.available``).
+    """
+    if device.type != "cuda":
+        return ()
+    capability = torch.cuda.get_device_capability(device)
+    fitting: list[Config] = []
+    if unsupported("mma_sp", capability, dtype, M, N, K, R) is None:
+        most = max(2 * M, gluon_configs.FEW_TOKENS)
+        fitting += [config for config in gluon_configs.MMA_SP if most >= config.BM]
+    if unsupported("wgmma_sp", capability, dtype, M, N, K, R) is None:
+        fitting += [c for c in gluon_configs.WGMMA_SP if 2 * M >= c.BM and c.largest_rank >= R]
+    return tuple(c for c in fitting if gluon_self_test.passes(device, dtype, c, bias, R > 0, N % 8))
+
+
+def product(config: Config) -> Product:
+    """The product of a configuration: of x, values, pattern, bias and (T, B)."""
+    if isinstance(config, MmaSp):
+        return lambda x, values, pattern, bias, low_rank: gluon_products.mma_sp(
+            x, values, pattern, bias, low_rank, config
+        )
+    if isinstance(config, WgmmaSp):
+        return lambda x, values, pattern, bias, low_rank: gluon_products.wgmma_sp(
+            x, values, pattern, bias, low_rank, config
+        )
+    assert_never(config)

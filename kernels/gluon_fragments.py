@@ -1,0 +1,146 @@
+"""What the kernels on the 2:4 sparse tensor cores share: which lane holds what, selectors, and the end of a product.
+
+The tensor core multiplies a sparse left operand, so a product is computed as ``W X^T``.  A *step* are 32 input
+features, what one instruction takes, and two steps a *block*: one word of selectors covers it, and it is what is
+copied to shared memory at a time.
+
+Every operand is a tensor over the same eight dimensions ``[MT, WN, r1, g, NT, WM, t, r0]`` in one :func:`layout`: lane
+``4 g + t`` of warp ``(WN, WM)`` holds register ``r0 + 2 r1`` of the instruction ``(MT, NT)``.  These are the fragments
+that PTX defines for ``mma.sp.m16n8k32`` with 16-bit operands; each warp's 16 rows in ``wgmma.mma_async.sp`` are the
+same, with eight tokens after eight:
+
+- A, ``[MT, WN, 2, 8, 1, 1, 4, 2]``: the two kept values of a group, the lower half first in the row; row
+  ``16 (mt WN + wn) + 8 r0 + g``, group ``t + 4 r1`` of the step.  Of a dense operand, two features of a row at a time:
+  features ``2 (t + 4 r1)`` and the next of 16, for ``mma.m16n8k16``.
+- B, ``[1, 1, 2, 8, NT, WM, 4, 2]``: two features of a token; token ``8 (nt WM + wm) + g``, features
+  ``8 (r0 + 2 r1) + 2 t`` of the step and the next.
+- E, ``[MT, WN, 1, 8, 1, 1, 4, 1]``: the selectors of four groups in row ``g`` (bits 0-15) and four in row ``g + 8``
+  (bits 16-31): those of features ``16 t`` to ``16 t + 15`` of the block, so that lanes t = 0, 1 serve its first step
+  and t = 2, 3 its second.  A group takes four bits, ``i0 | i1 << 2``: its kept positions, in ascending order.
+- C, ``[MT, WN, 2, 8, NT, WM, 4, 2]``: the sum of row ``16 (mt WN + wn) + 8 r1 + g`` and token
+  ``8 (nt WM + wm) + 2 t + r0``.
+
+Importing this module imports Triton.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.constexpr_function
+def _bases(rank, fields):
+    """Bases of ``fields``: (dimension, first step, size) each, the fastest first."""
+    found = []
+    for dimension, step, size in fields:
+        for bit in range(size.bit_length() - 1):
+            found.append([step << bit if d == dimension else 0 for d in range(rank)])
+    return found
+
+
+@gluon.constexpr_function
+def layout(MT, WN, NT, WM):
+    """Of every operand; r0 and r1 come first, so that four registers in a row are those of one instruction."""
+    return gl.DistributedLinearLayout(
+        reg_bases=_bases(8, [(7, 1, 2), (2, 1, 2), (4, 1, NT), (0, 1, MT)]),
+        lane_bases=_bases(8, [(6, 1, 4), (3, 1, 8)]),
+        warp_bases=_bases(8, [(1, 1, WN), (5, 1, WM)]),
+        block_bases=[],
+        shape=[MT, WN, 2, 8, NT, WM, 4, 2],
+    )
+
+
+@gluon.constexpr_function
+def _a_layout(MT, WN, WM):
+    """How a tile of values, int32 ``[16 MT WN, 16]``, is read from shared memory: A of step 0, then of step 1."""
+    return gl.DistributedLinearLayout(
+        reg_bases=_bases(2, [(0, 8, 2), (1, 4, 2), (0, 16 * WN, MT), (1, 8, 2)]),
+        lane_bases=_bases(2, [(1, 1, 4), (0, 1, 8)]),
+        warp_bases=_bases(2, [(0, 16, WN)]) + [[0, 0]] * (WM.bit_length() - 1),
+        block_bases=[],
+        shape=[16 * MT * WN, 16],
+    )
+
+
+@gluon.constexpr_function
+def _slice(L, dimension):
+    for d in range(7, -1, -1):
+        if d != dimension:
+            L = gl.SliceLayout(d, L)
+    return L
+
+
+@gluon.jit
+def axis(size: gl.constexpr, dimension: gl.constexpr, L: gl.constexpr):
+    """0 .. size - 1 along one of the eight dimensions."""
+    along: gl.constexpr = _slice(L, dimension)
+    index = gl.arange(0, size, layout=along)
+    for d in gl.static_range(8):
+        if d != dimension:
+            index = gl.expand_dims(index, d)
+    return index
+
+
+@gluon.jit
+def tile_of_program(M, N, BM: gl.constexpr, BN: gl.constexpr, BAND: gl.constexpr):
+    """Which tile along N and M is this program's: bands of BAND along N, so that neighbours share what they read."""
+    tiles_m = gl.cdiv(M, BM)
+    tiles_n = gl.cdiv(N, BN)
+    first_n = gl.program_id(0) // (BAND * tiles_m) * BAND
+    height = gl.minimum(tiles_n - first_n, BAND)
+    pn = first_n + gl.program_id(0) % (BAND * tiles_m) % height
+    pm = gl.program_id(0) % (BAND * tiles_m) // height
+    return pn, pm
+
+
+@gluon.jit
+def values_of_block(stage, MT: gl.constexpr, WN: gl.constexpr, WM: gl.constexpr, L: gl.constexpr):
+    """A of both steps, from a tile of values ``[16 MT WN, 16]`` in shared memory."""
+    a = stage.load(_a_layout(MT, WN, WM)).reshape([MT, WN, 2, 8, 2, 2, 4])  # mt wn r0 g step r1 t
+    a0, a1 = gl.split(gl.permute(a, (0, 1, 5, 3, 6, 2, 4)))
+    a0 = gl.convert_layout(a0.reshape([MT, WN, 2, 8, 1, 1, 4, 2]), L, assert_trivial=True)
+    a1 = gl.convert_layout(a1.reshape([MT, WN, 2, 8, 1, 1, 4, 2]), L, assert_trivial=True)
+    return a0, a1
+
+
+@gluon.jit
+def selectors(p, q):
+    """E: of 16 bits of the pattern in row g, and 16 in row g + 8; of no bits, past the end, positions 0 and 2."""
+    bits = p | (q << 16)
+    b0 = bits & 0x11111111
+    b1 = (bits >> 1) & 0x11111111
+    b2 = (bits >> 2) & 0x11111111
+    b3 = (bits >> 3) & 0x11111111
+    both = b0 & b1
+    # i0 is 0 with b0, else 1 with b1, else 2; i1 is 3 with b3, else 1 with b0 and b1, else 2.
+    return (b1 & (b0 ^ 0x11111111)) | ((b2 & b3) << 1) | ((b3 | both) << 2) | ((both ^ 0x11111111) << 3)
+
+
+@gluon.jit
+def pattern_word(at, in_rows, left, HALVES: gl.constexpr):
+    """16 bits of the pattern from ``at``, as int32; ``left`` is how many bytes from there on the row still has."""
+    if HALVES:
+        return gl.load(at, mask=in_rows & (left > 0), other=0).to(gl.int32) & 0xFFFF
+    low = gl.load(at, mask=in_rows & (left > 0), other=0).to(gl.int32)
+    high = gl.load(at + 1, mask=in_rows & (left > 1), other=0).to(gl.int32)
+    return low | (high << 8)
+
+
+@gluon.jit
+def bias_of_tile(BIAS, row, N, L: gl.constexpr):
+    """The bias of the outputs of C; ``row`` is that of A in row g."""
+    out = row + 8 * axis(2, 2, L)
+    return gl.load(BIAS + out, mask=out < N, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def store_tile(acc, Y, first, pm, pn, M, N, BM: gl.constexpr, BN: gl.constexpr, WARPS: gl.constexpr):
+    """C as rows of ``Y [.., N]``, tile (pm, pn); token 0 is row ``first``.  Goes through shared memory."""
+    # As [nt, wm, t, r0] x [mt, wn, r1, g], then to rows that a warp writes in one piece.
+    ACROSS: gl.constexpr = 16 if BN >= 128 else BN // 8
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
+    y = gl.permute(acc.to(Y.dtype.element_ty), (4, 5, 6, 7, 0, 1, 2, 3)).reshape([BM, BN])
+    y = gl.convert_layout(y, OUT)
+    row = pm * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, OUT))
+    column = pn * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, OUT))
+    at = Y + (first + row.to(gl.int64))[:, None] * N + column[None, :]
+    gl.store(at, y, mask=(row < M)[:, None] & (column < N)[None, :])

@@ -1,0 +1,93 @@
+"""Whether a Gluon kernel can be trusted on a device: it is run there on numbers with one answer before anything else.
+
+Inputs are -1, 0 and 1, so that every float32 sum is exact and the rounded result must be equal to the last bit.  Each
+of the six patterns of a group comes to lie in every register of every lane.  The fragments and descriptors in the
+assembly were derived from manuals; a device that reads them otherwise is noticed here, and the kernel is not chosen.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from slope_compile.kernels import gluon_products, reference
+from slope_compile.kernels.gluon_configs import Config, MmaSp
+from slope_compile.kernels.gpu_self_test import _numbers
+from slope_compile.kernels.metadata import pack_mask
+from slope_compile.log import log
+
+Sizes = tuple[int, int, int, int, int]
+"""M, N, K, R (0: no low-rank update) and splits."""
+
+MMA_SP_SIZES: tuple[Sizes, ...] = (
+    (37, 76, 140, 0, 1), (37, 76, 140, 0, 2), (40, 80, 192, 24, 1), (40, 80, 192, 5, 3), (1, 80, 192, 0, 1),
+)  # fmt: skip
+"""Both ways to read a pattern, whole and split, with a low-rank update and without, and a single token."""
+
+
+@functools.lru_cache(maxsize=1024)
+def passes(
+    device: torch.device, dtype: torch.dtype, config: Config, bias: bool = True, low_rank: bool = True, N: int = 0
+) -> bool:
+    """Whether a kernel is right in this configuration; where it is not, or does not build, the log says so.
+
+    Args:
+        bias, low_rank: whether the product is to have them; ``mma.sp`` is tested with both and without.
+        N: out_features; what counts is whether they are a multiple of 8.
+    """
+    try:
+        sizes = MMA_SP_SIZES if isinstance(config, MmaSp) else _wgmma_sp_sizes(config, low_rank, N)
+        wrong = [size for size in sizes if not _right(device, dtype, config, bias, *size)]
+    except Exception as error:  # Whatever a compiler or a driver raises.
+        log.warning("the kernel %s does not run on %s in %s and is not used: %s", config, device, dtype, error)
+        return False
+    if wrong:
+        log.warning(
+            "the kernel %s is wrong on %s in %s for (M, N, K, R, splits) %s and is not used",
+            config, device, dtype, ", ".join(map(str, wrong)),
+        )  # fmt: skip
+    return not wrong
+
+
+def _wgmma_sp_sizes(config: Config, low_rank: bool, N: int) -> tuple[Sizes, ...]:
+    """A part of one tile; and four tiles, of which three are partial, and each stage used twice, with a rest of K."""
+    narrow = 0 if N % 8 == 0 else 3
+    R = 72 if low_rank else 0
+    return (
+        (13, 40 + narrow, 144, R, 1),
+        (config.BM + 9, config.BN + 24 + narrow, 128 * config.stages + 16, R, 1),
+    )
+
+
+def _right(
+    device: torch.device, dtype: torch.dtype, config: Config, has_bias: bool,
+    M: int, N: int, K: int, R: int, splits: int,
+) -> bool:  # fmt: skip
+    with torch.no_grad(), torch.inference_mode(False):
+        pattern = pack_mask(_mask(N, K)).to(device)
+        sizes = ((N, K // 2, 7), (M, K, 5), (M, R, 7), (N, R, 5), (1, N, 5))
+        values, x, t, b, bias = (_numbers(*size).to(device, dtype) for size in sizes)
+        given, low_rank = bias[0] if has_bias else None, (t, b) if R else None
+        # Freed at once, so that a result that nobody writes is this rather than the one of the run before.
+        torch.full((M, N), torch.nan, device=device, dtype=dtype)
+        if isinstance(config, MmaSp):
+            result = gluon_products.mma_sp(x, values, pattern, given, low_rank, config, splits)
+        else:
+            result = gluon_products.wgmma_sp(x, values, pattern, given, low_rank, config)
+        truth = reference.forward(x.double(), values.double(), pattern, None, 2, 4) + t.double() @ b.double().t()
+        return _equal(result, truth + bias[0].double() if has_bias else truth)
+
+
+def _mask(rows: int, columns: int) -> Tensor:
+    """Rows 16 apart, and groups 16 apart, have other patterns: 80 rows and 3 blocks are enough for all six."""
+    pairs = torch.combinations(torch.arange(4))  # [6, 2]
+    row, group = torch.arange(rows)[:, None], torch.arange(columns // 4)
+    code = (row + row // 16 + group + group // 16) % 6
+    mask = torch.zeros(rows, columns // 4, 4, dtype=torch.bool)
+    return mask.scatter_(-1, pairs[code], True).view(rows, columns)
+
+
+def _equal(result: Tensor, truth: Tensor) -> bool:
+    return torch.equal(result, truth.to(result.dtype))

@@ -1,0 +1,186 @@
+"""Which Gluon kernel may compute what, which may be chosen, and that a wrong one never is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from gluon_cpu import Executor
+from problems import Shape, draw
+from slope_compile.kernels import gluon_choices, gluon_configs, gluon_products, gluon_self_test, gpu_ops
+from slope_compile.kernels.gluon_configs import MMA_SP, WGMMA_SP, Config, WgmmaSp
+from slope_compile.pattern import Pattern
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def no_results_of_others() -> Iterator[None]:
+    gluon_self_test.passes.cache_clear()
+    yield
+    gluon_self_test.passes.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "capability", "dtype", "sizes", "reason"),
+    [
+        ("mma_sp", (8, 0), BF16, (1, 7, 20), None),
+        ("mma_sp", (12, 0), FP16, (1, 7, 20, 5), None),
+        ("mma_sp", (7, 5), FP16, (1, 8, 16), "7, 5"),
+        ("mma_sp", (8, 0), torch.float32, (1, 8, 16), "float32"),
+        ("mma_sp", (8, 0), BF16, (1, 8, 18), "K = 18"),
+        ("wgmma_sp", (9, 0), BF16, (1, 7, 16), None),
+        ("wgmma_sp", (9, 0), FP16, (1, 7, 16, 384), None),
+        ("wgmma_sp", (9, 0), FP16, (1, 7, 16, 385), "385"),
+        ("wgmma_sp", (9, 0), BF16, (1, 8, 24), "K = 24"),
+        ("wgmma_sp", (8, 0), BF16, (1, 8, 16), "8, 0"),
+        ("wgmma_sp", (10, 0), BF16, (1, 8, 16), "10, 0"),
+        ("wgmma_sp", (9, 0), torch.float32, (1, 8, 16), "float32"),
+    ],
+)
+def test_what_is_supported(
+    kernel: str, capability: tuple[int, int], dtype: torch.dtype, sizes: tuple[int, ...], reason: str | None
+) -> None:
+    found = gluon_products.unsupported(kernel, capability, dtype, *sizes)
+    assert found is None if reason is None else reason in str(found)
+    assert gluon_products.supports(kernel, capability, dtype, *sizes) == (reason is None)
+
+
+def test_what_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    asked: list[tuple[Config, bool, bool, int]] = []
+
+    def passes(device: torch.device, dtype: torch.dtype, config: Config, bias: bool, low_rank: bool, N: int) -> bool:
+        asked.append((config, bias, low_rank, N))
+        return config not in (MMA_SP[0], WGMMA_SP[0])
+
+    monkeypatch.setattr(gluon_self_test, "passes", passes)
+    assert gluon_choices.choices(1, 64, 64, 0, CUDA, BF16) == MMA_SP[1:4]
+    assert asked == [(config, True, False, 0) for config in MMA_SP[:4]]
+    assert gluon_choices.choices(4096, 68, 64, 8, CUDA, FP16, bias=False) == (*MMA_SP[1:], *WGMMA_SP[1:])
+    assert asked[-1] == (WGMMA_SP[-1], False, True, 4)
+    assert gluon_choices.choices(4096, 64, 68, 0, CUDA, FP16) == MMA_SP[1:]
+    assert gluon_choices.choices(64, 64, 64, 0, CUDA, FP16) == (*MMA_SP[1:], WGMMA_SP[1], WGMMA_SP[3])
+    assert gluon_choices.choices(4096, 64, 64, 300, CUDA, FP16) == (*MMA_SP[1:], WGMMA_SP[3])
+    assert gluon_choices.choices(4096, 64, 64, 0, CUDA, torch.float32) == ()
+    assert gluon_choices.choices(4096, 64, 64, 0, CPU, BF16) == ()
+
+
+def test_the_product_of_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon_products, "mma_sp", lambda *args: ("mma", *args))
+    monkeypatch.setattr(gluon_products, "wgmma_sp", lambda *args: ("wgmma", *args))
+    x = torch.zeros(1)
+    assert gluon_choices.product(MMA_SP[1])(x, x, x, None, (x, x)) == ("mma", x, x, x, None, (x, x), MMA_SP[1])
+    assert gluon_choices.product(WGMMA_SP[1])(x, x, x, x, None) == ("wgmma", x, x, x, x, None, WGMMA_SP[1])
+
+
+FAULTS = (
+    ("gluon_mma_sp", "_kernels", MMA_SP[0], ('MMA + "0x1;"', 'MMA + "0x0;"'), "is wrong"),
+    ("gluon_mma_sp", "_kernels", MMA_SP[0], ("wait_for_copies(STAGES - 2)", "pass"), "does not run"),
+    ("gluon_wgmma_sp", "_wgmma_kernels", WGMMA_SP[0], ("tile, {e}, {step}, 1", "tile, {e}, 0, 1"), "is wrong"),
+    ("gluon_wgmma_sp", "_wgmma_kernels", WGMMA_SP[0], ("[b0, b1, b2, b3", "[b0, b1, b1, b3"), "is wrong"),
+    (
+        "gluon_wgmma_sp",
+        "_wgmma_kernels",
+        WGMMA_SP[0],
+        ("        barrier()\n        before", "        before"),
+        "not run",
+    ),
+)
+
+
+@pytest.mark.parametrize(("module", "name", "config", "fault", "said"), FAULTS)
+def test_a_wrong_kernel_is_not_used_and_the_log_says_so(
+    module: str, name: str, config: Config, fault: tuple[str, str], said: str,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    executor = Executor(module, (fault,))
+    monkeypatch.setattr(gluon_products, name, lambda: executor)
+    with caplog.at_level(logging.WARNING):
+        assert not gluon_self_test.passes(CPU, BF16, config)
+    assert said in caplog.text
+    assert "is not used" in caplog.text
+    assert str(config) in caplog.text
+
+
+def test_results_that_nobody_wrote_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that does nothing meets the right numbers of the run before in memory that is used again."""
+    executor = Executor("gluon_mma_sp")
+    monkeypatch.setattr(gluon_products, "_kernels", lambda: executor)
+    assert gluon_self_test.passes(CPU, BF16, MMA_SP[0])
+    gluon_self_test.passes.cache_clear()
+    nothing = SimpleNamespace(forward=_Nothing(), add_up=_Nothing())
+    monkeypatch.setattr(gluon_products, "_kernels", lambda: nothing)
+    assert not gluon_self_test.passes(CPU, BF16, MMA_SP[0])
+
+
+def test_the_self_test_meets_every_pattern_in_every_lane_position() -> None:
+    sizes = (*gluon_self_test.MMA_SP_SIZES, *gluon_self_test._wgmma_sp_sizes(WGMMA_SP[0], True, 0))
+    for split in (False, True):
+        seen = {
+            (row % 16, group % 16, int(code))
+            for _, N, K, _, splits in sizes
+            if (splits > 1) == split
+            for row, groups in enumerate(
+                gluon_self_test._mask(N, K).view(N, K // 4, 4).long() @ torch.tensor([1, 2, 4, 8])
+            )
+            for group, code in enumerate(groups)
+        }
+        assert len(seen) == 16 * 16 * 6
+
+
+class _Nothing:
+    def __getitem__(self, grid: tuple[int, ...]) -> object:
+        return lambda *args, **options: None
+
+
+def test_nothing_takes_it_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Tensor, **named: object) -> Tensor:
+        raise AssertionError
+
+    taken = SimpleNamespace(forward=lambda x, *rest: x)
+    monkeypatch.setattr(gluon_products, "mma_sp", refused)
+    monkeypatch.setattr(gluon_products, "wgmma_sp", refused)
+    monkeypatch.setattr(gpu_ops, "triton_products", taken)
+    monkeypatch.setattr(gpu_ops, "usable", lambda *args: True)
+    monkeypatch.setattr(gpu_ops, "_sparse", lambda *args: True)
+    p = draw(Pattern(2, 4), Shape((1,), 64, 16), BF16)
+    assert gpu_ops.linear(p.x, p.values, p.pattern, p.bias, 2, 4) is p.x
+
+
+@pytest.mark.parametrize(("M", "config"), [(1, 0), (8, 0), (9, 2), (16, 2), (17, 4), (33, 5), (65, 7), (9999, 7)])
+def test_the_default_configuration(M: int, config: int) -> None:
+    assert gluon_configs.default(M) is MMA_SP[config]
+
+
+@pytest.mark.parametrize(("M", "config"), [(1, 0), (64, 0), (65, 1), (128, 1), (129, 2), (257, 3)])
+def test_the_default_configuration_of_wgmma(M: int, config: int) -> None:
+    assert gluon_configs.default_wgmma(M) is WGMMA_SP[config]
+
+
+def test_how_many_programs_share_a_sum() -> None:
+    assert gluon_configs.splits(1, 4096, 4096, MMA_SP[0], 132) == 4  # 64 programs for 132 processors
+    assert gluon_configs.splits(16, 64, 8192, MMA_SP[2], 132) == 16  # 8 blocks each
+    assert gluon_configs.splits(16, 64, 64, MMA_SP[2], 132) == 1
+    assert gluon_configs.splits(16, 1 << 20, 4096, MMA_SP[2], 132) == 1
+    assert gluon_configs.splits(17, 64, 8192, MMA_SP[4], 132) == 1
+
+
+def test_configurations_have_names_of_their_own() -> None:
+    configs: tuple[Config, ...] = (*MMA_SP, *WGMMA_SP)
+    assert len({str(config) for config in configs}) == len(configs)
+    assert all(config.stages >= 3 for config in configs)
+
+
+@pytest.mark.parametrize(("K", "R"), [(20, 0), (32, 200)])
+def test_sizes_that_wgmma_does_not_take(K: int, R: int) -> None:
+    p = draw(Pattern(2, 4), Shape((3,), 8, K // 4), BF16)
+    low_rank = (torch.zeros(3, R, dtype=BF16), torch.zeros(8, R, dtype=BF16)) if R else None
+    with pytest.raises(ValueError, match=f"K = {K} must .* R = {R} at most 192"):
+        gluon_products.wgmma_sp(p.x, p.values, p.pattern, None, low_rank, WgmmaSp(1, 4, 2, 3))

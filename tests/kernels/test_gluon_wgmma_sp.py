@@ -1,0 +1,120 @@
+"""The ``wgmma.sp`` kernel on the executor of ``gluon_cpu``: that mistakes in it are noticed.
+
+Its results are checked in ``tests/gpu/test_gluon_products.py``, here as there.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gluon_cpu import Executor, Hazard
+from problems import Shape, draw
+from slope_compile.kernels import gluon_products
+from slope_compile.kernels.gluon_configs import WgmmaSp
+from slope_compile.pattern import Pattern
+
+SMALL = WgmmaSp(2, 4, 2, 3)
+"""16 tokens, 128 outputs."""
+
+
+def error(executor: Executor, monkeypatch: pytest.MonkeyPatch, M: int = 9, groups: int = 124) -> float:
+    """Largest error of a product over several tiles, with each stage used more than twice and a rest of a block."""
+    monkeypatch.setattr(gluon_products, "_wgmma_kernels", lambda: executor)
+    p = draw(Pattern(2, 4), Shape((M,), 130, groups), torch.bfloat16)
+    t, b = torch.randn(M, 150).bfloat16(), torch.randn(130, 150).bfloat16()
+    y = gluon_products.wgmma_sp(p.x, p.values, p.pattern, p.bias, (t, b), SMALL)
+    truth = p.x.double() @ p.weight.double().t() + p.bias.double() + t.double() @ b.double().t()
+    return float((y.double() - truth).abs().nan_to_num(torch.inf).max())
+
+
+@pytest.mark.parametrize(("M", "groups"), [(7, 4), (16, 32), (20, 36), (9, 124)])
+def test_the_kernel_as_it_is(M: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert error(Executor("gluon_wgmma_sp"), monkeypatch, M, groups) < 0.4
+
+
+HAZARDS = {
+    "no wait for an even block": (
+        "        mbarrier.wait(ready.index(even), phase)\n        acc = _multiply", "        acc = _multiply"
+    ),
+    "no wait for an odd block": ("        mbarrier.wait(ready.index(odd), phase)\n", ""),
+    "the phase of the round before": ("phase = gl.where(odd == 0, phase ^ 1, phase)", "pass"),
+    "a phase too early": ("    phase = 0\n", "    phase = 1\n"),
+    "refilled a stage too early": (
+        "v_ring, before, pm, pn, ahead, (k > 0) & (ahead < blocks)", "v_ring, even, pm, pn, ahead, ahead < blocks"
+    ),
+    "refilled before its group is done": (
+        '"\\nwgmma.wait_group.sync.aligned 1;\\n}"', '"\\nwgmma.wait_group.sync.aligned 2;\\n}"'
+    ),
+    "refilled without a barrier": ("        barrier()\n        before", "        before"),
+    "refilled without a barrier after an odd block": (
+        "        barrier()\n        ahead = k + STAGES", "        ahead = k + STAGES"
+    ),
+    "refilled too late": ("ahead = k - 1 + STAGES", "ahead = k + 1 + STAGES"),
+    "waits for bytes that do not come": ("BM * 128 + BN * 64", "BM * 128 + BN * 64 + 64"),
+    "expects what is not copied": ("BM * 128 + BN * 64, pred=wanted", "BM * 128 + BN * 64"),
+    "values without a mbarrier of their own": (
+        "    load_tile(v_desc, [pn * BN, block * 16], ready.index(stage), v_ring.index(stage), pred=wanted)\n", ""
+    ),
+    "mbarriers without a fence": ("    fence_async_shared()\n", ""),
+    "mbarriers without a barrier": ("    fence_async_shared()\n    barrier()\n", "    fence_async_shared()\n"),
+    "mbarriers not made": ("        mbarrier.init(ready.index(i), count=1)\n", "        pass\n"),
+    "mbarriers not invalidated": ("        mbarrier.invalidate(ready.index(i))\n", "        pass\n"),
+    "mbarriers invalidated while others wait": ("        barrier()\n    x_ring", "    x_ring"),
+    "mbarriers invalidated too late": (
+        "        mbarrier.invalidate(ready.index(i))\n    barrier()\n", "        mbarrier.invalidate(ready.index(i))\n"
+    ),
+    "sums used while a group is under way": (
+        '"wgmma.wait_group.sync.aligned 0;", LAST', '"wgmma.wait_group.sync.aligned 1;", LAST'
+    ),
+    "stages reused without a barrier": ("whose memory is used anew below.\n    barrier()\n", "whose\n"),
+    "the adapter's tokens not waited for": (
+        "            mbarrier.wait(ready.index(even), phase)\n            at", "            at"
+    ),
+    "instructions without a group": ('join([*text, "wgmma.commit_group.sync.aligned;"])', "join(text)"),
+    "registers without a fence": ('"wgmma.fence.sync.aligned;",', ""),
+    "pattern not masked": ("in_q = p_row + 8 < N", "in_q = p_row < N"),
+    "pattern not masked past K": (
+        "        p_even = pattern_word(p_at, in_p, left, True)\n",
+        "        p_even = pattern_word(p_at, in_p, left + 64, True)\n",
+    ),
+    "metadata out of order": ("((both ^ 0x11111111) << 3)", "(both << 3)"),
+    "adapter not masked": ("in_b & (rest > 16)", "in_b"),
+    "shared memory outside the ring": ("stage * (BM * 128)", "stage * (BM * 256)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HAZARDS)
+def test_the_executor_notices_what_is_right_by_chance(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Hazard):
+        error(Executor("gluon_wgmma_sp", (HAZARDS[name],)), monkeypatch)
+
+
+MISTAKES = {
+    "selectors of the other step": ("tile, {e}, {step}, 1", "tile, {e}, 0, 1"),
+    "values of the other step": ("_registers(P * (1 + step) + mt * Q, 4), f", "_registers(P + mt * Q, 4), f"),
+    "values of the other 64 rows": ("_registers(P * (1 + step) + mt * Q, 4), f", "_registers(P * (1 + step), 4), f"),
+    "selectors of the other 64 rows": ('f"${3 * P + mt * Q}"', 'f"${3 * P}"'),
+    "tokens of the other step": ('f"add.u32 low, low, {units};"', '"add.u32 low, low, 0;"'),
+    "eights of tokens in another place": ("0x40000040", "0x40000020"),
+    "metadata of the other rows": ("selectors(p, q)", "selectors(q, p)"),
+    "selectors of another block": ("p_odd, q_odd, odd, MT", "p_even, q_odd, odd, MT"),
+    "selectors not refreshed": ("        p_even = pattern_word(p_at, in_p, left, True)\n", ""),
+    "the stage of another block": ("+ stage * (BM * 128)", "+ (stage ^ 1) * (BM * 128)"),
+    "the adapter's registers in another order": ("[b0, b1, b2, b3, at, acc]", "[b0, b2, b1, b3, at, acc]"),
+    "the adapter's rows exchanged": ("row = p_row + 8 * axis(2, 7, L)", "row = p_row + 8 - 8 * axis(2, 7, L)"),
+    "the adapter's words exchanged": ("word = t + 4 * axis(2, 2, L)", "word = t + 4 - 4 * axis(2, 2, L)"),
+    "the adapter's second part again": ("            b_at += 32\n", ""),
+    "another bias": ("out = row + 8 * axis", "out = row % 16 + 8 * axis"),
+    "the adapter's tokens in the wrong stage": ("into = even", "into = odd"),
+    "too few blocks": ("range(0, blocks, 2)", "range(0, blocks - 2, 2)"),
+    "narrow rows stored as wide": ("    if WIDE:\n", "    if True:\n"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_the_executor_computes_by_lane_and_register(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        assert error(Executor("gluon_wgmma_sp", (MISTAKES[name],)), monkeypatch) > 1
+    except Hazard:
+        assert name in ("too few blocks", "the stage of another block")  # noticed before a number is wrong
