@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import slope_compile as slope
 from benchmarks.cases import DTYPES
 from benchmarks.products import KEEP_GROUP, Problem, Weight
 from benchmarks.timing import Contender
@@ -46,6 +47,41 @@ def library(problem: Problem, low_rank_share: float) -> Iterator[Choice]:
         yield from _gluon(problem, low_rank_share)
     yield Choice("forward", "expanded", "forward", _each(problem, _expanded_forward(problem.x)))
     yield Choice("grad_input", "expanded_exact", "grad_input", _each(problem, _expanded_grad_input(problem.grad)))
+
+
+def autotuned(problem: Problem) -> Iterator[Choice]:
+    """The operators as ``torch.compile`` users of the backend have them with ``max_autotune``: measured when compiled,
+    dense among the choices."""
+    x, grad = problem.x, problem.grad
+
+    def compiled(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        wrapped: Callable[..., Tensor] = torch.compile(
+            operator, backend=slope.slope, dynamic=False, options={"max_autotune": True}
+        )
+        return wrapped
+
+    def forward() -> Contender:
+        call = compiled(lambda x, values, pattern: ops.linear(x, values, pattern, None, *KEEP_GROUP))
+        return _each(problem, lambda w: call(x, w.values, w.pattern))()
+
+    def exact() -> Contender:
+        call = compiled(lambda grad, values, pattern: ops.grad_input(grad, values, pattern, *KEEP_GROUP))
+        return _each(problem, lambda w: call(grad, w.values, w.pattern))()
+
+    def double_pruned() -> Contender:
+        call = compiled(
+            lambda grad, values, pattern, columns: ops.grad_input_columns(grad, values, pattern, columns, *KEEP_GROUP)
+        )
+        return _each(problem, lambda w: call(grad, w.values, w.pattern, w.column_pattern))()
+
+    def grad_weight() -> Contender:
+        call = compiled(lambda grad, x, pattern: ops.grad_weight(grad, x, pattern, *KEEP_GROUP))
+        return _each(problem, lambda w: call(grad, x, w.pattern))()
+
+    yield Choice("forward", "autotuned", "forward", forward)
+    yield Choice("grad_input", "autotuned_exact", "grad_input", exact)
+    yield Choice("grad_input", "autotuned_double_pruned", "grad_input_double_pruned", double_pruned)
+    yield Choice("grad_weight", "autotuned", "grad_weight_kept", grad_weight)
 
 
 def low_rank(problem: Problem, share: float) -> dict[str, Contender]:

@@ -30,8 +30,8 @@ DTYPES = ("bfloat16", "float16")
 LOW_RANK = 0.0156
 """Rank of the adapters, as a share of the layer's smaller side: the method's middle one."""
 FIRST = ((4096,), (16384, 1))
-"""Hidden sizes and tokens of the cases that come first and also have what takes long to set up: the dense product
-through ``torch.compile`` with max-autotune, and a search over cuSPARSELt's algorithms."""
+"""Hidden sizes and tokens of the cases that come first and also have what takes long to set up: the dense product and
+our own through ``torch.compile`` with max-autotune, and a search over cuSPARSELt's algorithms."""
 
 Key = tuple[str, int, int, int, bool]
 """dtype, M, N, K, whether it is one of the first."""
@@ -91,6 +91,7 @@ def _measured(
     products["low_rank"] = choices.low_rank(problem, LOW_RANK)
     errors["low_rank_slope_adapter"] = error_of(products["low_rank"]["slope_adapter"](0), truths["low_rank"])
     offered = [*choices.library(problem, LOW_RANK), *peers.choices(problem, search=first)]
+    offered += choices.autotuned(problem) if first else []
     left_out: dict[str, str] = {}
     for choice in offered:
         contender, error = _tried(choice, truths, TOLERANCE[TORCH_DTYPES[dtype]])

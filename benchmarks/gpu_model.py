@@ -118,6 +118,7 @@ def _prefill(name: str, size: Size, B: int, T: int, dtype: str, options: Options
         names = found.names()
         samples = given.measure({each: functools.partial(_ignoring_index, forward, each) for each in names})
         facts = _facts(name, size, layers, dtype, found, options) | {"batch": B, "context": T, "tokens": B * T}
+        facts["activations"] = {each: _taken(functools.partial(forward, each), options.device) for each in names}
         return compare("block_prefill", samples, {each: [each] for each in names}, (DENSE, SPARSE), facts)
 
     with torch.no_grad():
@@ -139,6 +140,7 @@ def _decode(name: str, size: Size, B: int, dtype: str, options: Options, given: 
         calls = {each: functools.partial(_ignoring_index, decode, each) for each in names}
         samples = given.measure(calls, calls=1)
         facts = _facts(name, size, layers, dtype, found, options) | {"batch": B, "cache": length, "tokens": B}
+        facts["activations"] = {each: _taken(functools.partial(decode, each), options.device) for each in names}
         return compare("block_decode", samples, {each: [each] for each in names}, (DENSE, SPARSE), facts)
 
     cache = 2 * B * size.groups * length * (size.width // size.heads) * DTYPES[dtype].itemsize
@@ -219,6 +221,14 @@ def _allocated(device: torch.device) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
+
+
+def _taken(call: Callable[[], None], device: torch.device) -> int | None:
+    """Most bytes that a call takes beside what was there before; None where nobody counts them."""
+    before = _allocated(device)
+    call()
+    peak = _peak(device)
+    return None if peak is None else peak - before
 
 
 def _peak(device: torch.device) -> int | None:

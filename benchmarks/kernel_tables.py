@@ -68,18 +68,19 @@ def summary(records: Sequence[Record], form: str = "simple") -> str:
             # Autotuning has dense among its choices: where nothing beats it, it is what is taken.
             tuned = [max(b, 1.0) for b in best]
             cells = [f"{select.geometric_mean(v):.2f} ({min(v):.2f})" for v in (own, best, tuned)]
-            rows.append([family, str(M), str(len(group)), *cells, *_peers(group)])
-    headers = ["product", "tokens", "shapes", "as picked by rule", "fastest 2:4", "fastest, or dense", *PEERS[:2]]
+            rows.append([family, str(M), str(len(group)), *cells, _of(group, family, "autotuned")])
+            rows[-1] += [_of(group, family, peer) for peer in PEERS[:2]]
+    headers = ["product", "tokens", "shapes", "as picked by rule", "fastest 2:4", "fastest, or dense", "max_autotune"]
+    headers += PEERS[:2]
     return in_columns(rows, headers, form)
 
 
-def _peers(group: Sequence[Record]) -> list[str]:
-    cells = []
-    for peer in PEERS[:2]:
-        names = [(r, [n for n in r["seconds"] if n.startswith(peer)]) for r in group]
-        found = [ratio(r, fastest(r, n))["median"] for r, n in names if n]
-        cells.append(f"{select.geometric_mean(found):.2f} ({min(found):.2f})" if found else "-")
-    return cells
+def _of(group: Sequence[Record], family: str, beginning: str) -> str:
+    """Geometric mean and worst of the family's contenders whose names begin so, the fastest of each record."""
+    end = FAMILIES[family][1]
+    names = [(r, [n for n in r["seconds"] if n.startswith(beginning) and n.endswith(end)]) for r in group]
+    found = [ratio(r, fastest(r, n))["median"] for r, n in names if n]
+    return f"{select.geometric_mean(found):.2f} ({min(found):.2f})" if found else "-"
 
 
 def winners(records: Sequence[Record], form: str = "simple") -> str:

@@ -269,6 +269,15 @@ def test_the_search_takes_the_fastest_algorithm_that_is_right(monkeypatch: pytes
         peers.fastest(product, expected + 7, torch.float32, CPU)
 
 
+def test_what_is_autotuned_computes_the_products(uncompiled: None) -> None:
+    problem = Problem.draw(4, 16, 32, "float32", CPU)
+    truths = problem.truths()
+    for choice in choices.autotuned(problem):
+        contender, error = gpu_kernels._tried(choice, truths, 1e-4)
+        assert callable(contender)
+        assert error < 1e-5
+
+
 def test_ranks_are_multiples_of_16() -> None:
     assert [choices.rank(4096, d, 0.0156) for d in (768, 4096, 16384)] == [16, 64, 64]
     assert choices.rank(5120, 5120, 0.0625) == 320
