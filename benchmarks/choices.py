@@ -43,6 +43,7 @@ def library(problem: Problem, low_rank_share: float) -> Iterator[Choice]:
     if problem.device.type == "cuda" and gpu_ops.available(problem.device):
         yield from _triton(problem)
         yield from _gluon(problem)
+        yield from _gluon_double_pruned(problem)
         yield _fused_low_rank(problem, low_rank_share)
         yield from _gluon(problem, low_rank_share)
     yield Choice("forward", "expanded", "forward", _each(problem, _expanded_forward(problem.x)))
@@ -87,7 +88,7 @@ def autotuned(problem: Problem) -> Iterator[Choice]:
 def low_rank(problem: Problem, share: float) -> dict[str, Contender]:
     """The forward product with an adapter of two more products, beside the dense layer that has none."""
     x, weights, count = problem.x, problem.weights, len(problem.weights)
-    A, B = _adapter(problem, share)
+    A, B = adapter(problem, share)
 
     def separate(i: int) -> object:
         w = weights[i % count]
@@ -102,13 +103,13 @@ def low_rank(problem: Problem, share: float) -> dict[str, Contender]:
 
 def low_rank_truth(problem: Problem, share: float) -> Tensor:
     """In float32, from the first weight."""
-    A, B = (factor.float() for factor in _adapter(problem, share))
+    A, B = (factor.float() for factor in adapter(problem, share))
     w, x = problem.weights[0], problem.x.float()
     truth: Tensor = F.linear(x, ops.expand(w.values, w.pattern, *KEEP_GROUP).float()) + (x @ A.t()) @ B.t()
     return truth
 
 
-def _adapter(problem: Problem, share: float) -> tuple[Tensor, Tensor]:
+def adapter(problem: Problem, share: float) -> tuple[Tensor, Tensor]:
     """``A [R, K]`` and ``B [N, R]``, the same at every call; the down-projection's entries are near 1."""
     R = rank(problem.N, problem.K, share)
     generator = torch.Generator(problem.device).manual_seed(1)
@@ -136,7 +137,7 @@ def _expanded_grad_input(grad: Tensor) -> Callable[[Weight], object]:
 def _gluon(problem: Problem, share: float | None = None) -> Iterator[Choice]:
     """The kernels on the sparse tensor cores that passed their test here; with an adapter for a ``share``."""
     x = problem.x
-    factors = None if share is None else _adapter(problem, share)
+    factors = None if share is None else adapter(problem, share)
     R = 0 if factors is None else factors[1].shape[1]
     sizes = (problem.M, problem.N, problem.K, R)
     for config in gluon_choices.choices(*sizes, problem.device, DTYPES[problem.dtype], bias=False):
@@ -150,9 +151,25 @@ def _gluon(problem: Problem, share: float | None = None) -> Iterator[Choice]:
         yield Choice(kind, str(config), kind, _each(problem, forward))
 
 
+def _gluon_double_pruned(problem: Problem) -> Iterator[Choice]:
+    """The input gradient on the sparse tensor cores, the transposed values made anew for each call as a step does."""
+    grad = problem.grad
+    # dX [M, K] = dY [M, N] times the transposed weight [K, N]: K is what comes out.
+    sizes = (problem.M, problem.K, problem.N, 0)
+    for config in gluon_choices.choices(*sizes, problem.device, DTYPES[problem.dtype], bias=False):
+        product = gluon_choices.product(config)
+
+        def double_pruned(w: Weight, product: gluon_choices.Product = product) -> object:
+            values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
+            return product(grad, values, w.column_pattern, None, None)
+
+        name = f"{config}_double_pruned"
+        yield Choice("grad_input", name, "grad_input_double_pruned", _each(problem, double_pruned))
+
+
 def _fused_low_rank(problem: Problem, share: float) -> Choice:
     x = problem.x
-    A, B = _adapter(problem, share)
+    A, B = adapter(problem, share)
 
     def fused(w: Weight) -> object:
         return triton_products.forward(x, w.values, w.pattern, low_rank=(x @ A.t(), B))

@@ -39,6 +39,8 @@ SHAPES = (
 )  # fmt: skip
 """``(M, N, K)``: a token, a training step's many, and sizes that no tile divides."""
 TINY = ((5, 76, 140), (1, 64, 64))
+LOW_RANK = 0.0156
+"""Rank of the adapters, as a share of the layer's smaller side."""
 WAYS = {"rule": None, "kernel": True, "dense": False}
 """How an operator is made to choose: by its rule, always a 2:4 kernel, never one."""
 
@@ -81,13 +83,15 @@ def _products(shape: tuple[int, int, int], dtype: str, device: torch.device, giv
         problem = Problem.draw(*shape, dtype, device, copies=1)
         truths = _truths(problem)
         checks: dict[str, dict[str, Any]] = {}
+        separate = choices.low_rank(problem, LOW_RANK)["slope_adapter"]
         for way, says in WAYS.items():
             with forced(says):
+                adapted = Choice("low_rank", f"separate ({way})", "low_rank", lambda: separate)
+                checks[f"low_rank: {adapted.name}"] = _checked(adapted, truths, DTYPES[dtype])
                 for choice in _operators(problem, way):
                     checks[f"{choice.product}: {choice.name}"] = _checked(choice, truths, DTYPES[dtype])
-        for choice in choices.library(problem, 0.0156):
-            if choice.product != "low_rank":
-                checks[f"{choice.product}: {choice.name}"] = _checked(choice, truths, DTYPES[dtype])
+        for choice in choices.library(problem, LOW_RANK):
+            checks[f"{choice.product}: {choice.name}"] = _checked(choice, truths, DTYPES[dtype])
     facts = problem.facts | {"checks": checks, "passed": all(check["passed"] for check in checks.values())}
     yield Measurement("correctness", {}, {}, facts)
 
@@ -118,6 +122,10 @@ def _truths(problem: Problem) -> dict[str, Truth]:
     column_values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
     twice = ops.expand(column_values, w.column_pattern, *KEEP_GROUP).t()
     x, grad = problem.x, problem.grad
+    A, B = choices.adapter(problem, LOW_RANK)
+
+    def adapted(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.addmm(forward_product(x, weight), x @ A.to(x.dtype).t(), B.to(x.dtype).t())
 
     def kept(dense: Tensor) -> Tensor:
         values: Tensor = ops.compress(dense, w.pattern, *KEEP_GROUP)
@@ -129,6 +137,15 @@ def _truths(problem: Problem) -> dict[str, Truth]:
 
     return {
         "forward": each(forward_product, x, expanded),
+        "low_rank": (
+            adapted(x.double(), expanded.double()),
+            torch.addmm(
+                forward_product(x.double().abs(), expanded.double().abs()),
+                x.double().abs() @ A.double().abs().t(),
+                B.double().abs().t(),
+            ),
+            adapted(x, expanded),
+        ),
         "grad_input": each(grad_input_product, grad, expanded),
         "grad_input_double_pruned": each(grad_input_product, grad, twice),
         "grad_weight_kept": each(lambda a, b: kept(grad_weight_product(a, b)), grad, x),
