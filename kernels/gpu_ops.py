@@ -42,8 +42,14 @@ def available(device: torch.device) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _name(device: torch.device) -> str:
+def name(device: torch.device) -> str:
+    """Of a GPU, by which measurements are kept."""
     return torch.cuda.get_device_name(device)
+
+
+def ready(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels can be compiled into a graph: they exist for the device and are right there."""
+    return device.type == "cuda" and available(device) and gpu_self_test.passes(device, dtype)
 
 
 def usable(keep: int, group: int, *tensors: Tensor | None) -> bool:
@@ -74,7 +80,7 @@ def tokens(x: Tensor) -> int:
 
 
 def _sparse(op: str, x: Tensor, N: int, K: int) -> bool:
-    return gpu_rules.sparse(op, tokens(x), N, K, x.dtype, _name(x.device))
+    return gpu_rules.sparse(op, tokens(x), N, K, x.dtype, name(x.device))
 
 
 def expand(

@@ -1,8 +1,8 @@
 """How Inductor calls the products on a CPU: directly, and under ``max_autotune`` by the way that it measures as faster.
 
-Without these lowerings an operator is one opaque call through the dispatcher; that stays so for other devices, for
-patterns and dtypes that the CPU library does not know, and under ``cpp_wrapper`` (whose C++ code cannot call Python
-functions but does call operators).
+Without these lowerings an operator is one opaque call through the dispatcher; that stays so for other devices (GPUs
+have lowerings in ``_inductor_gpu``), for patterns and dtypes that the CPU library does not know, and under
+``cpp_wrapper`` (whose C++ code cannot call Python functions but does call operators).
 
 They apply to graphs that the backend compiles, and to no others in the process.  Inductor's caches must not mix the
 two: code from a cache runs in processes that may never have called :func:`register`.  So a graph that is to be lowered
@@ -54,10 +54,11 @@ class Mark(CustomGraphPass):
 
     def uuid(self) -> Any:
         """None, which means no caching, where the user's pass has none."""
+        own = f"slope_compile {VERSION} {_gpu().fingerprint()}"
         if self.inner is None:
-            return f"slope_compile {VERSION}"
+            return own
         uuid = self.inner.uuid() if isinstance(self.inner, CustomGraphPass) else None
-        return None if uuid is None else (f"slope_compile {VERSION}", uuid)
+        return None if uuid is None else (own, uuid)
 
 
 def marked(patches: dict[str, Any]) -> dict[str, Any]:
@@ -70,22 +71,31 @@ def marked(patches: dict[str, Any]) -> dict[str, Any]:
 def register() -> None:
     """Tell Inductor of the kernels and the lowerings, once in a process."""
     _kernels()
-    for op, lower in (
-        (ops.linear, _linear),
-        (ops.grad_input, _grad_input),
-        (ops.grad_input_columns, _grad_input_columns),
-        (ops.grad_weight, _grad_weight),
+    gpu = _gpu().Lowerings(str(VERSION))
+    for op, cpu, cuda in (
+        (ops.linear, _linear, gpu.linear),
+        (ops.grad_input, _grad_input, gpu.grad_input),
+        (ops.grad_input_columns, _grad_input_columns, gpu.grad_input_columns),
+        (ops.grad_weight, _grad_weight, gpu.grad_weight),
     ):
-        register_lowering(op, type_promotion_kind=None)(_or_operator(op, lower))
+        register_lowering(op, type_promotion_kind=None)(_or_operator(op, {"cpu": cpu, "cuda": cuda}))
 
 
-def _or_operator(op: Any, lower: Callable[..., Any]) -> Callable[..., Any]:
-    """``lower``, or the operator itself where ``lower`` returns None or the graph is not the backend's."""
+def _gpu() -> Any:
+    """The lowerings for GPUs, which import this module."""
+    from slope_compile import _inductor_gpu
+
+    return _inductor_gpu
+
+
+def _or_operator(op: Any, lower: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """``lower`` of the device, or the operator itself where that returns None or the graph is not the backend's."""
     fallback = lowerings.get(op) or fallback_handler(op, add_to_fallback_set=False)
 
     def lowering(*args: Any, **kwargs: Any) -> Any:
-        if isinstance(getattr(config, MARK), Mark) and not V.graph.cpp_wrapper:
-            lowered = lower(*args, **kwargs)
+        device = args[0].get_device().type
+        if device in lower and isinstance(getattr(config, MARK), Mark) and not V.graph.cpp_wrapper:
+            lowered = lower[device](*args, **kwargs)
             if lowered is not None:
                 return lowered
         return fallback(*args, **kwargs)
@@ -146,13 +156,13 @@ def _applies(keep: int, group: int, *tensors: Any) -> bool:
     )
 
 
-def _matrix(x: Any) -> Any:
+def matrix(x: Any) -> Any:
     """``[..., features]`` as ``[M, features]``."""
     sizes = x.get_size()
     return x if len(sizes) == 2 else view(x, [sympy_product(sizes[:-1]), sizes[-1]])
 
 
-def _like(product: Any, x: Any, features: Any) -> Any:
+def like(product: Any, x: Any, features: Any) -> Any:
     """``[M, features]`` as ``[..., features]``."""
     sizes = x.get_size()
     return product if len(sizes) == 2 else view(product, [*sizes[:-1], features])
@@ -163,18 +173,18 @@ def _linear(
 ) -> Any | None:
     if not _applies(keep, group, x, values, bias):
         return None
-    (N, half), rows = values.get_size(), _matrix(x)
+    (N, half), rows = values.get_size(), matrix(x)
     inputs = [rows, values, pattern] + ([] if bias is None else [bias])
     y = _product("linear", inputs, {2: (N, 2 * half)}, [rows.get_size()[0], N])
-    return _like(y, x, N)
+    return like(y, x, N)
 
 
 def _grad_input(grad: Any, values: Any, pattern: Any, keep: int, group: int) -> Any | None:
     if not _applies(keep, group, grad, values):
         return None
-    N, K, rows = values.get_size()[0], 2 * values.get_size()[1], _matrix(grad)
+    N, K, rows = values.get_size()[0], 2 * values.get_size()[1], matrix(grad)
     dx = _product("grad_input", [rows, values, pattern], {2: (N, K)}, [rows.get_size()[0], K])
-    return _like(dx, grad, K)
+    return like(dx, grad, K)
 
 
 def _grad_input_columns(
@@ -183,16 +193,16 @@ def _grad_input_columns(
     N, K = values.get_size()[0], 2 * values.get_size()[1]
     if not _applies(keep, group, grad, values) or N % 4:
         return None
-    rows = _matrix(grad)
+    rows = matrix(grad)
     inputs = [rows, values, pattern, column_pattern]
     masks = {2: (N, K), 3: (K, N)}
     dx = _product("grad_input_columns", inputs, masks, [rows.get_size()[0], K])
-    return _like(dx, grad, K)
+    return like(dx, grad, K)
 
 
 def _grad_weight(grad: Any, x: Any, pattern: Any, keep: int, group: int) -> Any | None:
     N, K = grad.get_size()[-1], x.get_size()[-1]
     if not _applies(keep, group, grad, x) or K % 4:
         return None
-    inputs = [_matrix(grad), _matrix(x), pattern]
+    inputs = [matrix(grad), matrix(x), pattern]
     return _product("grad_weight", inputs, {2: (N, K)}, [N, K // 2])

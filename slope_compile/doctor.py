@@ -14,7 +14,7 @@ import torch
 from tabulate import tabulate
 
 from slope_compile import __version__
-from slope_compile.kernels import cpu_build, cpu_library, cpu_tuning, gpu_ops, gpu_rules, triton_products
+from slope_compile.kernels import cpu_build, cpu_library, cpu_tuning, gpu_ops, gpu_tuning, triton_products
 from slope_compile.lowering import lowering
 from slope_compile.pattern import Pattern
 
@@ -81,7 +81,7 @@ def _gpus() -> Iterator[tuple[str, object]]:
         yield f"GPU {index}", f"{name}, compute capability {major}.{minor}"
         missing = gpu_ops.missing(device)
         yield f"GPU {index} kernels", "Triton" if missing is None else f"none: {missing}"
-        tuned = gpu_rules.load(name) is not None
+        tuned = gpu_tuning.load(name) is not None
         yield f"GPU {index} tuned", "yes" if tuned else "no: a roofline rule decides"
 
 

@@ -26,7 +26,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(gpu_rules, "sparse", lambda *_: request.param == "kernel")
     if DEVICE == "cpu":
         monkeypatch.setattr(gpu_ops, "available", lambda _: True)
-        monkeypatch.setattr(gpu_ops, "_name", lambda _: "CPU")
+        monkeypatch.setattr(gpu_ops, "name", lambda _: "CPU")
 
 
 def assert_near(result: Tensor, truth: Tensor, scale: Tensor) -> None:

@@ -1,0 +1,130 @@
+"""The products on a GPU as compiled code calls them: into a buffer that is given, in a way that is named.
+
+| way | what runs |
+|---|---|
+| ``triton`` | the Triton kernel, which expands a tile of the weight in registers |
+| ``mma_sp``, ``wgmma_sp`` | a Gluon kernel on the sparse tensor cores; for input gradients, columns come first |
+| ``cusparselt`` | NVIDIA's library, through PyTorch, on an operand that is packed for the call |
+| ``expanded`` | PyTorch's dense product with the weight expanded in a scratch buffer |
+
+``way=None`` has ``gpu_rules`` decide at each call, when the number of tokens is known: graphs with symbolic sizes run
+one piece of code for all ranges of token counts.  Activations are matrices: x ``[M, K]``, grad ``[M, N]``.  Scratch
+comes from PyTorch's caching allocator and nothing is read back, so that CUDA graphs can hold these calls; what may only
+happen outside of a capture (self-tests, algorithm searches) has then happened in the warm-up, or the way is left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slope_compile.kernels import _cusparselt, gluon_products, gpu_ops, gpu_rules, reference, triton_products
+from slope_compile.kernels.gluon_configs import MmaSp
+
+
+def can(way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a way can compute a product of these sizes on a device and is right there; the first use tests it."""
+    if way in ("triton", "expanded"):
+        return True
+    if M == 0 or op not in ("forward", "grad_input_columns"):
+        return False  # the pattern does not run along the sum
+    outputs, inputs = (N, K) if op == "forward" else (K, N)
+    if way == "cusparselt":
+        return _cusparselt.missing(device, dtype, M, outputs, inputs) is None
+    return way == "mma_sp" and inputs % 4 == 0 and bool(gpu_ops.mma_sp_choices(M, device, dtype))
+
+
+def possible(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """All the ways that can, for something to measure."""
+    return tuple(way for way in gpu_rules.WAYS if can(way, op, M, N, K, dtype, device))
+
+
+def chosen(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The way that the rules take, among those that can; only those that the rules want are tested."""
+    gpu, left = gpu_ops.name(device), gpu_rules.WAYS
+    while True:
+        way = gpu_rules.way(op, M, N, K, dtype, gpu, left)
+        if can(way, op, M, N, K, dtype, device):
+            return way
+        left = tuple(other for other in left if other != way)
+
+
+def linear(
+    x: Tensor, values: Tensor, pattern: Tensor, bias: Tensor | None = None, *, out: Tensor, way: str | None = None
+) -> Tensor:
+    """``out [M, N] = X W^T + bias``."""
+    if not gpu_ops.usable(2, 4, x, values, bias):
+        return out.copy_(reference.forward(x, values, pattern, bias, 2, 4))
+    N, K = values.shape[0], values.shape[1] * 2
+    way = way or _way("forward", x, N, K)
+    if way == "triton":
+        return triton_products.forward(x, values, pattern, bias, out=out)
+    if way == "expanded":
+        return _dense(x, triton_products.expand(values, pattern).t(), bias, out)
+    return _sparse_operand(way, x, values, pattern, bias, out)
+
+
+def grad_input(
+    grad: Tensor, values: Tensor, pattern: Tensor, *, out: Tensor, way: str | None = None
+) -> Tensor:
+    """``out [M, K] = dY W``, exact: no way on sparse tensor cores, the sum runs along N and the pattern along K."""
+    if not gpu_ops.usable(2, 4, grad, values):
+        return out.copy_(reference.grad_input(grad, values, pattern, 2, 4))
+    way = way or _way("grad_input", grad, values.shape[0], values.shape[1] * 2)
+    if way == "triton":
+        return triton_products.grad_input(grad, values, pattern, out=out)
+    return _dense(grad, triton_products.expand(values, pattern), None, out)
+
+
+def grad_input_columns(
+    grad: Tensor, values: Tensor, pattern: Tensor, column_pattern: Tensor, *, out: Tensor, way: str | None = None
+) -> Tensor:
+    """``out [M, K] = dY W^{R,C}``, double-pruned; N is a multiple of 4."""
+    if not gpu_ops.usable(2, 4, grad, values):
+        return out.copy_(reference.grad_input_columns(grad, values, pattern, column_pattern, 2, 4))
+    way = way or _way("grad_input_columns", grad, values.shape[0], values.shape[1] * 2)
+    if way == "triton":
+        return triton_products.grad_input(grad, values, pattern, column_pattern, out=out)
+    column_values = triton_products.recompress_columns(values, pattern, column_pattern)  # [K, N / 2], of the transpose
+    if way == "expanded":
+        return _dense(grad, triton_products.expand(column_values, column_pattern).t(), None, out)
+    return _sparse_operand(way, grad, column_values, column_pattern, None, out)
+
+
+def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, *, out: Tensor, way: str | None = None) -> Tensor:
+    """``out [N, K / 2]``: ``dY^T X`` at the kept positions."""
+    if not gpu_ops.usable(2, 4, grad, x):
+        return out.copy_(reference.grad_weight(grad, x, pattern, 2, 4))
+    way = way or _way("grad_weight", x, grad.shape[1], x.shape[1])
+    if way == "triton":
+        return triton_products.grad_weight(grad, x, pattern, out=out)
+    return out.copy_(triton_products.compress(grad.t() @ x, pattern))
+
+
+def _way(op: str, rows: Tensor, N: int, K: int) -> str:
+    return chosen(op, rows.shape[0], N, K, rows.dtype, rows.device)
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """``x [M, A] @ weight [A, B] + bias``."""
+    if bias is None:
+        return torch.mm(x, weight, out=out)
+    return torch.addmm(bias, x, weight, out=out)
+
+
+def _sparse_operand(
+    way: str, x: Tensor, values: Tensor, pattern: Tensor, bias: Tensor | None, out: Tensor
+) -> Tensor:
+    """``x W^T + bias`` by a library or kernel that multiplies on sparse tensor cores; expanded where it cannot."""
+    M, N, K = x.shape[0], values.shape[0], values.shape[1] * 2
+    if not can(way, "forward", M, N, K, x.dtype, x.device):
+        return _dense(x, triton_products.expand(values, pattern).t(), bias, out)
+    if way == "cusparselt":
+        return out.copy_(_cusparselt.linear(x, values, pattern, bias))
+    return out.copy_(gluon_products.forward(x, values, pattern, bias, _gluon_config(M, x.device, x.dtype)))
+
+
+def _gluon_config(M: int, device: torch.device, dtype: torch.dtype) -> MmaSp:
+    """The configuration for so many tokens, among those that are right on the device."""
+    right = gpu_ops.mma_sp_choices(M, device, dtype)
+    return next((config for config in right if config.BM >= M), right[-1])

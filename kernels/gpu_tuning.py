@@ -1,0 +1,227 @@
+"""The table of measured times of a GPU: what ``slope-compile tune --device cuda`` writes and ``gpu_rules`` goes by.
+
+One JSON file a GPU, beside the CPU's tables, under a name made of the GPU's name and the versions of torch, CUDA,
+Triton and cuSPARSELt (another version measures anew)::
+
+    {"format": 1, "gpu": "NVIDIA H200", "versions": {"torch": "...", ...},
+     "entries": [{"op": "forward", "dtype": "bfloat16", "M": 512, "N": 4096, "K": 4096,
+                  "seconds": {"triton": 3.1e-05, "expanded": 4.4e-05}}, ...]}
+
+A product is looked up at the entry nearest to it (by the ratios of its sizes); token counts between two entries
+change hands at their geometric mean.  That makes the ranges of token counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slope_compile.kernels import cpu_build, reference
+from slope_compile.kernels.masks import random_mask
+from slope_compile.kernels.metadata import pack_mask
+from slope_compile.log import log
+from slope_compile.pattern import Pattern
+
+FORMAT = 1
+OPS = ("forward", "grad_input", "grad_input_columns", "grad_weight")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
+SHAPES = ((1024, 1024), (4096, 4096), (11008, 4096), (4096, 11008))
+"""(N, K)"""
+
+MARGIN = 0.97
+"""A way that keeps the weight compressed also wins a near tie: the expanded one needs memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One measured case."""
+
+    op: str
+    dtype: str
+    M: int
+    N: int
+    K: int
+    seconds: dict[str, float]
+    """Way -> median time; ways that are not possible or were wrong are not there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What was measured on one GPU."""
+
+    gpu: str
+    entries: tuple[Entry, ...]
+
+    def fastest(
+        self, op: str, M: int, N: int, K: int, dtype: torch.dtype, among: Iterable[str]
+    ) -> str | None:
+        """The fastest way at the nearest entry, out of those in ``among``; None if nothing like it was measured."""
+        near = [e for e in self.entries if e.op == op and DTYPES[e.dtype] is dtype]
+        if not near:
+            return None
+
+        def distance(entry: Entry) -> float:
+            pairs = ((entry.M, M), (entry.N, N), (entry.K, K))
+            return sum(abs(math.log(there / max(1, here))) for there, here in pairs)
+
+        seconds = min(near, key=distance).seconds
+        allowed = {way: t * (1.0 if way == "expanded" else MARGIN) for way, t in seconds.items() if way in set(among)}
+        return min(allowed, key=allowed.__getitem__, default=None)
+
+    def digest(self) -> str:
+        """Of its content."""
+        return hashlib.sha256(self.json().encode()).hexdigest()[:16]
+
+    def json(self) -> str:
+        """As it is stored."""
+        entries = [dataclasses.asdict(entry) for entry in self.entries]
+        return json.dumps({"format": FORMAT, "gpu": self.gpu, "versions": versions(), "entries": entries}, indent=1)
+
+
+def versions() -> dict[str, str]:
+    """What a measurement depends on beside the GPU."""
+    lt = torch.backends.cusparselt
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    found = str(lt.version()) if lt.is_available() else "none"
+    return {"torch": torch.__version__, "cuda": str(torch.version.cuda), "triton": triton, "cusparselt": found}
+
+
+def table_path(gpu: str) -> Path:
+    """Where the table of a GPU lies."""
+    digest = hashlib.sha256("\0".join((gpu, *versions().values())).encode()).hexdigest()[:16]
+    return cpu_build.cache_folder() / f"tuned-cuda-{digest}.json"
+
+
+def save(table: Table) -> Path:
+    """Write a table; the running process uses it from now on."""
+    path = table_path(table.gpu)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w") as file:
+        file.write(table.json())
+    os.replace(temporary, path)
+    load.cache_clear()
+    return path
+
+
+@functools.lru_cache(maxsize=16)
+def load(gpu: str) -> Table | None:
+    """The table of a GPU under these versions, if there is one."""
+    path = table_path(gpu)
+    try:
+        data = json.loads(path.read_text())
+        if data["format"] != FORMAT:
+            raise ValueError(f"format {data['format']}, expected {FORMAT}")
+        return Table(data["gpu"], tuple(Entry(**entry) for entry in data["entries"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be read (%s); the roofline rule decides, or tune again", path, error)
+        return None
+
+
+Ways = Callable[[str, int, int, int, torch.dtype, torch.device], Iterable[str]]
+"""Product, M, N, K, dtype, device -> the ways that are possible."""
+Run = Callable[[str, str, "Problem"], Tensor]
+"""Product, way -> its result."""
+
+
+def measure(
+    device: torch.device,
+    ways: Ways,
+    run: Run,
+    seconds: Callable[[Callable[[], object]], float],
+    tokens: Iterable[int] = TOKENS,
+    shapes: Iterable[tuple[int, int]] = SHAPES,
+) -> Iterator[Entry]:
+    """Measure every case; a way whose result is wrong is left out, and the log says so.
+
+    Args:
+        ways, run: see ``gpu_calls.possible`` and the calls there.
+        seconds: times a call on the device.
+    """
+    for (N, K), (name, dtype) in ((s, d) for s in shapes for d in DTYPES.items()):
+        problem = Problem(N, K, dtype, device)
+        for M in tokens:
+            problem.draw(M)
+            for op in OPS:
+                times = {}
+                dense = run(op, "expanded", problem)
+                for way in ways(op, M, N, K, dtype, device):
+                    if way != "expanded" and not problem.agrees(op, run(op, way, problem), dense):
+                        log.warning("%s of %s is wrong at M, N, K = %d, %d, %d in %s on %s and is left out",
+                                    way, op, M, N, K, name, device)  # fmt: skip
+                        continue
+                    times[way] = seconds(functools.partial(run, op, way, problem))
+                yield Entry(op, name, M, N, K, times)
+
+
+class Problem:
+    """One weight and its activations on a device."""
+
+    def __init__(self, N: int, K: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.N, self.K, self.dtype, self.device = N, K, dtype, device
+        self.pattern = pack_mask(random_mask(N, K, Pattern(2, 4), seed=0, path="tune")).to(device)
+        self.values = self._numbers(N, K // 2)
+        _, self.column_pattern = reference.compress_columns(self.values, self.pattern, 2, 4)
+        self.x = self.grad = self.values
+
+    def draw(self, M: int) -> None:
+        """Fresh activations of M tokens."""
+        self.x, self.grad = self._numbers(M, self.K), self._numbers(M, self.N)
+
+    def arguments(self, op: str) -> tuple[Tensor, ...]:
+        """Of the product, as ``gpu_calls`` takes them."""
+        weight = (self.values, self.pattern)
+        return {
+            "forward": (self.x, *weight),
+            "grad_input": (self.grad, *weight),
+            "grad_input_columns": (self.grad, *weight, self.column_pattern),
+            "grad_weight": (self.grad, self.x, self.pattern),
+        }[op]
+
+    def size(self, op: str) -> tuple[int, int]:
+        """Of the result."""
+        M = self.x.shape[0]
+        return {"forward": (M, self.N), "grad_weight": (self.N, self.K // 2)}.get(op, (M, self.K))
+
+    def agrees(self, op: str, result: Tensor, dense: Tensor) -> bool:
+        """Whether two ways agree to what their orders of summation explain; numbers are of unit variance."""
+        reduced = {"forward": self.K / 2, "grad_weight": self.x.shape[0]}.get(op, self.N / 2)
+        unit = {torch.float32: 2.0**-10, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[self.dtype]  # TF32: 2^-11
+        allowed = 16 * unit * math.sqrt(reduced)
+        return bool(torch.isfinite(result).all()) and float((result.float() - dense.float()).abs().max()) <= allowed
+
+    def _numbers(self, *sizes: int) -> Tensor:
+        return torch.randn(*sizes, device=self.device).to(self.dtype)
+
+
+def gpu_seconds(call: Callable[[], Any], rounds: int = 9) -> float:
+    """Median time of a call by CUDA events, after a warm-up, the L2 cache flushed before each."""
+    call()
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    times = []
+    for _ in range(rounds):
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[rounds // 2]

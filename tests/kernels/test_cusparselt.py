@@ -1,0 +1,231 @@
+"""cuSPARSELt's wrapper, against stand-ins for PyTorch's primitives that misbehave as the real ones were seen to.
+
+The stand-ins compute on the CPU: a packed operand is its weight's values and then its pattern, in memory whose form
+tells nothing; the dense operand is read as the transpose of a contiguous matrix, whatever its strides say; algorithm
+ids write nothing, or something else from call to call, or raise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from problems import Shape, draw
+from slope_compile.kernels import _cusparselt, cpu_build, reference
+from slope_compile.kernels._cusparselt import Algorithm, Packed, Primitives
+from slope_compile.kernels.masks import magnitude_mask
+from slope_compile.kernels.metadata import pack_mask
+from slope_compile.pattern import Pattern
+
+DEVICE = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+TWO_FOUR = Pattern(2, 4)
+SILENT, ERRATIC, REFUSED, SLOW, FAST, COUNT = range(6)
+
+
+class Misbehaving(Primitives):
+    """See the module docstring."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.searches = 0
+        self.packs = 0
+        self.in_order = True
+        self.recording = False
+        self.installed: int | None = 801
+
+    def version(self) -> int | None:
+        return self.installed
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        return 9, 0
+
+    def name(self, device: torch.device) -> str:
+        return "a GPU"
+
+    def compress(self, dense: Tensor) -> Tensor:
+        self.packs += 1
+        assert dense.is_contiguous()
+        N = dense.shape[0]
+        mask = magnitude_mask(dense, TWO_FOUR)  # garbage for a weight that is not 2:4, without a word
+        pattern = pack_mask(mask)
+        values = reference.compress(dense, pattern, 2, 4).reshape(-1)
+        if not self.in_order:
+            values = values.view(-1, 2).flip(0).reshape(-1)
+        words = pattern.contiguous().view(torch.int16).reshape(-1).view(dense.dtype)
+        return torch.cat([values, words]).view(N, -1)
+
+    def product(self, packed: Tensor, dense: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Tensor:
+        self.calls += 1
+        K, M = dense.shape
+        N = packed.shape[0]
+        flat = packed.reshape(-1)
+        values, words = flat[: N * K // 2], flat[N * K // 2 :]
+        if not self.in_order:
+            values = values.view(-1, 2).flip(0).reshape(-1)
+        pattern = words.view(torch.int16).view(torch.uint8).view(N, K // 8)
+        # Strides are not looked at.
+        x = dense.as_strided((M, K), (K, 1)) if not dense.is_contiguous() else dense.t()
+        right = reference.forward(x, values.view(N, K // 2), pattern, bias, 2, 4)
+        if algorithm.alg_id == SILENT:
+            return torch.full_like(right, torch.nan)  # what was in the memory
+        if algorithm.alg_id == ERRATIC and self.calls % 2:
+            return right.roll(1, 0)
+        if algorithm.alg_id == REFUSED:
+            raise RuntimeError("CUSPARSE_STATUS_NOT_SUPPORTED")
+        return right
+
+    def suggestion(self, packed: Tensor, dense: Tensor) -> tuple[int, int, int, int]:
+        self.searches += 1
+        return ERRATIC, 1, -1, COUNT
+
+    def capturing(self) -> bool:
+        return self.recording
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        algorithm: Algorithm = call.args[3]  # type: ignore[attr-defined]
+        return {FAST: 1.0, SLOW: 2.0}.get(algorithm.alg_id, 0.5)
+
+    def expand(self, values: Tensor, pattern: Tensor) -> Tensor:
+        return reference.expand(values, pattern, 2, 4)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Misbehaving:
+    fake = Misbehaving()
+    monkeypatch.setattr(_cusparselt, "primitives", fake)
+    monkeypatch.setattr(_cusparselt, "_found", {})
+    monkeypatch.setattr(cpu_build, "cache_folder", lambda: tmp_path)
+    _cusparselt.in_place.cache_clear()
+    return fake
+
+
+both_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+@both_dtypes
+def test_the_fastest_right_algorithm_is_found_once(fake: Misbehaving, dtype: torch.dtype) -> None:
+    assert _cusparselt.algorithm(CPU, dtype, 32, 48, 64) == Algorithm(FAST)
+    searches, calls = fake.searches, fake.calls
+    assert _cusparselt.algorithm(CPU, dtype, 32, 48, 64) == Algorithm(FAST)
+    assert (fake.searches, fake.calls) == (searches, calls)
+    # Another process reads it from the file; other sizes are searched.
+    _cusparselt._found.clear()
+    assert _cusparselt.algorithm(CPU, dtype, 32, 48, 64) == Algorithm(FAST)
+    assert fake.searches == searches
+    _cusparselt.algorithm(CPU, dtype, 16, 48, 64)
+    assert fake.searches == searches + 1
+
+
+def test_another_library_or_gpu_is_searched_anew(fake: Misbehaving, tmp_path: Path) -> None:
+    _cusparselt.algorithm(CPU, torch.float16, 32, 48, 64)
+    for change in ("installed", "name"):
+        _cusparselt._found.clear()
+        setattr(fake, change, 900 if change == "installed" else lambda device: "another GPU")
+        before = fake.searches
+        _cusparselt.algorithm(CPU, torch.float16, 32, 48, 64)
+        assert fake.searches == before + 1
+    assert len(list(tmp_path.glob("cusparselt-*.json"))) == 3
+
+
+def test_no_algorithm_is_right(fake: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake, "seconds", None)
+    monkeypatch.setattr(_cusparselt, "_candidates", lambda *_: [Algorithm(i) for i in (SILENT, ERRATIC, REFUSED)])
+    assert _cusparselt.algorithm(CPU, torch.float16, 32, 48, 64) is None
+    x = torch.ones(32, 64, dtype=torch.float16)
+    with pytest.raises(ValueError, match="no algorithm is right"):
+        _cusparselt.product(x, x, 48, 64)
+    monkeypatch.setattr(_cusparselt, "algorithm", lambda *_: None)
+    assert "no algorithm" in str(_cusparselt.missing(DEVICE, torch.float16, 16, 48, 64))
+
+
+def test_nothing_is_searched_while_a_graph_is_recorded(fake: Misbehaving) -> None:
+    fake.recording = True
+    assert _cusparselt.algorithm(CPU, torch.float16, 32, 48, 64) is None
+    assert fake.calls == 0
+    fake.recording = False
+    assert _cusparselt.algorithm(CPU, torch.float16, 32, 48, 64) == Algorithm(FAST)
+    _cusparselt._found.clear()
+    fake.recording = True  # a file may be read
+    assert _cusparselt.algorithm(CPU, torch.float16, 32, 48, 64) == Algorithm(FAST)
+
+
+def test_a_broken_file_is_reported(fake: Misbehaving, caplog: pytest.LogCaptureFixture) -> None:
+    _cusparselt._path(CPU).write_text("{")
+    assert _cusparselt.algorithm(CPU, torch.float16, 32, 48, 64) == Algorithm(FAST)
+    assert "cannot be read" in caplog.text
+    assert json.loads(_cusparselt._path(CPU).read_text())
+
+
+@both_dtypes
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided", "broadcast"])
+def test_any_layout_of_the_activations(fake: Misbehaving, layout: str, dtype: torch.dtype) -> None:
+    """The primitive reads a matrix that is not contiguous wrongly and says nothing."""
+    p = draw(TWO_FOUR, Shape((32,), 48, 16, layout), dtype)
+    packed = _cusparselt.pack(p.values, p.pattern)
+    for bias in (None, p.bias):
+        expected = reference.forward(p.x.contiguous(), p.values, p.pattern, bias, 2, 4)
+        assert torch.equal(_cusparselt.product(p.x, packed, 48, 64, bias), expected)
+
+
+@pytest.mark.parametrize("size", [(32, 60), (60,), (2, 32, 64)])
+def test_a_wrong_number_of_features_is_an_error(fake: Misbehaving, size: tuple[int, ...]) -> None:
+    p = draw(TWO_FOUR, Shape((32,), 48, 16), torch.float16)
+    packed = _cusparselt.pack(p.values, p.pattern)
+    with pytest.raises(ValueError, match=r"x must be \[M, 64\]"):
+        _cusparselt.product(torch.ones(size, dtype=torch.float16), packed, 48, 64)
+
+
+def test_what_is_missing_is_named(fake: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cusparselt, "algorithm", lambda *_: Algorithm(FAST))
+    half = torch.bfloat16
+    assert _cusparselt.missing(DEVICE, half, 32, 48, 64) is None
+    assert "not on cpu" in str(_cusparselt.missing(CPU, half, 32, 48, 64))
+    assert "not torch.float32" in str(_cusparselt.missing(DEVICE, torch.float32, 32, 48, 64))
+    wrong = {(8, 48, 64): "'M': 8", (32, 40, 64): "'N': 40", (32, 48, 68): "'K': 68", (0, 48, 64): "'M': 0"}
+    for sizes, named in wrong.items():
+        assert named in str(_cusparselt.missing(DEVICE, half, *sizes))
+    monkeypatch.setattr(fake, "capability", lambda device: (7, 5))
+    assert "(7, 5)" in str(_cusparselt.missing(DEVICE, half, 32, 48, 64))
+    fake.installed = None
+    assert "without cuSPARSELt" in str(_cusparselt.missing(DEVICE, half, 32, 48, 64))
+
+
+@both_dtypes
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_kept_operand_follows_its_values(fake: Misbehaving, in_order: bool, dtype: torch.dtype) -> None:
+    """By a copy into place where the order is ours, else packed anew; at the same address either way."""
+    fake.in_order = in_order
+    p = draw(TWO_FOUR, Shape((32,), 48, 16), dtype)
+    assert _cusparselt.in_place(CPU, dtype) is in_order
+    packed = Packed(p.values, p.pattern)
+    address, before = packed.buffer.data_ptr(), fake.packs
+    for _ in range(3):
+        p.values.mul_(1.5).add_(0.25)
+        packed.refresh(p.values, p.pattern)
+        assert torch.equal(packed.linear(p.x), reference.forward(p.x, p.values, p.pattern, None, 2, 4))
+    assert packed.buffer.data_ptr() == address
+    searched = 2  # operands that the search for an algorithm packed
+    assert fake.packs == before + searched + (0 if in_order else 3)
+    packs = fake.packs
+    packed.refresh(p.values, p.pattern)
+    assert fake.packs == packs
+    packed.refresh(p.values, p.pattern, always=True)
+    assert fake.packs == packs + (0 if in_order else 1)
+
+
+def test_a_packed_operand_is_not_kept_by_itself(fake: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cusparselt, "missing", lambda *_: None)
+    p = draw(TWO_FOUR, Shape((32,), 48, 16), torch.float16)
+    for _ in range(2):
+        before = fake.packs
+        _cusparselt.linear(p.x, p.values, p.pattern, p.bias)
+        p.values.add_(1.0)  # the next call sees it
+    assert fake.packs == before + 1
+    expected = reference.forward(p.x, p.values, p.pattern, p.bias, 2, 4)
+    assert torch.equal(_cusparselt.linear(p.x, p.values, p.pattern, p.bias), expected)
