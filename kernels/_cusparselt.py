@@ -15,8 +15,9 @@ What the primitives do and do not (PyTorch 2.11 to 2.13):
 
 **Packed operands.**  The Parameter holds values and the pattern is a buffer; a packed operand is derived from them
 and is as large as both.  By default it is made for a call and freed after it (one kernel to expand, one to pack, and a
-dense scratch): no second copy of the weights stays.  :class:`Packed` keeps one, for whoever asks for it, and follows in-place updates of the values by copying them into place where that was seen to work on the device, else
-by packing anew, in both cases at the same address, so that a captured graph stays valid.
+dense scratch): no second copy of the weights stays.  :class:`Packed` keeps one, for whoever asks for it, and follows
+in-place updates of the values by copying them into place where that was seen to work on the device, else by packing
+anew, in both cases at the same address, so that a captured graph stays valid.
 
 Private names used, tested on torch 2.13 without a GPU by fakes: ``torch._cslt_compress``, ``torch._cslt_sparse_mm``,
 ``torch._C._cusparselt.mm_search``.
@@ -30,6 +31,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,8 +89,9 @@ class Primitives:
 
     def suggestion(self, packed: Tensor, dense: Tensor) -> tuple[int, int, int, int]:
         """The library's own pick: id, split_k, mode; and the number of ids."""
-        found: Any = torch._C._cusparselt.mm_search(packed, dense, None, None, None, True)
-        return found
+        binding: Any = torch._C._cusparselt
+        alg_id, split_k, mode, count = binding.mm_search(packed, dense, None, None, None, True)
+        return int(alg_id), int(split_k), int(mode), int(count)
 
     def capturing(self) -> bool:
         """Whether a CUDA graph is being recorded: nothing may be searched now."""
@@ -151,6 +154,21 @@ def product(x: Tensor, packed: Tensor, N: int, K: int, bias: Tensor | None = Non
     if found is None:
         raise ValueError(f"cuSPARSELt: no algorithm is right for {list(x.shape)} times [{N}, {K}] in {x.dtype}")
     return primitives.product(packed, x.contiguous().t(), None if bias is None else bias.contiguous(), found)
+
+
+def call_seconds(device: torch.device, calls: int = 50) -> float:
+    """What a call costs the host, descriptors and plan included: mean over calls of a product that is next to nothing.
+
+    The work on the device is not waited for.
+    """
+    size = 4 * MULTIPLE
+    x = torch.ones(size, size, dtype=torch.float16, device=device)
+    packed = primitives.compress(x * torch.tensor([1, 1, 0, 0], dtype=x.dtype, device=device).repeat(size // 4))
+    primitives.product(packed, x.t(), None, Algorithm(0))
+    start = time.perf_counter()
+    for _ in range(calls):
+        primitives.product(packed, x.t(), None, Algorithm(0))
+    return (time.perf_counter() - start) / calls
 
 
 # --- algorithms ------------------------------------------------------------------------------------------------------

@@ -15,10 +15,20 @@ happen outside of a capture (self-tests, algorithm searches) has then happened i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
-from slope_compile.kernels import _cusparselt, gluon_products, gpu_ops, gpu_rules, reference, triton_products
+from slope_compile.kernels import (
+    _cusparselt,
+    gluon_products,
+    gpu_ops,
+    gpu_rules,
+    gpu_tuning,
+    reference,
+    triton_products,
+)
 from slope_compile.kernels.gluon_configs import MmaSp
 
 
@@ -41,12 +51,27 @@ def possible(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.
 
 def chosen(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
     """The way that the rules take, among those that can; only those that the rules want are tested."""
-    gpu, left = gpu_ops.name(device), gpu_rules.WAYS
+    gpu = gpu_ops.name(device)
+    left: tuple[str, ...] = gpu_rules.WAYS
     while True:
         way = gpu_rules.way(op, M, N, K, dtype, gpu, left)
         if can(way, op, M, N, K, dtype, device):
             return way
         left = tuple(other for other in left if other != way)
+
+
+def measure(device: torch.device) -> Iterator[gpu_tuning.Entry]:
+    """Every way of every product in :mod:`gpu_tuning`'s cases, compared with the dense result and timed."""
+    products: dict[str, Callable[..., Tensor]] = {
+        "forward": linear, "grad_input": grad_input, "grad_input_columns": grad_input_columns,
+        "grad_weight": grad_weight,
+    }  # fmt: skip
+
+    def run(op: str, way: str, problem: gpu_tuning.Problem) -> Tensor:
+        out = torch.empty(problem.size(op), dtype=problem.dtype, device=device)
+        return products[op](*problem.arguments(op), out=out, way=way)
+
+    return gpu_tuning.measure(device, possible, run, gpu_tuning.gpu_seconds)
 
 
 def linear(

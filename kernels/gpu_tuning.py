@@ -215,7 +215,7 @@ def gpu_seconds(call: Callable[[], Any], rounds: int = 9) -> float:
     """Median time of a call by CUDA events, after a warm-up, the L2 cache flushed before each."""
     call()
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    times = []
+    times: list[float] = []
     for _ in range(rounds):
         flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -41,6 +41,9 @@ from slope_compile._inductor_lowerings import like, matrix
 from slope_compile.kernels import gpu_calls, gpu_ops, gpu_rules, triton_configs, triton_products
 from slope_compile.kernels.triton_configs import Config
 
+Generators = dict[int, Callable[[Any], Tensor]]
+"""Index of an input -> what the autotuner fills it with."""
+
 _LEGAL_BYTE = 0x33
 """Two entries of every group kept: what the autotuner may fill a pattern with."""
 
@@ -249,15 +252,15 @@ class Lowerings:
         op = "forward" if name == "linear" else name
         N, K = _weight_sizes(op, inputs, sizes)
         M = rows.get_size()[0]
-        generators = {index: functools.partial(_legal_pattern, *mask) for index, mask in masks.items()}
+        generators: Generators = {i: functools.partial(_legal_pattern, *mask) for i, mask in masks.items()}
+        choices: list[Any] = []
         if not isinstance(M, int | sympy.Integer):
-            choices = [self.calls[f"{name}."].bind(inputs, layout)]
+            choices.append(self.calls[f"{name}."].bind(inputs, layout))
             return _selected(name, choices, inputs, layout, generators)
         dtype, device = rows.get_dtype(), rows.get_device()
         case = (op, int(M), int(N), int(K), dtype, device)
         autotune = config.max_autotune or config.max_autotune_gemm
         ways = gpu_calls.possible(*case) if autotune else (gpu_calls.chosen(*case),)
-        choices: list[Any] = []
         if "triton" in ways and int(M) > 0:
             aligned = int(N) % 16 == 0 and int(K) % 128 == 0 and _strides_divide(inputs, masks, 16)
             for tile in _tiles(kernel, int(M), dtype, aligned, device, autotune):
@@ -288,9 +291,7 @@ def _constants(kernel: str, tile: Config, K: int, reduced: int, inputs: list[Any
     return constants
 
 
-def _selected(
-    name: str, choices: list[Any], inputs: list[Any], layout: Any, generators: dict[int, Callable[[Any], Tensor]]
-) -> Any:
+def _selected(name: str, choices: list[Any], inputs: list[Any], layout: Any, generators: Generators) -> Any:
     selected = autotune_select_algorithm(f"slope_gpu_{name}", choices, inputs, layout, input_gen_fns=generators)
     # torch 2.13 returns the chosen one beside the result
     return selected[0] if isinstance(selected, tuple) else selected

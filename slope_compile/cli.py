@@ -11,7 +11,8 @@ import torch
 
 from slope_compile import cli_inspect, doctor
 from slope_compile.errors import SlopeError
-from slope_compile.kernels import cpu_library, cpu_tuning
+from slope_compile.kernels import cpu_library, cpu_tuning, gpu_calls, gpu_ops, gpu_rules, gpu_tuning
+from slope_compile.kernels._cusparselt import call_seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,8 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     tune = commands.add_parser(
         "tune",
-        help="measure where the 2:4 CPU kernels win on this machine (minutes, on a machine that is otherwise idle)",
+        help="measure where the 2:4 kernels win on this machine (minutes, on a machine that is otherwise idle)",
     )
+    tune.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default), cuda or cuda:1")
     tune.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; default: PyTorch's")
     tune.set_defaults(run=run_tune)
     doctor.add_parser(commands)
@@ -36,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_tune(arguments: argparse.Namespace) -> int:
-    """Measure, show and save the table that ``cpu_rules`` goes by."""
+    """Measure, show and save the table that the rules of a device go by."""
+    if arguments.device != "cpu":
+        return _tune_gpu(arguments.device)
     if arguments.threads < 0:
         sys.stderr.write(f"slope-compile tune: --threads: expected 1 or more, got {arguments.threads}\n")
         return 2
@@ -59,6 +63,50 @@ def run_tune(arguments: argparse.Namespace) -> int:
     _write(_speedups(entries))
     _write(f"\nSaved to {path}; every process on this machine goes by it.\n")
     return 0
+
+
+def _tune_gpu(name: str) -> int:
+    """Every way of every product on a GPU, see ``gpu_calls``."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type != "cuda":
+        sys.stderr.write(f"slope-compile tune: --device: expected cpu, cuda or cuda:N, got {name!r}\n")
+        return 2
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        sys.stderr.write(f"slope-compile tune: PyTorch sees {found} GPUs, none is {name}; see `slope-compile doctor`\n")
+        return 1
+    device = torch.device("cuda", index)
+    lacking = gpu_ops.missing(device)
+    if lacking is not None:
+        sys.stderr.write(f"slope-compile tune: no kernels to measure on {device}: {lacking}\n")
+        return 1
+    entries = []
+    with torch.cuda.device(device):
+        for entry in gpu_calls.measure(device):
+            entries.append(entry)
+            times = ", ".join(f"{way} {1e6 * seconds:.0f} us" for way, seconds in entry.seconds.items())
+            sys.stderr.write(f"{entry.op} {entry.dtype} M={entry.M} N={entry.N} K={entry.K}: {times}\n")
+        if torch.backends.cusparselt.is_available():
+            cost = 1e6 * call_seconds(device)
+            _write(f"A call of cuSPARSELt costs the host {cost:.0f} us, which a CUDA graph pays once.\n")
+    path = gpu_tuning.save(gpu_tuning.Table(gpu_ops.name(device), tuple(entries)))
+    _write(f"{gpu_ops.name(device)}: microseconds, * = the fastest\n")
+    _write(_times(entries))
+    _write(f"\nSaved to {path}; every process on this machine goes by it.\n")
+    return 0
+
+
+def _times(entries: Sequence[gpu_tuning.Entry]) -> str:
+    rows = []
+    for e in entries:
+        best = min(e.seconds, key=e.seconds.__getitem__, default=None)
+        cells = (f"{1e6 * e.seconds[w]:.0f}{'*' * (w == best)}" if w in e.seconds else "-" for w in gpu_rules.WAYS)
+        rows.append((e.op, e.dtype, e.M, e.N, e.K, *cells))
+    return tabulate.tabulate(rows, headers=("product", "dtype", "M", "N", "K", *gpu_rules.WAYS))
 
 
 def _speedups(entries: Sequence[cpu_tuning.Entry]) -> str:

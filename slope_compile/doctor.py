@@ -73,7 +73,7 @@ def _gpus() -> Iterator[tuple[str, object]]:
         return
     lt = torch.backends.cusparselt
     version = lt.version() if lt.is_available() else None
-    yield "cuSPARSELt", "not in this PyTorch" if version is None else f"{version} (not used by this version)"
+    yield "cuSPARSELt", "not in this PyTorch" if version is None else f"{version} (taken where measured as the fastest)"
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         major, minor = torch.cuda.get_device_capability(device)
@@ -82,7 +82,8 @@ def _gpus() -> Iterator[tuple[str, object]]:
         missing = gpu_ops.missing(device)
         yield f"GPU {index} kernels", "Triton" if missing is None else f"none: {missing}"
         tuned = gpu_tuning.load(name) is not None
-        yield f"GPU {index} tuned", "yes" if tuned else "no: a roofline rule decides"
+        advice = f"no: a roofline rule decides; `slope-compile tune --device cuda:{index}` measures"
+        yield f"GPU {index} tuned", "yes" if tuned else advice
 
 
 def _choices(device: torch.device) -> Iterator[tuple[str, ...]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from slope_compile.kernels import cpu_library, cpu_products, cpu_rules, gpu_ops, gpu_rules, triton_products
+from slope_compile.kernels import cpu_library, cpu_products, cpu_rules, gpu_calls, gpu_ops, triton_products
 from slope_compile.pattern import Pattern
 
 DENSE = "dense"
 EXPANDED = "dense with expanded weight"
+_NAMES = {"triton": "Triton", "mma_sp": "Gluon mma.sp", "wgmma_sp": "Gluon wgmma.sp", "cusparselt": "cuSPARSELt"}
 
 
 def lowering(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, nm: Pattern) -> str:
@@ -24,7 +25,7 @@ def lowering(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.
         if library is not None and cpu_rules.sparse(op, M, dtype, library.isa):
             return f"2:4 kernel, {library.isa}"
     if device.type == "cuda" and dtype in triton_products.DTYPES and gpu_ops.available(device):
-        gpu = torch.cuda.get_device_name(device)
-        if gpu_rules.sparse(op, M, N, K, dtype, gpu):
-            return "2:4 kernel, Triton"
+        way = gpu_calls.chosen(op, M, N, K, dtype, device)
+        if way != "expanded":
+            return f"2:4 kernel, {_NAMES[way]}"
     return EXPANDED

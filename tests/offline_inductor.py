@@ -6,18 +6,24 @@ Nothing is run and nothing is timed.  Tensors are fake; the kernels that Inducto
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import importlib.util
 import re
+import tempfile
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+
+from triton_offline import Result, compiled_with_log, result_of
 
 CHIPS = {(8, 0): ("NVIDIA A100", 108, 166912), (9, 0): ("NVIDIA H200", 132, 232448)}
 """Compute capability -> name, multiprocessors, shared memory of a block."""
@@ -63,7 +69,7 @@ def offline_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
         "raise_if_triton_unavailable": lambda device=None: None,
         "is_bf16_supported": lambda including_emulation=False: True,
     }
-    cuda = {
+    cuda: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
         "get_device_capability": lambda device=None: capability,
         "get_device_properties": lambda device=None: properties,
@@ -103,6 +109,10 @@ class Program:
     """What Inductor wrote for one graph."""
 
     source: str
+    devices: frozenset[str] = frozenset()
+    """Types of the devices on which anything is computed."""
+    no_graph: str | None = None
+    """Why Inductor would not record it as a CUDA graph."""
 
     @property
     def kernels(self) -> dict[str, str]:
@@ -140,6 +150,7 @@ def generated(module: GraphModule, inputs: Sequence[Any], **patches: Any) -> lis
     from torch import _functorch as functorch
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.cudagraph_utils import check_multiple_devices_or_any_cpu_nodes
     from torch._inductor.graph import GraphLowering
 
     from slope_compile._inductor_lowerings import marked
@@ -148,7 +159,9 @@ def generated(module: GraphModule, inputs: Sequence[Any], **patches: Any) -> lis
 
     def stopped(self: Any) -> Any:
         written, *_ = self.codegen()
-        programs.append(Program(getattr(written, "value", written)))
+        text = getattr(written, "value", written)
+        mixed = check_multiple_devices_or_any_cpu_nodes(self.device_node_mapping)
+        programs.append(Program(text, frozenset(self.device_types), self.disable_cudagraphs_reason or mixed))
         return types.SimpleNamespace(call=lambda args: args, __file__=__file__, key="offline", runner=None)
 
     def inner(graph: GraphModule, given: Sequence[Any], **arguments: Any) -> Any:
@@ -168,6 +181,7 @@ def on_gpu(graph: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, list
     from torch._guards import detect_fake_mode
 
     device, mode = torch.device("cuda", 0), detect_fake_mode(inputs)
+    assert mode is not None
 
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -183,3 +197,34 @@ def on_gpu(graph: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, list
                 node.meta[key] = moved(node.meta[key])
     graph.recompile()
     return graph, [moved(value) for value in inputs]
+
+
+def undecorated(source: str, folder: Path) -> Any:
+    """The function of a generated kernel, without the launcher around it."""
+    text = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n(?=@triton\.jit)", "", source, flags=re.S)
+    name = re.findall(r"^def (triton_\w+)\(", text, re.M)[0]
+    path = folder / f"{name}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def compile_kernel(source: str, arch: int = 90) -> Result:
+    """A generated kernel as machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    signature: dict[str, str] = ast.literal_eval(re.findall(r"'signature': (\{.*?\})", source)[0])
+    options = {name: int(re.findall(rf"\b{name}=(\d+)", source)[0]) for name in ("num_warps", "num_stages")}
+    with tempfile.TemporaryDirectory() as folder:
+        kernel = undecorated(source, Path(folder))
+        aligned: dict[tuple[int, ...], list[Any]] = {
+            (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind[0] == "*"
+        }
+        ast_source = triton.compiler.ASTSource(kernel, signature, {}, aligned)
+        compiled, log = compiled_with_log(ast_source, GPUTarget("cuda", arch, 32), options)
+    return result_of(compiled, log)

@@ -6,10 +6,17 @@ that Inductor generates around ours compile.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,13 +24,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import slope_compile as slope
-from offline_inductor import Program, generated, offline_gpu
+from offline_inductor import Program, compile_kernel, generated, offline_gpu
 from recording import compiled
 from recording import fresh_dynamo as fresh_dynamo
-from slope_compile.kernels import cpu_build, gpu_tuning
+from slope_compile import _inductor_gpu
+from slope_compile.kernels import cpu_build, gpu_calls, gpu_tuning, triton_configs
 
 pytest.importorskip("triton")
 
+Backward = Literal["exact", "double_pruned"]
 NAME = "NVIDIA H200"
 WIDTH, TOKENS = 64, 32
 
@@ -90,7 +99,7 @@ def programs(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any], **patches:
 
 def transformer(**fields: Any) -> nn.Module:
     model = Transformer().bfloat16()
-    slope.sparsify_(model, slope.SlopeConfig(column_refresh="never", **fields))
+    slope.sparsify_(model, slope.SlopeConfig(**fields))
     return model
 
 
@@ -123,3 +132,119 @@ def test_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert inference.products.total() == sparse
     for program in (forward, backward, inference):
         assert "torch.ops.slope." not in re.sub(r"(?m)^\s*#.*$", "", program.source)
+
+
+class One(nn.Module):
+    """A product and what may be fused with it."""
+
+    def __init__(self, N: int, K: int, bias: bool = True, column_refresh: int | Literal["never"] = "never") -> None:
+        super().__init__()
+        self.layer = nn.Linear(K, N, bias=bias).bfloat16()
+        config = slope.SlopeConfig(first_dense=False, heads_dense=False, column_refresh=column_refresh)
+        slope.sparsify_(self, config)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        y: Tensor = torch.relu(self.layer(x)) + residual
+        return y
+
+
+def call(model: nn.Module, M: int, N: int, K: int, **arguments: Any) -> Any:
+    x, residual = torch.randn(M, K).bfloat16().requires_grad_(), torch.randn(M, N).bfloat16()
+    return compiled(model, **arguments)(x, residual)
+
+
+@pytest.mark.parametrize("way", ["triton", "mma_sp", "cusparselt", "expanded"])
+def test_a_training_step_can_be_a_cuda_graph(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is computed anywhere else, whatever the rules choose; stored column patterns are refreshed outside."""
+    monkeypatch.setattr(gpu_calls, "chosen", lambda *_: way)
+    found = programs(monkeypatch, lambda: call(One(64, 96, column_refresh=7), 48, 64, 96))
+    assert len(found) == 2
+    for program in found:
+        assert program.devices == {"cuda"}
+        assert program.no_graph is None
+        assert bool(program.calls) == (way != "triton")
+
+
+@pytest.mark.parametrize("way", ["mma_sp", "cusparselt", "expanded"])
+def test_a_measured_table_names_the_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_calls, "can", lambda *_: True)
+    case = ("bfloat16", 48, 64, 96, {way: 1.0, "triton": 2.0})
+    ops = ("forward", "grad_input_columns")
+    gpu_tuning.save(gpu_tuning.Table(NAME, tuple(gpu_tuning.Entry(op, *case) for op in ops)))
+    forward, backward = programs(monkeypatch, lambda: call(One(64, 96), 48, 64, 96))
+    assert forward.calls == [f"linear_1_{way}"]
+    assert sorted(backward.calls) == [f"grad_input_columns_1_{way}"]
+    assert backward.products == Counter({"grad_weight": 1})  # by the roofline: nothing was measured
+
+
+def test_symbolic_token_counts_are_looked_up_when_they_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, backward = programs(monkeypatch, lambda: call(One(64, 96), 48, 64, 96, dynamic=True))
+    assert forward.calls == ["linear_1"]
+    assert sorted(backward.calls) == ["grad_input_columns_1", "grad_weight_1"]
+    assert not forward.products + backward.products
+
+
+@pytest.mark.parametrize("backward", ["exact", "double_pruned"])
+def test_max_autotune_measures_every_choice(backward: Backward, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tile configuration as a template, each way as a call; any of them can be taken."""
+    monkeypatch.setattr(gpu_calls, "can", lambda way, op, *_: way != "wgmma_sp" and "weight" not in op)
+    offered: dict[str, list[str]] = {}
+    select: Callable[..., Any] = vars(_inductor_gpu)["autotune_select_algorithm"]
+
+    def first(name: str, choices: list[Any], *arguments: Any, **named: Any) -> Any:
+        offered[name.removeprefix("slope_gpu_")] = [choice.name for choice in choices]
+        return select(name, choices[:1], *arguments, **named)
+
+    monkeypatch.setattr(_inductor_gpu, "autotune_select_algorithm", first)
+    monkeypatch.setattr(gpu_calls, "possible", possible)
+    model = nn.Linear(128, 64, bias=False).bfloat16()
+    net = nn.Sequential(model)
+    config = slope.SlopeConfig(first_dense=False, heads_dense=False, column_refresh="never", backward=backward)
+    slope.sparsify_(net, config)
+    x = torch.randn(48, 128, dtype=torch.bfloat16, requires_grad=True)
+    programs(monkeypatch, lambda: compiled(net)(x), max_autotune=True)
+    into_input = "grad_input" if backward == "exact" else "grad_input_columns"
+    assert offered.keys() == {"linear", into_input, "grad_weight"}
+    for name, kernel in (("linear", "forward"), (into_input, "grad_input"), ("grad_weight", "grad_weight")):
+        templates = [choice for choice in offered[name] if choice.startswith("triton_slope_")]
+        assert len(templates) == len(triton_configs.configurations(kernel, torch.bfloat16, arch=90))
+        sparse = ["mma_sp", "cusparselt"] * (name in ("linear", "grad_input_columns"))
+        calls = [choice for choice in offered[name] if choice.startswith("slope_gpu_")]
+        assert calls == [f"slope_gpu_{name}_1_{way}" for way in (*sparse, "expanded")]
+
+
+def possible(op: str, *case: Any) -> tuple[str, ...]:
+    sparse = ("mma_sp", "cusparselt") if op in ("forward", "grad_input_columns") else ()
+    return ("triton", *sparse, "expanded")
+
+
+def test_generated_kernels_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their epilogues, for sm_90: tensor cores, no spills, nothing serialized, copies ahead of use."""
+    found = programs(monkeypatch, lambda: call(One(256, 384), 128, 256, 384))
+    results = [compile_kernel(text) for program in found for text in program.kernels.values() if "_sums(" in text]
+    assert len(results) == 2
+    for result in results:
+        assert (result.spills, result.warnings) == (0, ())
+        assert "HGMMA" in result.tensor_core
+        assert result.copies
+    assert "relu" in "".join(found[0].kernels)
+
+
+def test_generated_kernels_compute_the_product(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Run by Triton's interpreter, in a process of its own, on awkward sizes and with the epilogues fused in."""
+    kernels = []
+    for (M, N, K), bias in itertools.product(((37, 76, 140), (64, 64, 128)), (True, False)):
+        torch._dynamo.reset()
+        for program in programs(monkeypatch, functools.partial(call, One(N, K, bias), M, N, K)):
+            for name, text in program.kernels.items():
+                if "def tile_of" in text:
+                    kernels.append({"name": name, "source": text, "M": M, "N": N, "K": K, "bias": bias})
+    assert len(kernels) == 4 * 3
+    (tmp_path / "kernels.json").write_text(json.dumps(kernels))
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "interpret_generated.py", tmp_path / "kernels.json"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.stdout.count(" right") == len(kernels)

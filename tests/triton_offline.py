@@ -124,7 +124,6 @@ def configured(kernel: str) -> str:
 
 def compile_offline(build: Build) -> Result:
     """Compile with the ptxas that comes with Triton and read the machine code."""
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -156,6 +155,13 @@ def compile_offline(build: Build) -> Result:
     source = ASTSource(kernel, signature, used, attributes)
     target, options = GPUTarget("cuda", build.arch, 32), {"num_warps": c.warps, "num_stages": c.stages}
     compiled, log = compiled_with_log(source, target, options)
+    return result_of(compiled, log)
+
+
+def result_of(compiled: Any, log: str) -> Result:
+    """What a compiled kernel's machine code and ptxas say."""
+    import triton
+
     code, usage = _disassembled(compiled.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
     registers = re.search(r"REG:(\d+)", usage)
     loop = main_loop(code)

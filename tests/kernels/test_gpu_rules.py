@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from problems import every_dtype
-from slope_compile.kernels import cpu_build, gpu_ops, gpu_rules
+from slope_compile.kernels import cpu_build, gpu_ops, gpu_rules, gpu_tuning
 
 OPS = tuple(gpu_rules.SHARE)
 
@@ -19,7 +18,7 @@ OPS = tuple(gpu_rules.SHARE)
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_build, "cache_folder", lambda: tmp_path)
-    gpu_rules.load.cache_clear()
+    gpu_tuning.load.cache_clear()
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -28,20 +27,6 @@ def test_the_kernels_win_where_the_weight_is_what_is_read(op: str) -> None:
         assert gpu_rules.sparse(op, 1, 4096, 4096, dtype, "some GPU")
         assert not gpu_rules.sparse(op, 1 << 16, 4096, 4096, dtype, "some GPU")
     assert not gpu_rules.sparse(op, 1, 4096, 4096, torch.float32, "some GPU")
-
-
-def test_a_measured_table_overrules_the_roofline() -> None:
-    entry = {"op": "forward", "dtype": "bfloat16", "tokens": 1, "speedup": 0.5}
-    gpu_rules.table_path("measured GPU").write_text(json.dumps({"entries": [entry]}))
-    assert not gpu_rules.sparse("forward", 1, 4096, 4096, torch.bfloat16, "measured GPU")
-    assert gpu_rules.sparse("grad_input", 1, 4096, 4096, torch.bfloat16, "measured GPU")
-    assert gpu_rules.sparse("forward", 1, 4096, 4096, torch.bfloat16, "another GPU")
-
-
-def test_a_broken_table_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    gpu_rules.table_path("broken GPU").write_text("{")
-    assert gpu_rules.sparse("forward", 1, 4096, 4096, torch.bfloat16, "broken GPU")
-    assert "cannot be read" in caplog.text
 
 
 @every_dtype

@@ -1,0 +1,143 @@
+"""The table of a GPU: measured with wrong ways left out, stored, found again, and looked up by ranges of sizes."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from slope_compile.kernels import _cusparselt, cpu_build, gpu_calls, gpu_ops, gpu_rules, gpu_tuning, reference
+from slope_compile.kernels.gpu_tuning import Entry, Problem, Table
+
+CPU = torch.device("cpu")
+HALF = torch.bfloat16
+EVERY = gpu_rules.WAYS
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_build, "cache_folder", lambda: tmp_path)
+    gpu_tuning.load.cache_clear()
+
+
+def entry(M: int, op: str = "forward", N: int = 4096, K: int = 4096, **seconds: float) -> Entry:
+    return Entry(op, "bfloat16", M, N, K, seconds)
+
+
+TABLE = Table(
+    "a GPU",
+    (
+        entry(16, triton=1.0, mma_sp=0.5, expanded=3.0),
+        entry(1024, triton=3.0, cusparselt=1.0, expanded=2.0),
+        entry(16384, triton=3.0, expanded=1.0),
+        entry(16, N=64, triton=3.0, expanded=1.0),
+    ),
+)
+
+
+def test_token_counts_are_looked_up_by_ranges() -> None:
+    def fastest(M: int, among: tuple[str, ...] = EVERY, N: int = 4096) -> str | None:
+        return TABLE.fastest("forward", M, N, 4096, HALF, among)
+
+    assert [fastest(M) for M in (1, 16, 127, 129, 1024, 4095, 4097, 1 << 20)] == (
+        ["mma_sp"] * 3 + ["cusparselt"] * 3 + ["expanded"] * 2
+    )
+    assert fastest(16, ("triton", "expanded")) == "triton"
+    assert fastest(16, N=64) == "expanded"
+    assert TABLE.fastest("grad_weight", 16, 4096, 4096, HALF, EVERY) is None
+    assert TABLE.fastest("forward", 16, 4096, 4096, torch.float16, EVERY) is None
+
+
+def test_the_kernel_wins_a_near_tie() -> None:
+    table = Table("a GPU", (entry(16, triton=1.0, expanded=0.98),))
+    assert table.fastest("forward", 16, 4096, 4096, HALF, EVERY) == "triton"
+
+
+def test_a_stored_table_decides_from_then_on() -> None:
+    before = gpu_rules.fingerprint("a GPU")
+    assert gpu_rules.way("forward", 1024, 4096, 4096, HALF, "a GPU", EVERY) == "expanded"
+    path = gpu_tuning.save(TABLE)
+    assert json.loads(path.read_text())["versions"]["torch"] == torch.__version__
+    assert gpu_tuning.load("a GPU") == TABLE
+    assert gpu_rules.way("forward", 1024, 4096, 4096, HALF, "a GPU", EVERY) == "cusparselt"
+    assert gpu_rules.way("forward", 1024, 4096, 4096, HALF, "a GPU") == "expanded"
+    assert gpu_rules.way("forward", 1024, 4096, 4096, HALF, "another GPU", EVERY) == "expanded"
+    # What was compiled under the old decisions is not taken from a cache.
+    assert gpu_rules.fingerprint("a GPU") != before
+    assert gpu_rules.fingerprint("another GPU") == before
+
+
+def test_other_versions_measure_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_tuning.save(TABLE)
+    other = gpu_tuning.versions() | {"cusparselt": "900"}
+    monkeypatch.setattr(gpu_tuning, "versions", lambda: other)
+    gpu_tuning.load.cache_clear()
+    assert gpu_tuning.load("a GPU") is None
+
+
+@pytest.mark.parametrize("text", ["{", '{"format": 0}', '{"format": 1, "gpu": "a GPU", "entries": [{"op": 1}]}'])
+def test_a_table_that_cannot_be_read_is_reported(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    gpu_tuning.table_path("a GPU").write_text(text)
+    assert gpu_tuning.load("a GPU") is None
+    assert "cannot be read" in caplog.text
+
+
+def test_measuring_leaves_out_what_is_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    definitions: dict[str, Callable[..., Tensor]] = {
+        "forward": lambda x, values, pattern: reference.forward(x, values, pattern, None, 2, 4),
+        "grad_input": functools.partial(reference.grad_input, keep=2, group=4),
+        "grad_input_columns": functools.partial(reference.grad_input_columns, keep=2, group=4),
+        "grad_weight": functools.partial(reference.grad_weight, keep=2, group=4),
+    }
+
+    def run(op: str, way: str, problem: Problem) -> Tensor:
+        result = definitions[op](*problem.arguments(op))
+        assert result.shape == problem.size(op)
+        return {"mma_sp": result.roll(1, 0), "cusparselt": result * torch.nan}.get(way, result)
+
+    def seconds(call: Callable[[], object]) -> float:
+        call()
+        return 2.0 if call.args[1] == "triton" else 1.0  # type: ignore[attr-defined]
+
+    found = list(gpu_tuning.measure(CPU, lambda *_: EVERY, run, seconds, tokens=(5, 16), shapes=((24, 32),)))
+    assert {(e.op, e.dtype, e.M) for e in found} == {
+        (op, dtype, M) for op in gpu_tuning.OPS for dtype in gpu_tuning.DTYPES for M in (5, 16)
+    }
+    for one in found:
+        assert one.seconds == {"triton": 2.0, "wgmma_sp": 1.0, "expanded": 1.0}, one
+    assert "mma_sp of grad_weight is wrong" in caplog.text
+
+
+def test_a_way_that_cannot_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules' first choice may not exist here or be wrong: the next best is taken, and nothing else is tested."""
+    gpu_tuning.save(TABLE)
+    monkeypatch.setattr(gpu_ops, "name", lambda device: "a GPU")
+    asked: list[str] = []
+
+    def can(way: str, *case: object) -> bool:
+        asked.append(way)
+        return way in ("triton", "expanded")
+
+    monkeypatch.setattr(gpu_calls, "can", can)
+    assert gpu_calls.chosen("forward", 1024, 4096, 4096, HALF, CPU) == "expanded"
+    assert asked == ["cusparselt", "expanded"]
+    asked.clear()
+    assert gpu_calls.chosen("forward", 16, 4096, 4096, HALF, CPU) == "triton"
+    assert asked == ["mma_sp", "triton"]
+
+
+def test_which_ways_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cusparselt, "missing", lambda *_: None)
+    monkeypatch.setattr(gpu_ops, "mma_sp_choices", lambda *_: (1,))
+
+    def ways(op: str, M: int) -> tuple[str, ...]:
+        return gpu_calls.possible(op, M, 64, 64, HALF, CPU)
+
+    every = ("triton", "mma_sp", "cusparselt", "expanded")
+    assert ways("forward", 16) == ways("grad_input_columns", 16) == every
+    assert ways("grad_input", 16) == ways("grad_weight", 16) == ways("forward", 0) == ("triton", "expanded")
