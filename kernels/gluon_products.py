@@ -78,6 +78,7 @@ def mma_sp(
     low_rank: tuple[Tensor, Tensor] | None = None,
     config: MmaSp | None = None,
     splits: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``Y = X W^T + T B^T + bias`` by ``mma.sp``, sm_80 and later: x ``[..., K]`` -> contiguous ``[..., N]``.
 
@@ -91,9 +92,10 @@ def mma_sp(
         config: tile sizes; those of :func:`gluon_configs.default` without.
         splits: over how many programs the sum of an output is split; :func:`gluon_configs.splits` without.  Their
             float32 parts are added up in a fixed order.
+        out: where the result goes, contiguous and of its shape and dtype.
     """
     N, K = values.shape[0], values.shape[1] * 2
-    y = x.new_empty(*x.shape[:-1], N)
+    y = x.new_empty(*x.shape[:-1], N) if out is None else out
     M = math.prod(x.shape[:-1])
     if M * N == 0:
         return y
@@ -134,6 +136,7 @@ def wgmma_sp(
     bias: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     config: WgmmaSp | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``Y = X W^T + T B^T + bias`` by ``wgmma.sp``, sm_90: x ``[..., K]`` -> contiguous ``[..., N]``.
 
@@ -145,13 +148,14 @@ def wgmma_sp(
         pattern: uint8 ``[N, K / 8]``.
         low_rank: ``(T [..., R], B [N, R])``, for an adapter ``T = X A^T``; R up to the configuration's largest.
         config: tile sizes; those of :func:`gluon_configs.default_wgmma` without.
+        out: where the result goes, contiguous and of its shape and dtype.
 
     Raises:
         ValueError: of K or R.
         RuntimeError: what the compiler made of the kernel must not be used (``gluon_builds``).
     """
     N, K = values.shape[0], values.shape[1] * 2
-    y = x.new_empty(*x.shape[:-1], N)
+    y = x.new_empty(*x.shape[:-1], N) if out is None else out
     M = math.prod(x.shape[:-1])
     if M * N == 0:
         return y

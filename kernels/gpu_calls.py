@@ -22,14 +22,16 @@ from torch import Tensor
 
 from slope_compile.kernels import (
     _cusparselt,
+    gluon_configs,
     gluon_products,
+    gluon_self_test,
     gpu_ops,
     gpu_rules,
     gpu_tuning,
     reference,
     triton_products,
 )
-from slope_compile.kernels.gluon_configs import MmaSp
+from slope_compile.kernels.gluon_configs import MmaSp, WgmmaSp
 
 
 def can(way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -41,7 +43,25 @@ def can(way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: t
     outputs, inputs = (N, K) if op == "forward" else (K, N)
     if way == "cusparselt":
         return _cusparselt.missing(device, dtype, M, outputs, inputs) is None
-    return way == "mma_sp" and inputs % 4 == 0 and bool(gpu_ops.mma_sp_choices(M, device, dtype))
+    if device.type != "cuda":
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    if gluon_products.unsupported(way, capability, dtype, M, outputs, inputs) is not None:
+        return False
+    case = (device, dtype, _gluon_config(way, M), outputs % 8)
+    if case not in _tested and torch.cuda.is_current_stream_capturing():
+        return False  # the test compiles and compares
+    _tested.add(case)
+    right = (gluon_self_test.passes(*case[:3], bias, False, outputs % 8) for bias in (True, False))
+    return all(right)
+
+
+_tested: set[tuple[torch.device, torch.dtype, MmaSp | WgmmaSp, int]] = set()
+"""Gluon kernels of which it is known whether they are right."""
+
+
+def _gluon_config(way: str, M: int) -> MmaSp | WgmmaSp:
+    return gluon_configs.default(M) if way == "mma_sp" else gluon_configs.default_wgmma(M)
 
 
 def possible(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
@@ -146,10 +166,6 @@ def _sparse_operand(
         return _dense(x, triton_products.expand(values, pattern).t(), bias, out)
     if way == "cusparselt":
         return out.copy_(_cusparselt.linear(x, values, pattern, bias))
-    return out.copy_(gluon_products.forward(x, values, pattern, bias, _gluon_config(M, x.device, x.dtype)))
-
-
-def _gluon_config(M: int, device: torch.device, dtype: torch.dtype) -> MmaSp:
-    """The configuration for so many tokens, among those that are right on the device."""
-    right = gpu_ops.mma_sp_choices(M, device, dtype)
-    return next((config for config in right if config.BM >= M), right[-1])
+    if way == "mma_sp":
+        return gluon_products.mma_sp(x, values, pattern, bias, config=gluon_configs.default(M), out=out)
+    return gluon_products.wgmma_sp(x, values, pattern, bias, config=gluon_configs.default_wgmma(M), out=out)

@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from slope_compile.kernels import _cusparselt, cpu_build, gpu_calls, gpu_ops, gpu_rules, gpu_tuning, reference
+from slope_compile.kernels import (
+    _cusparselt,
+    cpu_build,
+    gluon_self_test,
+    gpu_calls,
+    gpu_ops,
+    gpu_rules,
+    gpu_tuning,
+    reference,
+)
 from slope_compile.kernels.gpu_tuning import Entry, Problem, Table
 
 CPU = torch.device("cpu")
@@ -132,12 +141,26 @@ def test_a_way_that_cannot_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_which_ways_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, recording, capability = True, True, (9, 0)
     monkeypatch.setattr(_cusparselt, "missing", lambda *_: None)
-    monkeypatch.setattr(gpu_ops, "mma_sp_choices", lambda *_: (1,))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
+    monkeypatch.setattr(gluon_self_test, "passes", lambda *case: right)
+    monkeypatch.setattr(gpu_calls, "_tested", set())
 
-    def ways(op: str, M: int) -> tuple[str, ...]:
-        return gpu_calls.possible(op, M, 64, 64, HALF, CPU)
+    def ways(op: str, M: int, dtype: torch.dtype = HALF) -> tuple[str, ...]:
+        return gpu_calls.possible(op, M, 64, 64, dtype, torch.device("cuda", 0))
 
-    every = ("triton", "mma_sp", "cusparselt", "expanded")
-    assert ways("forward", 16) == ways("grad_input_columns", 16) == every
-    assert ways("grad_input", 16) == ways("grad_weight", 16) == ways("forward", 0) == ("triton", "expanded")
+    plain = ("triton", "expanded")
+    # A kernel that was not tested yet cannot be while a graph is recorded.
+    assert ways("forward", 16) == ("triton", "cusparselt", "expanded")
+    recording = False
+    assert ways("forward", 16) == ways("grad_input_columns", 16) == EVERY
+    recording = True
+    assert ways("forward", 16) == EVERY
+    assert ways("grad_input", 16) == ways("grad_weight", 16) == ways("forward", 0) == plain
+    assert ways("forward", 16, torch.float32) == ("triton", "cusparselt", "expanded")  # whose own check is faked here
+    capability = (8, 0)
+    assert ways("forward", 16) == ("triton", "mma_sp", "cusparselt", "expanded")
+    right = False
+    assert ways("forward", 16) == ("triton", "cusparselt", "expanded")
