@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ import machine
 from benchmarks import cases, records, runner
 
 _INTERRUPTED = 130
-_FLAGS = (("layers", 0), ("optimizer", "fused"), ("case_seconds", None), ("minutes", None), ("device", ""))
+_FLAGS = (("layers", 0), ("optimizer", "fused"), ("case_seconds", None), ("device", ""))
 """Flags of ``run`` that decide what is measured, with their defaults."""
 _RESULTS = records.ROOT / "benchmarks" / "results"
 
@@ -61,10 +62,9 @@ def _run(given: argparse.Namespace) -> int:
             seconds=given.case_seconds,
             retry=given.retry,
         )
-        if given.minutes is not None:
-            # Each suite leaves those after it an equal share of what is left.
-            left = 60 * given.minutes - (time.monotonic() - begun)
-            job = dataclasses.replace(job, allowance=left / (len(chosen) - number))
+        if given.minutes:
+            left = 60 * _deadlines(given)[number] - (time.monotonic() - begun)
+            job = dataclasses.replace(job, allowance=left)
         try:
             total += runner.execute(job, found)
         except runner.BrokenDevice as error:
@@ -97,11 +97,22 @@ def _environment(device: torch.device) -> dict[str, Any]:
     return machine.describe(device)
 
 
+def _deadlines(given: argparse.Namespace) -> list[float]:
+    """Minutes from the start after which each suite ends; what one leaves over is the next one's."""
+    minutes: list[float] = given.minutes
+    if len(minutes) not in (1, len(given.suite)):
+        raise ValueError(f"--minutes: expected one number, or one for each of {len(given.suite)} suites")
+    each = minutes if len(minutes) > 1 else [minutes[0] / len(given.suite)] * len(given.suite)
+    return list(itertools.accumulate(each))
+
+
 def _start_anew(given: argparse.Namespace, begun: float) -> None:
     """Replace this process, whose GPU answers no more, by one that goes on without the cases that failed."""
     words = [*given.words, "--no-retry"]
-    if given.minutes is not None:
-        words += ["--minutes", f"{max(0.0, given.minutes - (time.monotonic() - begun) / 60):.2f}"]
+    if given.minutes:
+        spent = (time.monotonic() - begun) / 60
+        left = [max(0.0, deadline - spent) for deadline in _deadlines(given)]
+        words += ["--minutes", *(f"{b - a:.2f}" for a, b in itertools.pairwise([0.0, *left]))]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *words])
 
@@ -151,7 +162,7 @@ def _command(given: argparse.Namespace) -> str:
     words = ["python", "-m", "benchmarks", "run", "--suite", *given.suite]
     if given.only.pattern:
         words += ["--only", given.only.pattern]
-    for flag in ("threads", "dtype"):
+    for flag in ("threads", "dtype", "minutes"):
         if values := getattr(given, flag):
             words += [f"--{flag}", *map(str, values)]
     for flag, default in _FLAGS:
@@ -183,7 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
     run.add_argument("--only", type=_regex, default=re.compile(""), metavar="REGEX", help="cases whose id matches")
     run.add_argument("--list", action="store_true", help="print the ids of the cases and end")
-    run.add_argument("--minutes", type=float, metavar="M", help="be done by then: what needs more is left for later")
+    run.add_argument("--minutes", type=float, nargs="+", default=[], metavar="M",
+                     help="be done by then, what needs more is left for later; one number, or one for each suite")
     run.add_argument("--budget", type=float, metavar="SECONDS", help="begin no case of a suite after this time")
     run.add_argument("--no-retry", dest="retry", action="store_false", help="leave cases that failed before alone")
     run.add_argument("--case-seconds", type=float, metavar="SECONDS", help="time for the samples of each case")

@@ -273,11 +273,13 @@ def test_the_next_process_goes_on_without_the_case_that_broke_the_device(
 
     monkeypatch.setattr(runner, "execute", broken)
     monkeypatch.setattr(os, "execv", execv)
-    words = ["run", "--suite", "cpu", "--tiny", "--threads", "1", "--minutes", "9", "--out", str(tmp_path)]
+    words = ["run", "--suite", "cpu", "layer", "--tiny", "--threads", "1", "--minutes", "7", "2"]
+    words += ["--out", str(tmp_path)]
     with pytest.raises(SystemExit):
         command.main(words)
-    assert begun[0][1:-1] == ["-m", "benchmarks", *words, "--no-retry", "--minutes"]
-    assert 8.5 < float(begun[0][-1]) <= 9.0
+    assert begun[0][1:-2] == ["-m", "benchmarks", *words, "--no-retry", "--minutes"]
+    assert 6.5 < float(begun[0][-2]) <= 7.0
+    assert begun[0][-1] == "2.00"
 
 
 def test_numbers_that_json_has_not_are_written_as_text(job: runner.Job) -> None:
@@ -467,7 +469,15 @@ def test_several_suites_share_the_minutes(
     assert given[0].allowance == pytest.approx(60.0, abs=5.0)
     assert given[1].allowance == pytest.approx(120.0, abs=5.0)
     assert given[0].command == "python -m benchmarks run --suite memory model --minutes 2.0 --tiny"
+    words[words.index("2")] = "3"
+    assert command.main([*words, "--minutes", "5", "1.5"]) == 0
+    assert given[2].allowance == pytest.approx(300.0, abs=5.0)
+    assert given[3].allowance == pytest.approx(390.0, abs=5.0), "what the first one has left over is the second one's"
+    with pytest.raises(SystemExit):
+        command.main([*words, "--minutes", "1", "2", "3"])
+    assert "one for each of 2 suites" in capsys.readouterr().err
     count = sum(len(cases.cases(suite, Options(tiny=True))) for suite in ("memory", "model"))
+    assert command.main(words) == 0
     assert f"{count} done" in capsys.readouterr().out
 
 
