@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from benchmarks.blocks import SIZES, TINY, Size
 from benchmarks.cases import DTYPES, Case, Measurement, Options, Run, compare
 from benchmarks.contestants import DENSE, SPARSE, Contestants
 from benchmarks.layers import label
-from benchmarks.limits import limits
+from benchmarks.limits import Limits, limits
 from benchmarks.timing import Contender
 from slope_compile.cost import Cost, Layer
 
@@ -101,10 +102,7 @@ def _measure(
     facts = {
         "model": name, "tokens": M, "dtype": dtype, "rank": found.R, "copies": copies, "left_out": left_out,
         "shapes": shapes(size), "autotune": options.autotune,
-        "floor": {
-            kind: dict(zip(("seconds", "bound"), known.floor(cost), strict=True))
-            for kind, cost in _costs(what, size, M, dtype).items()
-        },
+        "floor": floors(what, size, M, dtype, known),
     }  # fmt: skip
     baselines = (DENSE, SPARSE)
     yield compare(f"linears_{what}", samples, {each: [each] for each in calls}, baselines, facts)
@@ -128,9 +126,18 @@ def _call(
     return call
 
 
-def _costs(what: str, size: Size, M: int, dtype: str) -> dict[str, Cost]:
+def floors(what: str, size: Size, M: int, dtype: str, known: Limits, blocks: int = 1) -> dict[str, dict[str, Any]]:
+    """Seconds that the linears of so many blocks take at least, dense and 2:4, and what bounds them.
+
+    Args:
+        what: "train" (all three products) or anything else (forward).
+    """
     layers = [Layer(N, K, DTYPES[dtype].itemsize) for N, K in shapes(size)]
-    tokens: object = M
+    tokens: Any = M
     dense = [layer.dense_training(tokens) if what == "train" else layer.dense_forward(tokens) for layer in layers]
     sparse = [layer.training(tokens) if what == "train" else layer.forward(tokens) for layer in layers]
-    return {"dense": sum(dense, Cost(())), "sparse": sum(sparse, Cost(()))}
+    found = {}
+    for kind, costs in (("dense", dense), ("sparse", sparse)):
+        seconds, bound = known.floor(sum(costs, Cost(())))
+        found[kind] = {"seconds": blocks * seconds, "bound": bound}
+    return found

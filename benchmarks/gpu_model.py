@@ -20,7 +20,9 @@ from benchmarks import contestants
 from benchmarks.blocks import SIZES, TINY, Blocks, Cache, Size
 from benchmarks.cases import DTYPES, Case, Measurement, Options, Run, compare
 from benchmarks.contestants import DENSE, SPARSE, Contestants
+from benchmarks.gpu_layer import floors
 from benchmarks.layers import label
+from benchmarks.limits import limits
 from benchmarks.models import adamw
 
 MEASURED = ("llama-3-8b", "opt-13b", "mistral-7b", "opt-6.7b", "gpt2-large", "opt-2.7b")
@@ -93,7 +95,7 @@ def _train(
             peak = _peak(options.device)
             activations[each] = None if peak is None else peak - before - gradients
             optimizers[DENSE if each == DENSE else SPARSE].zero_grad(set_to_none=True)
-        facts = _facts(name, size, layers, dtype, found, options) | {
+        facts = _facts(name, size, layers, dtype, found, options, "train", B * T) | {
             "batch": B, "context": T, "tokens": B * T, "state": state, "activations": activations,
             "optimizer": options.optimizer,
             # A step that refreshes the column patterns is one in a hundred, and is not among those that were timed.
@@ -117,7 +119,8 @@ def _prefill(name: str, size: Size, B: int, T: int, dtype: str, options: Options
 
         names = found.names()
         samples = given.measure({each: functools.partial(_ignoring_index, forward, each) for each in names})
-        facts = _facts(name, size, layers, dtype, found, options) | {"batch": B, "context": T, "tokens": B * T}
+        facts = _facts(name, size, layers, dtype, found, options, "prefill", B * T)
+        facts |= {"batch": B, "context": T, "tokens": B * T}
         facts["activations"] = {each: _taken(functools.partial(forward, each), options.device) for each in names}
         return compare("block_prefill", samples, {each: [each] for each in names}, (DENSE, SPARSE), facts)
 
@@ -139,7 +142,8 @@ def _decode(name: str, size: Size, B: int, dtype: str, options: Options, given: 
         names = found.names()
         calls = {each: functools.partial(_ignoring_index, decode, each) for each in names}
         samples = given.measure(calls, calls=1)
-        facts = _facts(name, size, layers, dtype, found, options) | {"batch": B, "cache": length, "tokens": B}
+        facts = _facts(name, size, layers, dtype, found, options, "decode", B)
+        facts |= {"batch": B, "cache": length, "tokens": B}
         facts["activations"] = {each: _taken(functools.partial(decode, each), options.device) for each in names}
         return compare("block_decode", samples, {each: [each] for each in names}, (DENSE, SPARSE), facts)
 
@@ -197,9 +201,11 @@ def _weights(size: Size, dtype: str) -> float:
 
 
 def _facts(
-    name: str, size: Size, layers: int, dtype: str, found: Contestants, options: Options
+    name: str, size: Size, layers: int, dtype: str, found: Contestants, options: Options, what: str, M: int
 ) -> dict[str, Any]:
     return {
+        # Of the linears alone: attention, norms and the optimizer come on top.
+        "floor": floors(what, size, M, dtype, limits(options.device, dtype), layers),
         "model": name,
         "layers": layers,
         "of_layers": size.layers,

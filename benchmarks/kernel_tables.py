@@ -112,11 +112,11 @@ def every_case(records: Sequence[Record], form: str = "simple") -> str:
                     str(record["facts"]["shape"]["M"]),
                     record["facts"]["dtype"],
                     milliseconds(record["seconds"][dense]["median"]),
-                    _share(floor.get("dense"), record["seconds"][dense]),
+                    share_of_limit(floor.get("dense"), record["seconds"][dense]),
                     with_quartiles(ratio(record, own)),
                     best,
                     with_quartiles(ratio(record, best)),
-                    _share(floor.get("sparse"), record["seconds"][best]),
+                    share_of_limit(floor.get("sparse"), record["seconds"][best]),
                 ]
             )
     headers = ["product", "N x K", "tokens", "dtype", "dense, ms", "of its limit", "as picked by rule", "fastest"]
@@ -142,10 +142,10 @@ def linears(records: Sequence[Record], form: str = "simple") -> str:
         facts, seconds = record["facts"], record["seconds"]
         what = record["name"].removeprefix("linears_")
         cells = [facts["model"], what, str(facts["tokens"]), facts["dtype"], milliseconds(seconds["dense"]["median"])]
-        cells += [_share(facts["floor"]["dense"], seconds["dense"])]
+        cells += [share_of_limit(facts["floor"]["dense"], seconds["dense"])]
         for name in ("slope", "slope_adapters", "torchao"):
             cells.append(with_quartiles(select.speedup(record, name)) if name in seconds else "-")
-        rows.append([*cells, _share(facts["floor"]["sparse"], seconds["slope"])])
+        rows.append([*cells, share_of_limit(facts["floor"]["sparse"], seconds["slope"])])
     headers = ["model", "linears of a block", "tokens", "dtype", "dense, ms", "of its limit", "SLoPe", "with adapters"]
     return in_columns(rows, [*headers, "torchao", "SLoPe, of its limit"], form)
 
@@ -174,5 +174,6 @@ def _place(record: Record) -> tuple[str, int, int, int]:
     return record["facts"]["dtype"], shape["N"], shape["K"], shape["M"]
 
 
-def _share(floor: dict[str, Any] | None, seconds: dict[str, float]) -> str:
+def share_of_limit(floor: dict[str, Any] | None, seconds: dict[str, float]) -> str:
+    """How near a median is to the least time, and what bounds that."""
     return "-" if floor is None else f"{floor['seconds'] / seconds['median']:.0%} ({floor['bound']})"

@@ -7,12 +7,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks import select
+from benchmarks.kernel_tables import share_of_limit
 from benchmarks.memory_state import total
 from benchmarks.records import Record
 from benchmarks.tables import in_columns, with_quartiles
 
 BLOCKS = ("block_train", "block_prefill", "block_decode")
 _GIB = 2**30
+_LIMITED = (("dense", "dense"), ("sparse", "slope"))
+"""Kind of work -> the contender that is held against its limit."""
 
 
 def blocks(records: Iterable[Record], form: str = "simple") -> str:
@@ -33,10 +36,12 @@ def blocks(records: Iterable[Record], form: str = "simple") -> str:
                 f"{facts['rank']} ({facts['rank_share']:.2%})",
                 with_quartiles(select.speedup(record, "slope_adapters")),
                 f"{adapter_cost(record):+.1%}",
+                *(share_of_limit(facts["floor"][kind], seconds[name]) for kind, name in _LIMITED),
             ]
         )
     headers = ["model", "what", "blocks", "dense, tokens/s", "SLoPe, tokens/s", "times faster", "rank", "with adapters"]
-    return in_columns(rows, [*headers, "adapters cost"], form)
+    headers += ["adapters cost", "linears' limit, dense", "linears' limit, SLoPe"]
+    return in_columns(rows, headers, form)
 
 
 def adapter_cost(record: Record) -> float:

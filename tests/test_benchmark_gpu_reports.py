@@ -59,6 +59,7 @@ def model(name: str, train: float) -> Iterator[Measurement]:
     common = {
         "model": name, "layers": 8, "of_layers": 32, "dtype": "bfloat16", "rank": 64, "rank_share": 0.0156,
         "tokens": 16384, "context": 2048,
+        "floor": {kind: {"seconds": 0.4, "bound": "arithmetic"} for kind in ("dense", "sparse")},
     }  # fmt: skip
     both = ("dense", "slope")
     states = {"dense": state(1 << 30), "slope": state(1 << 29, 1 << 27), "slope_adapters": state(1 << 29, 1 << 27)}
@@ -176,7 +177,7 @@ def test_models(found: list[records.Record]) -> None:
     rows = cells(model_tables.blocks(select.ok(found, *model_tables.BLOCKS), "github"))
     assert rows[0] == [
         "llama-3-8b", "train, 8 x 2048", "8 of 32", "16,384", "20,480", "1.25 (1.25-1.25)", "64 (1.56%)",
-        "1.20 (1.20-1.20)", "+4.0%",
+        "1.20 (1.20-1.20)", "+4.0%", "40% (arithmetic)", "50% (arithmetic)",
     ]  # fmt: skip
     memory = cells(model_tables.block_memory(select.ok(found, "block_train"), "github"))
     assert memory[0][2:] == ["dense", "1.00", "0.00", "1.00", "2.00", "2.00"]

@@ -62,7 +62,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def known_limits(monkeypatch: pytest.MonkeyPatch) -> limits.Limits:
     known = limits.Limits(bandwidth=1e10, flops=1e11)
-    for module in (gpu_kernels, gpu_layer):
+    for module in (gpu_kernels, gpu_layer, gpu_model):
         monkeypatch.setattr(module, "limits", lambda *_: known)
     return known
 
@@ -355,13 +355,14 @@ def test_blocks_alike_share_one_graph() -> None:
 # --- the other suites ------------------------------------------------------------------------------------------------
 
 
-def test_model_cases(uncompiled: None) -> None:
+def test_model_cases(uncompiled: None, known_limits: limits.Limits) -> None:
     found = run_cases("model", r"model/tiny-.*/(train/b2x16/r1.56%|prefill/b2x16|decode/b2)/bf16/t1")
     assert {m.name for m in found} == {"block_train", "block_prefill", "block_decode"}
     for m in found:
         assert set(m.seconds) == {"dense", "slope", "slope_adapters"}
         assert set(m.speedup["slope_adapters"]) == {"dense", "slope"}
         assert m.facts["weights"]["slope"] > 0
+        assert m.facts["floor"]["dense"]["seconds"] > m.facts["floor"]["sparse"]["seconds"] > 0
     for m in (m for m in found if m.name == "block_train"):
         state, adapted = m.facts["state"], m.facts["state"]["slope_adapters"]
         dense, sparse = (memory_state.total(state[n], "linears") for n in ("dense", "slope"))
