@@ -7,6 +7,7 @@ have been picked, and a wrong or missing one can be told from a slow one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,7 +18,7 @@ import slope_compile as slope
 from benchmarks.cases import DTYPES
 from benchmarks.products import KEEP_GROUP, Problem, Weight
 from benchmarks.timing import Contender
-from slope_compile.kernels import gluon_choices, gpu_ops, ops, triton_configs, triton_products
+from slope_compile.kernels import gluon_choices, gpu_calls, gpu_ops, ops, triton_configs, triton_products
 from slope_compile.kernels.triton_configs import Config
 
 
@@ -41,6 +42,7 @@ def rank(N: int, K: int, share: float) -> int:
 def library(problem: Problem, low_rank_share: float) -> Iterator[Choice]:
     """The Triton and Gluon kernels in every tile size, and the dense product with the expanded weight."""
     if problem.device.type == "cuda" and gpu_ops.available(problem.device):
+        yield from _ways(problem)
         yield from _triton(problem)
         yield from _gluon(problem)
         yield from _gluon_double_pruned(problem)
@@ -48,6 +50,37 @@ def library(problem: Problem, low_rank_share: float) -> Iterator[Choice]:
         yield from _gluon(problem, low_rank_share)
     yield Choice("forward", "expanded", "forward", _each(problem, _expanded_forward(problem.x)))
     yield Choice("grad_input", "expanded_exact", "grad_input", _each(problem, _expanded_grad_input(problem.grad)))
+
+
+def _ways(problem: Problem) -> Iterator[Choice]:
+    """The ways that compiled code may take, as it calls them: each with the tile that it takes by default."""
+    x, grad, dtype = problem.x, problem.grad, DTYPES[problem.dtype]
+    M, N, K = problem.M, problem.N, problem.K
+    y, dx, dv = x.new_empty(M, N), grad.new_empty(M, K), grad.new_empty(N, K // 2)
+
+    def possible(op: str) -> tuple[str, ...]:
+        return gpu_calls.possible(op, M, N, K, dtype, x.device)
+
+    def forward(w: Weight, way: str) -> object:
+        return gpu_calls.linear(x, w.values, w.pattern, out=y, way=way)
+
+    def exact(w: Weight, way: str) -> object:
+        return gpu_calls.grad_input(grad, w.values, w.pattern, out=dx, way=way)
+
+    def double_pruned(w: Weight, way: str) -> object:
+        return gpu_calls.grad_input_columns(grad, w.values, w.pattern, w.column_pattern, out=dx, way=way)
+
+    def grad_weight(w: Weight, way: str) -> object:
+        return gpu_calls.grad_weight(grad, x, w.pattern, out=dv, way=way)
+
+    for op, product, end, truth, call in (
+        ("forward", "forward", "", "forward", forward),
+        ("grad_input", "grad_input", "_exact", "grad_input", exact),
+        ("grad_input_columns", "grad_input", "_double_pruned", "grad_input_double_pruned", double_pruned),
+        ("grad_weight", "grad_weight", "", "grad_weight_kept", grad_weight),
+    ):
+        for way in possible(op):
+            yield Choice(product, f"way_{way}{end}", truth, _each(problem, functools.partial(call, way=way)))
 
 
 def autotuned(problem: Problem) -> Iterator[Choice]:

@@ -41,7 +41,7 @@ SHAPES = (
 TINY = ((5, 76, 140), (1, 64, 64))
 LOW_RANK = 0.0156
 """Rank of the adapters, as a share of the layer's smaller side."""
-WAYS = {"rule": None, "kernel": True, "dense": False}
+WAYS = {"rule": None, "kernel": "triton", "dense": "expanded"}
 """How an operator is made to choose: by its rule, always a 2:4 kernel, never one."""
 
 FACTOR = {torch.bfloat16: 1.1, torch.float16: 1.1, torch.float32: 2.0}
@@ -69,12 +69,23 @@ def cases(options: Options) -> list[Case]:
 
 
 @contextlib.contextmanager
-def forced(way: bool | None) -> Iterator[None]:
-    """The rules of the operators say ``way`` to every call; None: what they always say."""
+def forced(way: str | None) -> Iterator[None]:
+    """The rules say ``way`` to every call that can go that way, and "expanded" to others; None: what they always say.
+
+    A way is one of ``gpu_rules.WAYS``.  On a CPU, and for operators outside of compiled code, each but "expanded" means
+    the 2:4 kernel.
+    """
+
+    def rule(op: str, M: int, N: int, K: int, dtype: torch.dtype, gpu: str, among: tuple[str, ...] = ()) -> str:
+        return way if way is not None and way in (among or gpu_rules.WAYS) else "expanded"
+
     with contextlib.ExitStack() as stack:
         if way is not None:
             for rules in (gpu_rules, cpu_rules):
-                stack.enter_context(mock.patch.object(rules, "sparse", return_value=way))
+                stack.enter_context(mock.patch.object(rules, "sparse", return_value=way != "expanded"))
+            stack.enter_context(mock.patch.object(gpu_rules, "way", rule))
+            # What was compiled under one rule must not be found in a cache under another.
+            stack.enter_context(mock.patch.object(gpu_rules, "fingerprint", return_value=f"forced {way}"))
         yield
 
 

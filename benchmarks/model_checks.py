@@ -34,7 +34,7 @@ SIZES = {
         width=256, mlp=704, heads=4, kv_heads=2, layers=2, vocabulary=64, family="llama", activation="silu"
     ),
 }
-Forced = Callable[[bool | None], contextlib.AbstractContextManager[None]]
+Forced = Callable[[str | None], contextlib.AbstractContextManager[None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,29 +43,32 @@ class Setting:
 
     model: str
     dtype: str
-    way: bool | None
-    """See :data:`benchmarks.correctness.WAYS`."""
+    way: str | None
+    """See :func:`benchmarks.correctness.forced`."""
     backward: str
     adapters: bool = False
     autotune: bool = False
 
     @property
     def name(self) -> str:
-        way = {None: "rule", True: "kernel", False: "dense"}[self.way]
+        way = self.way or "rule"
         extra = "/adapters" * self.adapters + "/autotuned" * self.autotune
         return f"{self.model}/{self.backward}/{way}{extra}/{self.dtype}"
 
 
 SETTINGS = (
-    Setting("llama", "bfloat16", True, "double_pruned"),
+    Setting("llama", "bfloat16", "triton", "double_pruned"),
     Setting("gpt", "bfloat16", None, "double_pruned"),
-    Setting("gpt", "bfloat16", True, "exact"),
-    Setting("gpt", "bfloat16", True, "double_pruned", adapters=True),
-    Setting("gpt", "bfloat16", False, "double_pruned"),
-    Setting("gpt", "float16", True, "double_pruned"),
-    Setting("gpt", "float32", True, "double_pruned"),
+    Setting("llama", "bfloat16", "wgmma_sp", "double_pruned"),
+    Setting("gpt", "bfloat16", "triton", "exact"),
+    Setting("gpt", "bfloat16", "triton", "double_pruned", adapters=True),
+    Setting("gpt", "bfloat16", "expanded", "double_pruned"),
+    Setting("llama", "bfloat16", "mma_sp", "double_pruned"),
+    Setting("llama", "bfloat16", "cusparselt", "double_pruned"),
+    Setting("gpt", "float16", "triton", "double_pruned"),
+    Setting("gpt", "float32", "triton", "double_pruned"),
     Setting("llama", "bfloat16", None, "double_pruned", autotune=True),
-    Setting("gpt", "bfloat16", False, "exact"),
+    Setting("gpt", "bfloat16", "expanded", "exact"),
     Setting("llama", "float16", None, "exact", adapters=True),
     Setting("llama", "float32", None, "exact"),
 )
