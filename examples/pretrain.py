@@ -163,6 +163,8 @@ class Job:
         label = results.NAMES[run.kind]
         with tqdm(total=settings.steps, initial=run.step, desc=label, unit="step", dynamic_ncols=True) as bar:
             while not run.finished and not interrupt.requested:
+                if run.will_compile:
+                    bar.set_postfix_str("compiling")
                 loss = run.train_step(self.corpus)
                 speed = settings.batch * settings.context / run.curves.seconds[-1]
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)

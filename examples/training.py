@@ -158,7 +158,8 @@ class Run:
         if self.adapters is not None and self.adapters.active:
             self.curves.switch_step = 0
         self._compiled = compiled
-        self._will_compile = compiled
+        self.will_compile = compiled
+        """Whether the next step has something to compile."""
 
     @property
     def finished(self) -> bool:
@@ -195,11 +196,11 @@ class Run:
         self.step += 1
         self.curves.train_loss.append(value)
         self.curves.seconds.append(time.perf_counter() - start)
-        if self._will_compile:
+        if self.will_compile:
             self.curves.compiling.append(self.step)
         if switched:
             self.curves.switch_step = self.step
-        self._will_compile = switched and self._compiled
+        self.will_compile = switched and self._compiled
         if not math.isfinite(value):
             raise FloatingPointError(f"the {self.kind} run's loss is {value} at step {self.step}; try a smaller --lr")
         return value

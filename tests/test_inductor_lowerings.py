@@ -229,7 +229,7 @@ def test_caches_serve_another_process_and_keep_backends_apart(
 
     def run(backend: str, backward: str) -> dict[str, float]:
         command = [sys.executable, "-c", CACHED, backend, backward]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, done.stderr
         answer: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
         return answer

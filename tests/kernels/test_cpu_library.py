@@ -387,5 +387,5 @@ assert not done, done
 assert threading.active_count() == 1
 assert not cpu_library._loader.done
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
