@@ -32,13 +32,15 @@ def sections(records: Sequence[Record], form: str, whole: bool) -> Iterator[tupl
     if rows := select.ok(records, "block_train"):
         yield "Memory of a training step on blocks.", model_tables.block_memory(rows, form)
     if rows := select.ok(records, "memory"):
-        yield "State of whole models, embeddings and head at full size, as a share of dense.", model_tables.memory(
-            rows, form
+        title = (
+            "State of whole models as a share of dense, embeddings and head included: measured with one and two blocks "
+            "and continued to the model's depth; AdamW, moments in the weights' dtype."
         )
+        yield title, model_tables.memory(rows, form)
     if (rows := select.ok(records, "peak")) and any(r["facts"]["peak"]["dense"] for r in rows):
         yield "Peak memory of a training step at full depth.", model_tables.peaks(rows, form)
     if table := bars.published(records, form):
-        yield f"Measured here and published elsewhere ({'; '.join(bars.sources()[:1])}).", table
+        yield f"Measured here, and published for an A100-40GB ({bars.sources()[0]}).", table
     if rows := select.ok(records, "quality"):
         title = f"Loss after short pretraining: {model_tables.quality_setting(rows[0])}."
         yield title, model_tables.quality(rows, form)
