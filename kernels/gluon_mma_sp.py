@@ -50,10 +50,10 @@ def _b_layout(WN, NT, WM):
 
 @gluon.jit
 def _add_low_rank(
-    acc, T, B, p_row, token, N, M, R, steps,
+    acc, T, B, p_row, token, row_end, token_end, R, steps,
     FP16: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
-    """``acc + B T^T`` for ``steps`` steps of 32 features of T int32 ``[M, R / 2]`` and B int32 ``[N, R / 2]``."""
+    """``acc + B T^T`` for ``steps`` steps of 32 features; T and B begin with the tile, and so do rows and tokens."""
     TYPES: gl.constexpr = "f16.f16" if FP16 else "bf16.bf16"
     r1 = axis(2, 2, L)
     t = axis(4, 6, L)
@@ -61,21 +61,22 @@ def _add_low_rank(
     row = p_row + 8 * r0
     a_word = t + 4 * r1
     b_word = t + 4 * (r0 + 2 * r1)
-    a_at = B + row.to(gl.int64) * (R // 2) + a_word
-    b_at = T + token.to(gl.int64) * (R // 2) + b_word
+    # Offsets rather than pointers: half as many registers.
+    a_at = row * (R // 2) + a_word
+    b_at = token * (R // 2) + b_word
     for i in range(0, steps):
         left = R // 2 - 16 * i
-        first = gl.load(a_at, mask=(row < N) & (a_word < left), other=0)
-        second = gl.load(a_at + 8, mask=(row < N) & (a_word + 8 < left), other=0)
-        b = gl.load(b_at, mask=(token < M) & (b_word < left), other=0)
+        first = gl.load(B + a_at, mask=(row < row_end) & (a_word < left), other=0)
+        second = gl.load(B + a_at + 8, mask=(row < row_end) & (a_word + 8 < left), other=0)
+        b = gl.load(T + b_at, mask=(token < token_end) & (b_word < left), other=0)
         acc = gl.inline_asm_elementwise(
             DENSE + TYPES + DENSE_FIRST, DENSE_CONSTRAINTS, [first, b, acc], dtype=gl.float32, is_pure=True, pack=4
         )
         acc = gl.inline_asm_elementwise(
             DENSE + TYPES + DENSE_SECOND, DENSE_CONSTRAINTS, [second, b, acc], dtype=gl.float32, is_pure=True, pack=4
         )
-        a_at += 16
-        b_at += 16
+        B += 16
+        T += 16
     return acc
 
 
@@ -112,14 +113,17 @@ def forward(
     V_FROM: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
     x_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BM, 32], gl.SwizzledSharedLayout(4, 1, 8, order=[1, 0]))
     v_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BN, 16], gl.SwizzledSharedLayout(4, 2, 4, order=[1, 0]))
-    x_row = pm * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, X_FROM))
+    x_row = gl.arange(0, BM, layout=gl.SliceLayout(1, X_FROM))
     x_word = gl.arange(0, 32, layout=gl.SliceLayout(0, X_FROM))
-    v_row = pn * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, V_FROM))
+    v_row = gl.arange(0, BN, layout=gl.SliceLayout(1, V_FROM))
     v_word = gl.arange(0, 16, layout=gl.SliceLayout(0, V_FROM))
-    x_at = X + x_row.to(gl.int64)[:, None] * (stride_xm // 2) + (first * 32 + x_word)[None, :]
-    v_at = V + v_row.to(gl.int64)[:, None] * (K // 4) + (first * 16 + v_word)[None, :]
-    in_x = (x_row < M)[:, None]
-    in_v = (v_row < N)[:, None]
+    # Offsets from the tile rather than pointers: half as many registers.
+    X += (pm * BM).to(gl.int64) * (stride_xm // 2) + first * 32
+    V += (pn * BN).to(gl.int64) * (K // 4) + first * 16
+    x_at = x_row[:, None] * (stride_xm // 2) + x_word[None, :]
+    v_at = v_row[:, None] * (K // 4) + v_word[None, :]
+    in_x = (x_row < M - pm * BM)[:, None]
+    in_v = (v_row < N - pn * BN)[:, None]
 
     t = axis(4, 6, L)
     p_row = pn * BN + 16 * (axis(MT, 0, L) * WN + axis(WN, 1, L)) + axis(8, 3, L)
@@ -132,11 +136,11 @@ def forward(
     # Masked elements are filled with zeros, in rows past the end and past K alike.
     for i in gl.static_range(STAGES - 1):
         k = first + i
-        copy_async(x_ring.index(i), x_at + i * 32, mask=in_x & (x_word < K // 2 - k * 32)[None, :] & (i < blocks))
-        copy_async(v_ring.index(i), v_at + i * 16, mask=in_v & (v_word < K // 4 - k * 16)[None, :] & (i < blocks))
+        copy_async(x_ring.index(i), X + x_at + i * 32, mask=in_x & (x_word < K // 2 - k * 32)[None, :] & (i < blocks))
+        copy_async(v_ring.index(i), V + v_at + i * 16, mask=in_v & (v_word < K // 4 - k * 16)[None, :] & (i < blocks))
         commit_copies()
-    x_at += (STAGES - 1) * 32
-    v_at += (STAGES - 1) * 16
+    X += (STAGES - 1) * 32
+    V += (STAGES - 1) * 16
     left = stride_p - first * 8 - 2 * t
     p = pattern_word(p_at, in_p, left, HALVES)
     q = pattern_word(q_at, in_q, left, HALVES)
@@ -151,11 +155,11 @@ def forward(
         into = gl.where(stage == 0, STAGES - 1, stage - 1)
         ahead = first + i + STAGES - 1
         more = i + STAGES - 1 < blocks
-        copy_async(x_ring.index(into), x_at, mask=in_x & (x_word < K // 2 - ahead * 32)[None, :] & more)
-        copy_async(v_ring.index(into), v_at, mask=in_v & (v_word < K // 4 - ahead * 16)[None, :] & more)
+        copy_async(x_ring.index(into), X + x_at, mask=in_x & (x_word < K // 2 - ahead * 32)[None, :] & more)
+        copy_async(v_ring.index(into), V + v_at, mask=in_v & (v_word < K // 4 - ahead * 16)[None, :] & more)
         commit_copies()
-        x_at += 32
-        v_at += 16
+        X += 32
+        V += 16
 
         e = selectors(p, q)
         p_at += 8 // PER
@@ -182,9 +186,13 @@ def forward(
     barrier()
 
     if HAS_LOW_RANK:
-        token = pm * BM + 8 * (axis(NT, 4, L) * WM + axis(WM, 5, L)) + axis(8, 3, L)
+        token = 8 * (axis(NT, 4, L) * WM + axis(WM, 5, L)) + axis(8, 3, L)
         steps = gl.where(gl.program_id(1) == 0, gl.cdiv(R, 32), 0)
-        acc = _add_low_rank(acc, T, B, p_row, token, N, M, R, steps, FP16, L)
+        t_tile = T + (pm * BM).to(gl.int64) * (R // 2)
+        b_tile = B + (pn * BN).to(gl.int64) * (R // 2)
+        acc = _add_low_rank(
+            acc, t_tile, b_tile, p_row - pn * BN, token, N - pn * BN, M - pm * BM, R, steps, FP16, L
+        )
     if HAS_BIAS:
         acc += bias_of_tile(BIAS, p_row, N, L)
     store_tile(acc, Y, gl.program_id(1).to(gl.int64) * M, pm, pn, M, N, BM, BN, WARPS)

@@ -25,6 +25,8 @@ from slope_compile.kernels.gluon_configs import MmaSp, WgmmaSp
 from slope_compile.kernels.triton_products import _on
 
 DTYPES = (torch.bfloat16, torch.float16)
+_LARGEST_ROW = 1 << 24
+"""Elements from one row to the next; offsets within a tile of up to 256 rows are 32 bits."""
 
 
 @functools.cache
@@ -53,8 +55,8 @@ def unsupported(
     """
     if dtype not in DTYPES:
         return f"the sparse tensor cores multiply bfloat16 and float16, not {dtype}"
-    if min(M, N, K, R) < 0 or K % 4:
-        return f"K = {K} is no multiple of 4"
+    if K % 4 or K >= _LARGEST_ROW:
+        return f"K = {K} is no multiple of 4 below {_LARGEST_ROW}"
     if kernel == "mma_sp":
         return None if capability >= (8, 0) else f"mma.sp needs compute capability 8.0, not {capability}"
     if capability != (9, 0):
@@ -219,7 +221,8 @@ def _words(matrix: Tensor, alignment: int) -> Tensor:
     """16-bit ``[rows, even columns]`` as int32 ``[rows, columns / 2]``; copied where rows begin off the alignment."""
     columns, stride = matrix.shape[1], matrix.stride(0)
     aligned = matrix.stride(1) == 1 and 2 * stride % alignment == 0 and matrix.data_ptr() % alignment == 0
-    if not aligned or matrix.storage_offset() % 2 or (alignment > 4 and stride < columns):
+    overlapping, far = alignment > 4 and stride < columns, stride >= _LARGEST_ROW
+    if not aligned or matrix.storage_offset() % 2 or overlapping or far:
         matrix = matrix.clone(memory_format=torch.contiguous_format)
     return matrix.view(torch.int32)
 

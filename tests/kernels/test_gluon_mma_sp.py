@@ -67,7 +67,7 @@ MISTAKES = {
     "the adapter's second half twice": ("[second, b, acc]", "[first, b, acc]"),
     "the adapter's halves exchanged": ("{$8,$9}", "{$10,$11}"),
     "the adapter's rows exchanged": ("row = p_row + 8 * r0", "row = p_row + 8 - 8 * r0"),
-    "the adapter's tokens of another tile": ("token = pm * BM + 8", "token = 8"),
+    "the adapter's tokens of another tile": ("t_tile = T + (pm * BM).to(gl.int64) * (R // 2)", "t_tile = T + 0"),
 }
 
 
