@@ -6,7 +6,6 @@ same two: its training layer is a contender of the suite ``layer`` (see :mod:`be
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,20 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.choices import Choice
-from benchmarks.products import KEEP_GROUP, TOLERANCE, Problem, error_of
-from benchmarks.timing import Contender, Plan, measure, stopwatch
-from slope_compile.kernels import ops
-
-_SEARCH = Plan(seconds=0.2, min_rounds=3, max_rounds=5)
-_MOST_ALGORITHMS = 128
-"""Where the library does not say how many it has."""
+from benchmarks.products import KEEP_GROUP, Problem, Weight
+from benchmarks.timing import Contender
+from slope_compile.kernels import _cusparselt, ops
 
 
-def choices(problem: Problem, search: bool = False) -> Iterator[Choice]:
+def choices(problem: Problem) -> Iterator[Choice]:
     """Forward with the 2:4 weight, and the double-pruned input gradient with its transposed copy.
 
-    Args:
-        search: also look for cuSPARSELt's fastest right algorithm: its own default is not, and some are wrong.
+    ``cusparselt_packed`` is the library's own call of cuSPARSELt, by the fastest algorithm that was found right, on an
+    operand that stays packed: what a program can have that spends the memory for a second copy of its weights.
     """
     if problem.device.type != "cuda":
         return
@@ -40,8 +35,13 @@ def choices(problem: Problem, search: bool = False) -> Iterator[Choice]:
             "grad_input_double_pruned",
             _semi_structured(problem, kind, problem.grad, _expanded_columns(problem)),
         )
-    if search:
-        yield Choice("forward", "cusparselt_searched", "forward", _searched(problem, problem.x, _expanded(problem)))
+    yield Choice("forward", "cusparselt_packed", "forward", _packed(problem, problem.x, columns=False))
+    yield Choice(
+        "grad_input",
+        "cusparselt_packed_double_pruned",
+        "grad_input_double_pruned",
+        _packed(problem, problem.grad, columns=True),
+    )
 
 
 Expand = Callable[[int], Tensor]
@@ -78,54 +78,18 @@ def _semi_structured(problem: Problem, kind: str, x: Tensor, weight: Expand) -> 
     return make
 
 
-def _searched(problem: Problem, x: Tensor, weight: Expand) -> Callable[[], Contender]:
+def _packed(problem: Problem, x: Tensor, columns: bool) -> Callable[[], Contender]:
+    def operand(w: Weight) -> Tensor:
+        if columns:
+            values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
+            return _cusparselt.pack(values, w.column_pattern)
+        return _cusparselt.pack(w.values, w.pattern)
+
     def make() -> Contender:
-        packed = [torch._cslt_compress(weight(i).contiguous()) for i in range(len(problem.weights))]
-
-        def product(algorithm: int) -> Contender:
-            def call(i: int) -> Tensor:
-                chosen = packed[i % len(packed)]
-                return torch._cslt_sparse_mm(chosen, x.t(), transpose_result=True, alg_id=algorithm)
-
-            return call
-
-        return product(fastest(product, F.linear(x, weight(0)), x.dtype, x.device))
+        N, K = (problem.K, problem.N) if columns else (problem.N, problem.K)
+        if why := _cusparselt.missing(x.device, x.dtype, problem.M, N, K):
+            raise RuntimeError(why)
+        packed = [operand(w) for w in problem.weights]
+        return lambda i: _cusparselt.product(x, packed[i % len(packed)], N, K)
 
     return make
-
-
-def fastest(
-    product: Callable[[int], Contender], expected: Tensor, dtype: torch.dtype, device: torch.device
-) -> int:
-    """The algorithm that is fastest among those that run and are right, twice, whatever lay in their output before.
-
-    Raises:
-        RuntimeError: none is.
-    """
-    right: dict[int, float] = {}
-    for algorithm in range(_algorithms()):
-        call = product(algorithm)
-        try:
-            poison = torch.full_like(expected, torch.nan)
-            del poison  # What the allocator hands out next is likely to be this.
-            if any(not error_of(call(0), expected.float()) <= TOLERANCE[dtype] for _ in range(2)):
-                continue
-            samples = measure({"call": call}, _SEARCH, stopwatch_of(device))
-        except RuntimeError:
-            if right and algorithm > 2 * max(right) + 8:
-                break  # Past the last one.
-            continue
-        right[algorithm] = min(itertools.chain.from_iterable(samples.rounds.values()))
-    if not right:
-        raise RuntimeError("cuSPARSELt: no algorithm runs and is right")
-    return min(right, key=lambda algorithm: right[algorithm])
-
-
-def stopwatch_of(device: torch.device) -> Any:
-    """Apart, for tests."""
-    return stopwatch(device)
-
-
-def _algorithms() -> int:
-    known = getattr(torch.backends.cusparselt, "get_max_alg_id", lambda: None)()
-    return int(known) if known else _MOST_ALGORITHMS

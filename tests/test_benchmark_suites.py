@@ -38,10 +38,10 @@ from benchmarks import (
 )
 from benchmarks.cases import Measurement, Options, Run
 from benchmarks.choices import Choice
-from benchmarks.products import Problem
+from benchmarks.products import Problem, error_of
 from benchmarks.timing import CpuStopwatch, Plan
 from slope_compile.cost import DenseLayer, Layer
-from slope_compile.kernels import cpu_rules, gpu_rules, ops
+from slope_compile.kernels import _cusparselt, cpu_rules, gpu_rules, ops
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -201,7 +201,7 @@ def test_choices_that_fail_or_are_wrong_are_left_out_with_the_reason(
     def fails() -> Any:
         raise NotImplementedError("only on other devices\nand more")
 
-    def offered(problem: Problem, search: bool) -> list[Choice]:
+    def offered(problem: Problem) -> list[Choice]:
         wrong = torch.zeros(problem.M, problem.N, dtype=problem.x.dtype)
         return [
             Choice("forward", "absent", "forward", fails),
@@ -236,37 +236,29 @@ def test_dense_numbers_have_no_zeros_and_truths_are_of_the_sparse_weight() -> No
     assert torch.allclose(problem.truths()["forward"], expected, atol=1e-5)
 
 
-def test_the_search_takes_the_fastest_algorithm_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = torch.randn(4, 4)
-    calls: dict[int, int] = {}
+def test_peers_keep_their_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On stand-ins: an operand is packed once for each copy of the weight, and each call reads the next."""
+    problem = Problem.draw(16, 32, 64, "float32", CPU)
+    packs: list[Tensor] = []
 
-    class ByAlgorithm:
-        """Algorithm 2 would be the fastest; it is wrong at its second call.  3 is faster than 1."""
+    def pack(values: Tensor, pattern: Tensor) -> Tensor:
+        packs.append(ops.expand(values, pattern, 2, 4))
+        return packs[-1]
 
-        shortest = 0.0
-
-        def seconds(self, given: Any) -> float:
-            for call in given:
-                call()
-            return {1: 3.0, 3: 2.0, 2: 1.0}[latest[0]]
-
-    latest = [0]
-
-    def product(algorithm: int) -> Any:
-        def call(_: int) -> Tensor:
-            latest[0] = algorithm
-            calls[algorithm] = calls.get(algorithm, 0) + 1
-            if algorithm not in (1, 2, 3):
-                raise RuntimeError("no such algorithm")
-            return expected + 1 if (algorithm, calls[algorithm]) == (2, 2) else expected.clone()
-
-        return call
-
-    monkeypatch.setattr(peers, "stopwatch_of", lambda _: ByAlgorithm())
-    assert peers.fastest(product, expected, torch.float32, CPU) == 3
-    assert max(calls) < 30, "it stops some way behind the last one that ran"
-    with pytest.raises(RuntimeError, match="no algorithm runs and is right"):
-        peers.fastest(product, expected + 7, torch.float32, CPU)
+    monkeypatch.setattr(_cusparselt, "pack", pack)
+    monkeypatch.setattr(_cusparselt, "product", lambda x, packed, N, K: F.linear(x, packed))
+    monkeypatch.setattr(_cusparselt, "missing", lambda *_: None)
+    truths = problem.truths()
+    for x, columns, truth in ((problem.x, False, "forward"), (problem.grad, True, "grad_input_double_pruned")):
+        packs.clear()
+        call = peers._packed(problem, x, columns)()
+        assert error_of(call(0), truths[truth]) < 1e-5
+        assert len(packs) == len(problem.weights) > 1
+        assert torch.equal(torch.as_tensor(call(1)), F.linear(x, packs[1]))
+    monkeypatch.setattr(_cusparselt, "missing", lambda *_: "not here")
+    with pytest.raises(RuntimeError, match="not here"):
+        peers._packed(problem, problem.x, False)()
+    assert list(peers.choices(problem)) == []
 
 
 def test_what_is_autotuned_computes_the_products(uncompiled: None) -> None:
