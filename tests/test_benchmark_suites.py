@@ -41,7 +41,19 @@ from benchmarks.choices import Choice
 from benchmarks.products import Problem, error_of
 from benchmarks.timing import CpuStopwatch, Plan
 from slope_compile.cost import DenseLayer, Layer
-from slope_compile.kernels import _cusparselt, cpu_rules, gpu_rules, ops
+from slope_compile.kernels import (
+    _cusparselt,
+    cpu_rules,
+    gluon_choices,
+    gluon_configs,
+    gpu_calls,
+    gpu_ops,
+    gpu_rules,
+    ops,
+    reference,
+    triton_configs,
+    triton_products,
+)
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -259,6 +271,54 @@ def test_peers_keep_their_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="not here"):
         peers._packed(problem, problem.x, False)()
     assert list(peers.choices(problem)) == []
+
+
+def test_every_choice_computes_the_product_that_it_is_listed_under(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With definitions in the place of kernels: each choice hands the right tensors to the right one."""
+
+    def forward(x: Tensor, values: Tensor, pattern: Tensor, bias: Any = None, low_rank: Any = None, config: Any = None,
+                ) -> Tensor:  # fmt: skip
+        tiles.append(config)
+        y = reference.forward(x, values, pattern, bias, 2, 4)
+        return y if low_rank is None else y + low_rank[0] @ low_rank[1].t()
+
+    def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, columns: Any = None, config: Any = None) -> Tensor:
+        tiles.append(config)
+        if columns is None:
+            return reference.grad_input(grad, values, pattern, 2, 4)
+        return reference.grad_input_columns(grad, values, pattern, columns, 2, 4)
+
+    def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, config: Any) -> Tensor:
+        tiles.append(config)
+        return reference.grad_weight(grad, x, pattern, 2, 4)
+
+    def product(config: Any) -> Any:
+        return lambda x, values, pattern, bias, low_rank: forward(x, values, pattern, bias, low_rank, config)
+
+    tiles: list[Any] = []
+    for function in (forward, grad_input, grad_weight):
+        monkeypatch.setattr(triton_products, function.__name__, function)
+    monkeypatch.setattr(gpu_ops, "available", lambda _: False)  # so that the ways compute their definitions
+    monkeypatch.setattr(gpu_calls, "possible", lambda *_: ("triton", "expanded"))
+    monkeypatch.setattr(gluon_choices, "choices", lambda *_, **__: gluon_configs.MMA_SP[:2])
+    monkeypatch.setattr(gluon_choices, "product", product)
+    problem = Problem.draw(40, 64, 128, "bfloat16", CPU)
+    truths = problem.truths() | {"low_rank": choices.low_rank_truth(problem, 0.0156)}
+    found = [
+        *choices._ways(problem), *choices._triton(problem), *choices._gluon(problem), *choices._gluon(problem, 0.0156),
+        *choices._gluon_double_pruned(problem), choices._fused_low_rank(problem, 0.0156),
+        *choices.library(problem, 0.0),
+    ]  # fmt: skip
+    assert len({(choice.product, choice.name) for choice in found}) == len(found)
+    for choice in found:
+        contender = choice.make()
+        for copy in (0, len(problem.weights)):  # that many on, it is the first weight again
+            assert error_of(contender(copy), truths[choice.truth]) < 2e-2, choice
+        assert not error_of(contender(1), truths[choice.truth]) < 2e-2 or choice.product == "grad_weight", choice
+    for kernel in ("forward", "grad_input", "grad_weight"):
+        configurations = triton_configs.configurations(kernel, torch.bfloat16, aligned=True)
+        fitting = {c for c in configurations if kernel == "grad_weight" or c.BM <= 80}
+        assert fitting <= set(tiles), "every tile that is not twice as large as the tokens"
 
 
 def test_what_is_autotuned_computes_the_products(uncompiled: None) -> None:
