@@ -174,6 +174,9 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
               float* to = out + l * 16 * kept + k0 / 2 + 8 * t;
               __m512i index[8];
               kept_indices(index, bits.columns(int(t)));
+              // The rows are far apart: where the next ones will be stored is asked for now, a cache line each.
+              if (t % 2 == 0)
+                for (int r = 16; r < 32; r++) __builtin_prefetch(to + r * kept, 1);
               __m512 s[8];
               for (int e = 0; e < 8; e++) s[e] = _mm512_setzero_ps();
               if (!fresh) load_rows(s, to, kept, count, values);

@@ -22,7 +22,8 @@ namespace slope {
 constexpr int LANE_ROWS = 12;
 constexpr int64_t LANE_BLOCK = 32;
 constexpr int64_t LANE_PANEL = 85 * LANE_ROWS;
-constexpr int64_t LISTS_BYTES = 384 << 10;  // of the outputs that share a pass over the panel: part of the L2 cache
+constexpr int64_t PANEL_BYTES = 4 << 20;    // of the packed panel, about: every 16 outputs read all of it
+constexpr int64_t LISTS_BYTES = 512 << 10;  // of the outputs that share a pass over the panel: part of the L2 cache
 
 struct Slot {
   alignas(64) uint32_t index[16];  // two 16-bit columns of the block
@@ -287,7 +288,8 @@ int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, 
                  const Fill& fill) {
   const int64_t main_blocks = ceil_div(reduction, LANE_BLOCK), extra_blocks = ceil_div(extra_size, LANE_BLOCK);
   const int64_t blocks = main_blocks + extra_blocks, depth = std::max<int64_t>(1, blocks * LANE_BLOCK);
-  const int64_t panel_rows = std::min(LANE_PANEL, M);
+  const int64_t fitting_rows = std::max<int64_t>(8, PANEL_BYTES / (depth * 2 * LANE_ROWS)) * LANE_ROWS;
+  const int64_t panel_rows = std::min({LANE_PANEL, fitting_rows, M});
   BFloat16* panel = reinterpret_cast<BFloat16*>(shared_a.floats(ceil_div(panel_rows * depth, 2)));
   if (panel == nullptr) return 1;
   const int64_t most_slots = main_blocks * Fill::MOST + extra_blocks * 16;
