@@ -16,8 +16,9 @@ AVX2_OUTER, AVX2_PACKED = 8, 32
 """Weight gradients without AVX-512: up to the one, sums of outer products; from the other on, tiles.  In between
 neither wins."""
 
-PAIRS = {"forward": 1, "grad_input": 256, "grad_input_columns": 1, "grad_weight": 32}
-"""bfloat16 with AVX512_BF16: product -> tokens from which on the kernel wins."""
+PAIRS_FEW, PAIRS_INPUT, PAIRS_WEIGHT = 8, 256, 16
+"""bfloat16 with AVX512_BF16: the exact input gradient wins up to the first and from the second on, the weight gradient
+from the third on."""
 
 
 def sparse(op: str, M: int, dtype: torch.dtype, isa: str) -> bool:

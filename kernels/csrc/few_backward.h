@@ -20,7 +20,7 @@ constexpr int AHEAD = 3;                 // stretches
 // Tokens up to which grad_input_few is used: fewer where pairs (pairs.h) are there for what comes next.
 template <class T> constexpr int64_t few_gradients() {
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-  if (std::is_same_v<T, BFloat16>) return 12;
+  if (std::is_same_v<T, BFloat16>) return 16;
 #endif
   return 32;
 }
@@ -69,11 +69,37 @@ inline void add_rows(int64_t R, float* sums, int64_t stride, const float* g, int
   }
 }
 
+#if defined(__AVX512F__)
+// expand_tile (below) for whole tiles: DEPTH rows, STRETCH columns, all there.
+template <bool DOUBLE, class T>
+inline void expand_whole_tile(float* w, const T* values, const uint8_t* pattern, const uint8_t* column_pattern,
+                              int64_t n0, int64_t k0, int64_t N, int64_t K) {
+  const int64_t width = (K + 7) / 8, column_width = (N + 7) / 8;
+  for (int c = 0; c < STRETCH; c += 16) {
+    __m512i kept = _mm512_setzero_si512();  // bit n of lane i: column k0 + c + i keeps row n0 + n
+    if constexpr (DOUBLE) {
+      alignas(64) uint32_t words[16];
+      for (int i = 0; i < 16; i++) std::memcpy(&words[i], column_pattern + (k0 + c + i) * column_width + n0 / 8, 4);
+      kept = _mm512_load_si512(words);
+    }
+    for (int n = 0; n < DEPTH; n++) {
+      const Vec row = expand_step(values + (n0 + n) * (K / 2) + (k0 + c) / 2, pattern + (n0 + n) * width + (k0 + c) / 8);
+      const __mmask16 also = DOUBLE ? _mm512_test_epi32_mask(kept, _mm512_set1_epi32(int(1u << n))) : __mmask16(0xffff);
+      _mm512_store_ps(w + n * STRETCH + c, _mm512_maskz_mov_ps(also, (__m512)row));
+    }
+  }
+}
+#endif
+
 // w [depth][STRETCH] = rows [n0, n0 + depth) of W, columns [k0, k0 + STRETCH), zeros past K; n0 is a multiple of 8.  With
 // a column pattern entries that it does not keep are zero too.
 template <bool DOUBLE, class T>
 inline void expand_tile(float* w, const T* values, const uint8_t* pattern, const uint8_t* column_pattern, int64_t n0,
                         int depth, int64_t k0, int64_t N, int64_t K) {
+#if defined(__AVX512F__)
+  if (depth == DEPTH && k0 + STRETCH <= K)
+    return expand_whole_tile<DOUBLE>(w, values, pattern, column_pattern, n0, k0, N, K);
+#endif
   typedef int32_t Signed8 __attribute__((vector_size(32)));
   const int64_t width = (K + 7) / 8, column_width = (N + 7) / 8;
   for (int c = 0; c < STRETCH; c += 8) {

@@ -97,38 +97,22 @@ inline void kept_indices(__m512i (&index)[8], __m256i bits) {
   }
 }
 
-// values [16 rows][8], `stride` apart, of sums [8][16 rows]; rows from `count` on and values from `kept` on are left alone.
-inline void store_rows(float* to, int64_t stride, const __m512 (&s)[8], int count, int kept) {
+// values [16 rows][8], `stride` apart, = or += sums [8][16 rows]; rows from `count` on and values from `kept` on are left
+// alone.
+template <class T>
+inline void store_rows(T* to, int64_t stride, const __m512 (&s)[8], int count, int kept, bool add) {
   for (int half = 0; half < 2; half++) {
     Vec8 r[8];
     for (int e = 0; e < 8; e++) r[e] = (Vec8)(half == 0 ? _mm512_castps512_ps256(s[e]) : _mm512_extractf32x8_ps(s[e], 1));
     transpose8(r);
     for (int i = 0; i < 8 && half * 8 + i < count; i++) {
-      float* row = to + (half * 8 + i) * stride;
+      T* row = to + (half * 8 + i) * stride;
       if (kept == 8)
-        store8(row, r[i]);
+        store8(row, add ? load8(row) + r[i] : r[i]);
       else
-        for (int e = 0; e < kept; e++) row[e] = r[i][e];
+        for (int e = 0; e < kept; e++) row[e] = from_float<T>(add ? to_float(row[e]) + r[i][e] : r[i][e]);
     }
   }
-}
-
-inline void load_rows(__m512 (&s)[8], const float* from, int64_t stride, int count, int kept) {
-  Vec8 halves[2][8];
-  for (int half = 0; half < 2; half++) {
-    for (int i = 0; i < 8; i++) {
-      const float* row = from + (half * 8 + i) * stride;
-      halves[half][i] = Vec8{};
-      if (half * 8 + i >= count) continue;
-      if (kept == 8)
-        halves[half][i] = load8(row);
-      else
-        for (int e = 0; e < kept; e++) halves[half][i][e] = row[e];
-    }
-    transpose8(halves[half]);
-  }
-  for (int e = 0; e < 8; e++)
-    s[e] = _mm512_insertf32x8(_mm512_castps256_ps512((__m256)halves[0][e]), (__m256)halves[1][e], 1);
 }
 
 template <class T>
@@ -136,21 +120,21 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
                       int64_t M, int64_t N, int64_t K) {
   using W = Word<T>;
   constexpr int64_t SPAN_TOKENS = STEPS * W::TERMS;
-  constexpr bool in_place = std::is_same_v<T, float>;  // sums over several spans of tokens need float
+  // Sums over several spans of tokens need float.
+  const bool in_place = std::is_same_v<T, float> || M <= SPAN_TOKENS;
   const int64_t kept = K / 2, width = (K + 7) / 8, strips = ceil_div(K, STRIP);
   const int64_t packed_rows = std::min(ROWS_PACKED, ceil_div(N, 16) * 16);
   const int64_t most_steps = std::min(STEPS, ceil_div(std::max<int64_t>(1, M), W::TERMS));
   uint32_t* grads = reinterpret_cast<uint32_t*>(shared_a.floats(packed_rows * most_steps));
-  float* scratch = in_place ? reinterpret_cast<float*>(dv) : shared_b.floats(packed_rows * kept);
-  if (grads == nullptr || scratch == nullptr) return 1;
+  float* scratch = in_place ? nullptr : shared_b.floats(packed_rows * kept);  // [rows][kept]
+  if (grads == nullptr || (!in_place && scratch == nullptr)) return 1;
   bool failed = false;
 
   for (int64_t n0 = 0; n0 < N; n0 += ROWS_PACKED) {
     const int64_t rows = std::min(ROWS_PACKED, N - n0), lines = ceil_div(rows, 16);
-    float* out = in_place ? scratch + n0 * kept : scratch;  // [rows][kept]
     for (int64_t m0 = 0; m0 == 0 || m0 < M; m0 += SPAN_TOKENS) {
       const int64_t tokens = std::min(SPAN_TOKENS, M - m0), steps = ceil_div(tokens, W::TERMS);
-      const bool fresh = m0 == 0 && !(in_place && accumulate);
+      const bool add = m0 > 0 || (in_place && accumulate);
       parallel(threads, lines, [&](int64_t begin, int64_t end) {
         for (int64_t l = begin; l < end; l++)
           pack_words(grads + l * steps * 16, grad, m0, tokens, n0 + l * 16, int(std::min<int64_t>(16, rows - l * 16)));
@@ -171,15 +155,18 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
             const uint32_t* g = grads + l * steps * 16;
             for (int64_t t = 0; t < blocks; t++) {
               const int values = int(std::min<int64_t>(8, (K - k0) / 2 - 8 * t));
-              float* to = out + l * 16 * kept + k0 / 2 + 8 * t;
+              const int64_t at = l * 16 * kept + k0 / 2 + 8 * t;
               __m512i index[8];
               kept_indices(index, bits.columns(int(t)));
               // The rows are far apart: where the next ones will be stored is asked for now, a cache line each.
               if (t % 2 == 0)
-                for (int r = 16; r < 32; r++) __builtin_prefetch(to + r * kept, 1);
+                for (int r = 16; r < 32; r++)
+                  if (in_place)
+                    __builtin_prefetch(dv + n0 * kept + at + r * kept, 1);
+                  else
+                    __builtin_prefetch(scratch + at + r * kept, 1);
               __m512 s[8];
               for (int e = 0; e < 8; e++) s[e] = _mm512_setzero_ps();
-              if (!fresh) load_rows(s, to, kept, count, values);
               const uint32_t* panel = panels + t * steps * 16;
               for (int64_t i = 0; i < steps; i++) {
                 const __m512i gradient = _mm512_load_si512(g + i * 16), inputs = _mm512_load_si512(panel + i * 16);
@@ -187,19 +174,23 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
                 for (int e = 0; e < 8; e++)
                   s[e] = W::multiply_add(s[e], _mm512_permutexvar_epi32(index[e], inputs), gradient);
               }
-              store_rows(to, kept, s, count, values);
+              if (in_place)
+                store_rows(dv + n0 * kept + at, kept, s, count, values, add);
+              else
+                store_rows(scratch + at, kept, s, count, values, add);
             }
           }
         }
       });
       if (failed) return 1;
     }
-    if constexpr (!in_place)
+    if (!in_place)
       parallel(threads, rows, [&](int64_t begin, int64_t end) {
         T* to = dv + n0 * kept;
         int64_t i = begin * kept;
-        for (; i + 8 <= end * kept; i += 8) store8(to + i, accumulate ? load8(to + i) + load8(out + i) : load8(out + i));
-        for (; i < end * kept; i++) to[i] = from_float<T>(accumulate ? to_float(to[i]) + out[i] : out[i]);
+        for (; i + 8 <= end * kept; i += 8)
+          store8(to + i, accumulate ? load8(to + i) + load8(scratch + i) : load8(scratch + i));
+        for (; i < end * kept; i++) to[i] = from_float<T>(accumulate ? to_float(to[i]) + scratch[i] : scratch[i]);
       });
   }
   return 0;
