@@ -35,7 +35,9 @@ def sparse(op: str, M: int, dtype: torch.dtype, isa: str) -> bool:
     if measured is not None:
         return measured
     if dtype is torch.bfloat16 and isa == "avx512_bf16":
-        return PAIRS[op] <= M
+        if op == "grad_input":
+            return M <= PAIRS_FEW or M >= PAIRS_INPUT
+        return op != "grad_weight" or M >= PAIRS_WEIGHT
     if isa.startswith("avx512"):
         return op != "grad_input" or M > 1
     return op != "grad_weight" or M <= AVX2_OUTER or M >= AVX2_PACKED

@@ -37,11 +37,14 @@ def test_the_rule_without_measurements() -> None:
     assert cpu_rules.sparse("grad_weight", 8, torch.float32, "avx2")
     assert not cpu_rules.sparse("grad_weight", 16, torch.float32, "avx2")
     assert cpu_rules.sparse("grad_weight", 64, torch.float32, "avx2")
+    assert cpu_rules.sparse("grad_weight", 16, torch.float32, "avx512")
+    assert not cpu_rules.sparse("grad_input", 1, torch.float32, "avx512")
     # Dense bfloat16 has instructions of its own there.
-    assert cpu_rules.sparse("forward", 1, torch.bfloat16, "avx512_bf16")
-    assert not cpu_rules.sparse("forward", 512, torch.bfloat16, "avx512_bf16")
-    assert cpu_rules.sparse("grad_input", 8, torch.bfloat16, "avx512_bf16")
-    assert not cpu_rules.sparse("grad_weight", 512, torch.bfloat16, "avx512_bf16")
+    for M in (1, 64, 512):
+        assert cpu_rules.sparse("forward", M, torch.bfloat16, "avx512_bf16")
+        assert cpu_rules.sparse("grad_input_columns", M, torch.bfloat16, "avx512_bf16")
+        assert cpu_rules.sparse("grad_input", M, torch.bfloat16, "avx512_bf16") == (M != 64)
+        assert cpu_rules.sparse("grad_weight", M, torch.bfloat16, "avx512_bf16") == (M != 1)
     assert cpu_rules.sparse("forward", 512, torch.bfloat16, "avx2")
 
 
