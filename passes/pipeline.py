@@ -10,6 +10,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 from slope_compile.errors import SlopeError
 from slope_compile.passes.context import Context
+from slope_compile.passes.decompose import Decompose
 from slope_compile.passes.fuse import Fuse
 from slope_compile.passes.fuse_siblings import FuseSiblings
 from slope_compile.passes.graph import regions
@@ -19,6 +20,7 @@ from slope_compile.passes.select import Select
 from slope_compile.passes.sparsify import Sparsify
 
 PIPELINE = (
+    Decompose,  # linears out of the operators that hide them
     Normalize,  # one form for every spelling, so that the rest needs to know only that one
     Select,  # all decisions before any change of a weight
     DistributeLowRank,  # adapters away from the weight, which leaves a plain base for the next pass

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import networkx as nx
@@ -30,6 +31,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from slope_compile.kernels import ops
 from slope_compile.passes.context import Context, Selection
 from slope_compile.passes.dataflow import dataflow, without_predecessor
+from slope_compile.passes.derived import expert_products, is_stack, origin_of
 from slope_compile.passes.graph import (
     META,
     Region,
@@ -43,10 +45,11 @@ from slope_compile.passes.graph import (
 from slope_compile.passes.normalize import LINEAR, says_linear
 from slope_compile.passes.profit import example_tokens, objection
 from slope_compile.pattern import Pattern
-from slope_compile.report import Decision, Reason
+from slope_compile.report import EXPERTS_DETAIL, Decision, Reason
 from slope_compile.rules import is_head
 
 _EMBEDDINGS = (torch.nn.functional.embedding, torch.embedding, torch.ops.aten.embedding.default)
+PART = "it is a part or a cast of the parameter, and products take whole ones; give the part a linear of its own"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -82,6 +85,8 @@ class Select(PassBase):
             if decision.sparse:
                 site.node.meta[META] = Selection(path=decision.weight)
                 selected += 1
+        for node, weight in expert_products(found, self.context.weights):
+            self.context.report.add(judge.experts(node, weight))
         for region in found:
             for node in region.graph.nodes:
                 if node.op == "call_function" and node.target is ops.linear:
@@ -129,15 +134,16 @@ class _Judge:
         self.vocabularies = frozenset(self._vocabularies(found))
 
     def _vocabularies(self, found: list[Region]) -> set[int]:
-        rows = set()
+        shapes: list[Sequence[int]] = []
         for region in found:
             for node in region.graph.nodes:
                 module = attribute(region.module, str(node.target)) if node.op == "call_module" else None
                 if isinstance(module, torch.nn.Embedding):
-                    rows.add(module.num_embeddings)
+                    shapes.append((module.num_embeddings, module.embedding_dim))
                 if node.op == "call_function" and node.target in _EMBEDDINGS:
-                    rows.update(int(value(n).shape[0]) for n in node.all_input_nodes if _is_table(n))
-        return rows
+                    shapes += [value(n).shape for n in node.all_input_nodes if _is_table(n)]
+        # A square table holds positions: were it the vocabulary, every square projection would count as a head.
+        return {int(rows) for rows, columns in shapes if rows != columns}
 
     def _owners(self, found: list[Region]) -> dict[Tensor, list[Node]]:
         """For each parameter, the nodes that read it: under any of its names, or as part of a module call."""
@@ -165,8 +171,8 @@ class _Judge:
             )
         store = self.context.weights
         tensor = store.tensor(site.base) if site.base_region.parent is None else None
-        if tensor is None:
-            return Decision(weight=site.base.name, sparse=False, reason=_no_parameter(site), node=site.node.name)
+        if tensor is None or tensor.dim() != 2:
+            return self._computed(site)
         path = store.path(site.base)
         rows, columns = tensor.shape
         N, K = (columns, rows) if site.transposed else (rows, columns)
@@ -189,6 +195,29 @@ class _Judge:
             detail=detail,
         )
 
+    def _computed(self, site: Site) -> Decision:
+        """A weight that is no parameter; where it is part of one, the decision goes by that one's path."""
+        source = origin_of(site.base_region, site.base)
+        if source is not None and source[0].parent is None:
+            tensor = self.context.weights.tensor(source[1])
+            if is_stack(tensor):
+                return self.experts(site.node, source[1])
+            if tensor is not None or is_expand(source[1]):
+                return Decision(self._path(source[1]), False, Reason.COMPUTED, node=site.node.name, detail=PART)
+        return Decision(weight=site.base.name, sparse=False, reason=_no_parameter(site), node=site.node.name)
+
+    def _path(self, node: Node) -> str:
+        values = node.args[0] if is_expand(node) else node
+        assert isinstance(values, Node)
+        return self.context.weights.path(values)
+
+    def experts(self, node: Node, weight: Node) -> Decision:
+        """The decision about a product with the matrices of several experts."""
+        tensor = self.context.weights.tensor(weight)
+        shape = () if tensor is None else tuple(tensor.shape)
+        path = self.context.weights.path(weight)
+        return Decision(path, False, Reason.EXPERTS, shape, node=node.name, detail=EXPERTS_DETAIL)
+
     def _reason(self, site: Site, path: str, tensor: Tensor, shape: tuple[int, int]) -> tuple[Reason, str]:
         config = self.context.config
         N, K = shape
@@ -206,6 +235,8 @@ class _Judge:
             return Reason.FIRST, ""
         if config.heads_dense and is_head(path, N, self.vocabularies, site.node in self.last):
             return Reason.HEAD, ""
+        if config.heads_dense and self.context.weights.router(site.base):
+            return Reason.ROUTER, ""
         if tensor.dtype not in _DTYPES:
             return Reason.DTYPE, str(tensor.dtype)
         group = config.layer(path).pattern.group

@@ -46,6 +46,10 @@ class Sparsify(PassBase):
                 if isinstance(node.meta.get(META), Selection):
                     self._rewrite(region, node)
                     changes += 1
+        for region in found:
+            for node in list(region.graph.nodes):
+                if is_expand(node):  # a module that looks at a weight first leaves an expansion that nobody reads
+                    erase_unused(region, node)
         recompile(found)
         self.context.report.count(self.name, changes)
         return PassResult(graph_module, changes > 0)

@@ -40,6 +40,10 @@ class WeightStore(Protocol):
         """What the rules say with the whole model at hand; None where only the graph is known."""
         ...
 
+    def router(self, node: Node) -> bool:
+        """Whether the layer chooses among the experts of a mixture, going by the names around it."""
+        ...
+
     def compressed(self, node: Node, layer: LayerConfig, transposed: bool, before: Node) -> CompressedWeight:
         """Bring a dense weight into compressed form, with nodes that are available at ``before``.
 

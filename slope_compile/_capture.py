@@ -17,12 +17,15 @@ from slope_compile.config import SlopeConfig
 from slope_compile.dense_weights import DynamoWeights
 from slope_compile.kernels import ops
 from slope_compile.passes.context import Context
+from slope_compile.passes.decompose import Decompose
 from slope_compile.passes.graph import Region, regions, value
 from slope_compile.passes.normalize import LINEAR, Normalize, says_linear
 from slope_compile.passes.pipeline import run_passes
-from slope_compile.report import Decision
+from slope_compile.report import Decision, Reason
 
 UNLIMITED = 1 << 30
+OPERATORS = (Reason.EXPERTS, Reason.FUSED_OPERATOR)
+"""Reasons of decisions about operators that are no linears by themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +90,24 @@ def _call(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 def _rewrite(module: GraphModule, inputs: Sequence[Any], config: SlopeConfig) -> Captured:
     before, normal, after = (_dynamo.working_copy(module) for _ in range(3))
-    Normalize(Context(config, DynamoWeights(normal, inputs, config))).call(normal)
+    _spell_out(normal, Context(config, DynamoWeights(normal, inputs, config)))
     weights = DynamoWeights(after, inputs, config)
-    context = Context(config, weights)
-    Normalize(context).call(after)
+    _spell_out(after, Context(config, weights))
     sites = _linears(after)
+    context = Context(config, weights)
     run_passes(after, context)  # without weights.commit(): nothing is pruned
+    # Decisions stand in the order of the graph, products too, and a dense linear keeps its node.
+    operators = {n.name: (r, n) for r in regions(after) for n in r.graph.nodes}
     products = iter([(r, n) for r in regions(after) for n in r.graph.nodes if _calls(n, ops.linear)])
     linears: list[Linear] = []
     marks: dict[Node, int | None] = {}
+    positions: list[int] = []
     for position, decision in enumerate(context.report):
-        # Decisions and products stand in the order of the graph; a dense linear keeps its node.
-        region, node = next(products) if decision.sparse else sites[position]
+        if decision.reason in OPERATORS:
+            region, node = operators[decision.node]
+        else:
+            region, node = next(products) if decision.sparse else sites[len(positions)]
+            positions.append(position)
         marks[node] = position
         x = value(node.all_input_nodes[0])
         state: tuple[Tensor, ...] = ()
@@ -107,10 +116,18 @@ def _rewrite(module: GraphModule, inputs: Sequence[Any], config: SlopeConfig) ->
             state = tuple(_tensor(region, part, weights) for part in parts if isinstance(part, Node))
         linears.append(Linear(decision, tuple(x.shape), x.dtype, x.device, state))
     marks |= {node: None for _, node in _linears(after) if node not in marks}
-    marks |= {node: position for position, (_, node) in enumerate(_linears(normal))}
+    marks |= {node: position for position, (_, node) in zip(positions, _linears(normal), strict=True)}
+    named = {one.decision.node: position for position, one in enumerate(linears) if one.decision.reason in OPERATORS}
+    marks |= {n: named[n.name] for r in regions(normal) for n in r.graph.nodes if n.name in named}
     origins = {node.name: _dynamo.origin(node) for node in module.graph.find_nodes(op="placeholder")}
     names = {name: origin.name for name, origin in origins.items() if origin is not None}
     return Captured(before, normal, after, tuple(linears), marks, names)
+
+
+def _spell_out(module: GraphModule, context: Context) -> None:
+    """Each linear in one form."""
+    for make in (Decompose, Normalize):
+        make(context).call(module)
 
 
 def _calls(node: Node, target: object) -> bool:

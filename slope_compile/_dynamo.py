@@ -28,10 +28,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from slope_compile.rules import plain_path
+from slope_compile.rules import layer_path, plain_path
 
 _COMPONENT = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
-_PARAMETRIZED = re.compile(r"^(?P<layer>.*)\.parametrizations\.(?P<name>\w+)\.(original|\d+\..*)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +44,8 @@ class Origin:
 
     @property
     def layer(self) -> str:
-        """Module path of the layer the tensor belongs to, through any parametrization."""
-        match = _PARAMETRIZED.match(self.name)
-        return match["layer"] if match else self.name.rpartition(".")[0]
+        """Path of the layer the tensor belongs to."""
+        return layer_path(self.name)
 
 
 def origin(placeholder: Node) -> Origin | None:

@@ -18,6 +18,7 @@ from slope_compile.config import LayerConfig
 from slope_compile.graph_state import COLUMN_PATTERN, PATTERN, VALUES, compressed_state
 from slope_compile.passes.weights import CompressedWeight
 from slope_compile.report import Decision
+from slope_compile.rules import is_router, layer_path
 
 
 class ExportedWeights:
@@ -44,11 +45,13 @@ class ExportedWeights:
     def path(self, node: Node) -> str:
         spec = self.specs.get(node)
         target = spec.target if spec is not None and spec.target else str(node)
-        layer, parametrized, _ = target.partition(".parametrizations.")
-        return layer if parametrized else target.rpartition(".")[0] or target
+        return layer_path(target) or target
 
     def ruling(self, node: Node) -> Decision | None:
         return None
+
+    def router(self, node: Node) -> bool:
+        return is_router(self.path(node), self.state)
 
     def compressed(self, node: Node, layer: LayerConfig, transposed: bool, before: Node) -> CompressedWeight:
         target = self.specs[node].target

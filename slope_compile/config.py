@@ -112,7 +112,7 @@ class SlopeConfig:
     first_dense: bool = True
     """Keep the first linear after the input dense (with its query/key/value siblings), as the method does."""
     heads_dense: bool = True
-    """Keep output heads dense, as the method does."""
+    """Keep output heads dense, as the method does, and what chooses among the experts of a mixture."""
     overrides: tuple[Override, ...] = ()
     """Per-layer settings; the first one whose path matches is used."""
 

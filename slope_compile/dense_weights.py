@@ -30,6 +30,7 @@ from slope_compile.passes.graph import VALUE_KEYS, emit
 from slope_compile.passes.weights import CompressedWeight
 from slope_compile.pattern import Pattern
 from slope_compile.report import Decision, Reason
+from slope_compile.rules import is_router, plain_path
 
 
 @dataclasses.dataclass
@@ -84,6 +85,12 @@ class DynamoWeights:
         if origin.root not in self._rulings:
             self._rulings[origin.root] = self._decide(origin.root)
         return self._rulings[origin.root].get(origin.layer)
+
+    def router(self, node: Node) -> bool:
+        origin = self._origin(node)
+        if origin is None or origin.root is None:
+            return False
+        return is_router(origin.layer, (plain_path(name) for name, _ in origin.root.named_modules()))
 
     def _origin(self, node: Node) -> _dynamo.Origin | None:
         """Relative to the whole model, also where Dynamo compiles a block of it."""

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gc
 import json
+import math
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class LinearFacts:
     reason: Reason
     why: str
     shape: tuple[int, ...]
-    """``(N, K)``; empty where the weight is not a parameter."""
+    """``(N, K)``, ``(E, N, K)`` for E experts; empty where the weight is not a parameter."""
     tokens: str
     """M, in the graph's own symbols where it has some."""
     pattern: str
@@ -195,7 +196,7 @@ def _explained(
 def _facts(linear: Linear, ranks: dict[str, int], peaks: cost.Device | None, measure: bool) -> LinearFacts:
     decision, shape = linear.decision, linear.decision.shape
     size = linear.state[0].itemsize if linear.state else linear.dtype.itemsize
-    before = shape[0] * shape[1] * size if len(shape) == 2 else None
+    before = math.prod(shape) * size if shape else None
     tokens = cost.tokens(linear.tokens)
     facts = LinearFacts(
         path=decision.weight,

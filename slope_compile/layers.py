@@ -14,30 +14,33 @@ from torch.nn.utils import parametrize
 
 from slope_compile.config import SlopeConfig
 from slope_compile.parametrizations import LowRank, SparseWeight
-from slope_compile.report import Decision, Reason
-from slope_compile.rules import first_linears, is_head, plain_path
+from slope_compile.report import EXPERTS_DETAIL, Decision, Reason
+from slope_compile.rules import first_linears, holds_experts, is_head, is_router, layer_path, plain_path
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearLayer:
-    """A module that computes ``x W^T + b``; ``weight`` is ``[N, K]``, or ``[K, N]`` if ``transposed``."""
+    """A weight of a module that computes ``x W^T + b`` with it: ``[N, K]``, or ``[K, N]`` if ``transposed``."""
 
     path: str
+    """The module's path; with the parameter's name behind it if that is not ``weight``."""
     module: nn.Module
     transposed: bool
+    name: str = "weight"
+    """The parameter's name in the module."""
 
     @property
     def weight(self) -> Tensor:
         """The tensor that is trained: the stored one, whatever parametrizations stand on it."""
-        if parametrize.is_parametrized(self.module, "weight"):
-            stored: Any = self.module.parametrizations["weight"]  # type: ignore[index]
+        if parametrize.is_parametrized(self.module, self.name):
+            stored: Any = self.module.parametrizations[self.name]  # type: ignore[index]
             if "original" in stored._parameters:  # not where several tensors make the weight (weight_norm)
                 original = stored.original
                 assert isinstance(original, Tensor)
                 return original
-        weight = self.module.weight
+        weight = getattr(self.module, self.name)
         assert isinstance(weight, Tensor)
         return weight
 
@@ -53,9 +56,9 @@ class LinearLayer:
     @property
     def parametrizations(self) -> list[nn.Module]:
         """Parametrizations on the weight, in the order in which they apply."""
-        if not parametrize.is_parametrized(self.module, "weight"):
+        if not parametrize.is_parametrized(self.module, self.name):
             return []
-        return list(self.module.parametrizations["weight"])  # type: ignore[index]
+        return list(self.module.parametrizations[self.name])  # type: ignore[index]
 
     @property
     def sparse(self) -> SparseWeight | None:
@@ -68,8 +71,16 @@ class LinearLayer:
         return next((p for p in self.parametrizations if isinstance(p, LowRank)), None)
 
 
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""What ``nn.MultiheadAttention`` projects its input with: the first, or the three others."""
+
+
 def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
-    """Every linear layer under its first path, in order of registration."""
+    """Every linear layer under its first path, in order of registration.
+
+    These are ``nn.Linear``, Hugging Face's ``Conv1D``, and the input projections of ``nn.MultiheadAttention`` (its
+    output projection is an ``nn.Linear``).
+    """
     conv1d = _conv1d_class()
     for name, module in model.named_modules():
         path = plain_path(name)
@@ -77,6 +88,10 @@ def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
             yield LinearLayer(path, module, transposed=False)
         elif conv1d is not None and isinstance(module, conv1d):
             yield LinearLayer(path, module, transposed=True)
+        elif isinstance(module, nn.MultiheadAttention):
+            for weight in ATTENTION_WEIGHTS:
+                if module._parameters.get(weight) is not None or parametrize.is_parametrized(module, weight):
+                    yield LinearLayer(f"{path}.{weight}".lstrip("."), module, transposed=False, name=weight)
 
 
 def decide(
@@ -90,7 +105,10 @@ def decide(
     users = _weight_users(model)
     paths = collections.Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     first = first_linears([layer.path for layer in layers]) if config.first_dense else set()
-    vocabularies = frozenset(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+    modules = {plain_path(path): module for path, module in model.named_modules()}
+    tables = [module for module in modules.values() if isinstance(module, nn.Embedding)]
+    # A square table holds positions: were it the vocabulary, every square projection would count as a head.
+    vocabularies = frozenset(t.num_embeddings for t in tables if t.num_embeddings != t.embedding_dim)
 
     def judge(layer: LinearLayer) -> tuple[Reason, str]:
         N, K = layer.shape
@@ -109,6 +127,8 @@ def decide(
             return Reason.EXCLUDED, ""
         if layer.path in first:
             return Reason.FIRST, ""
+        if config.heads_dense and is_router(layer.path, modules):
+            return Reason.ROUTER, ""
         if config.heads_dense and is_head(layer.path, N, vocabularies, layer is layers[-1]):
             return Reason.HEAD, ""
         # A forward set on the instance (a hook of another library) may be any callable, not a bound method.
@@ -141,6 +161,20 @@ def decide(
     return decisions
 
 
+def mixture_weights(model: nn.Module) -> list[Decision]:
+    """Decisions about mixtures of experts without linears: the experts' weights in one tensor, and the router's."""
+    linears = {layer.path for layer in linear_layers(model)}
+    modules = [plain_path(name) for name, _ in model.named_modules()]
+    decisions = []
+    for name, parameter in model.named_parameters():
+        path, shape = layer_path(plain_path(name)), tuple(parameter.shape)
+        if holds_experts(path, shape):
+            decisions.append(Decision(path, False, Reason.EXPERTS, shape, detail=EXPERTS_DETAIL))
+        elif len(shape) == 2 and path not in linears and is_router(path, modules):
+            decisions.append(Decision(path, False, Reason.ROUTER, shape))
+    return decisions
+
+
 def _weight_users(model: nn.Module) -> dict[int, list[str]]:
     """Storage -> the names under which parameters with that storage are registered."""
     users: dict[int, list[str]] = collections.defaultdict(list)
@@ -161,4 +195,5 @@ def _conv1d_class() -> type[nn.Module] | None:
 def _known_forwards() -> tuple[object, ...]:
     """Forward functions that read ``self.weight`` as a linear does."""
     conv1d = _conv1d_class()
-    return (nn.Linear.forward,) + ((conv1d.forward,) if conv1d is not None else ())
+    known = (nn.Linear.forward, nn.MultiheadAttention.forward)
+    return known + ((conv1d.forward,) if conv1d is not None else ())

@@ -23,6 +23,7 @@ from slope_compile.passes.graph import attribute
 from slope_compile.passes.pipeline import run_passes
 from slope_compile.passes.weights import CompressedWeight
 from slope_compile.report import Decision, Reason, Report
+from slope_compile.rules import is_router, layer_path
 
 
 @overload
@@ -127,10 +128,13 @@ class AttributeWeights:
 
     def path(self, node: Node) -> str:
         target = str(node.target)
-        return target.rpartition(".")[0] or target
+        return layer_path(target) or target
 
     def ruling(self, node: Node) -> Decision | None:
         return None
+
+    def router(self, node: Node) -> bool:
+        return is_router(self.path(node), (name for name, _ in self.module.named_parameters()))
 
     def compressed(self, node: Node, layer: LayerConfig, transposed: bool, before: Node) -> CompressedWeight:
         target = str(node.target)

@@ -10,6 +10,9 @@ ACCELERATED = "2:4"
 """The pattern that has kernels."""
 
 
+EXPERTS_DETAIL = "2:4 products take one matrix at a time; experts that are linears of their own become sparse"
+
+
 class Reason(enum.Enum):
     """Why a linear is sparse, or why it was left dense.  The value is the text a reader sees."""
 
@@ -18,6 +21,8 @@ class Reason(enum.Enum):
     ALREADY_SPARSE = "already rewritten"
     FIRST = "first linear after the input"
     HEAD = "output head"
+    ROUTER = "router of a mixture of experts"
+    EXPERTS = "weights of several experts in one tensor"
     EXCLUDED = "excluded by the configuration"
     TIED = "weight is tied to another parameter or module"
     SHARED = "module or weight is used more than once"
@@ -29,6 +34,7 @@ class Reason(enum.Enum):
     PARAMETRIZED = "weight has a parametrization that is not ours"
     SUBCLASS = "weight is a tensor subclass"
     FORWARD_REPLACED = "module's forward is not that of a known linear"
+    FUSED_OPERATOR = "inside a fused operator of PyTorch"
     HIGHER_ORDER = "inside a higher-order operator that passes do not enter"
     EAGER = "in no graph"
     UNPROFITABLE = "predicted slower than dense"

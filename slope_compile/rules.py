@@ -8,6 +8,7 @@ the rules go by module paths; ``passes.select`` uses the dataflow where it has a
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 HEAD_NAMES = frozenset(
     {
@@ -18,7 +19,12 @@ HEAD_NAMES = frozenset(
 )
 """Last components of a module path that name an output head in common model code."""
 
+ROUTER_NAMES = frozenset({"gate", "router", "gating", "gate_network", "shared_expert_gate", "wg"})
+"""Components of a module path that name, beside ``experts``, what chooses among them."""
+
 _QKV = re.compile(r"(^|_)(q|k|v|qkv|query|key|value)($|_)|^w(q|k|v)$")
+_OUT = re.compile(r"^(o|out|output)(_proj|_projection)?$|^wo$")
+_PARAMETRIZED = re.compile(r"^(?:(?P<module>.*)\.)?parametrizations\.(?P<parameter>\w+)\.(original|\d+\..*)$")
 
 
 def is_head(path: str, N: int, vocabularies: frozenset[int], last: bool) -> bool:
@@ -38,6 +44,36 @@ def is_head(path: str, N: int, vocabularies: frozenset[int], last: bool) -> bool
     return name in HEAD_NAMES or (not in_block(path) and (last or N in vocabularies))
 
 
+def is_router(path: str, names: Iterable[str]) -> bool:
+    """Whether the linear at ``path`` chooses among experts: ``mlp.gate`` where there is an ``mlp.experts``.
+
+    Args:
+        path: module path.
+        names: paths of the model's modules or parameters.
+    """
+    parts = path.split(".")
+    experts = [".".join([*parts[:i], "experts"]) for i, part in enumerate(parts) if part in ROUTER_NAMES]
+    return bool(experts) and any(n == e or n.startswith(f"{e}.") for n in names for e in experts)
+
+
+def holds_experts(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter's name and shape say that it is the weights of several experts, ``[E, N, K]``."""
+    return len(shape) == 3 and shape[0] > 1 and "expert" in path.lower()
+
+
+def layer_path(parameter: str) -> str:
+    """The path that a weight's decision goes by, from the parameter's name and through any parametrization.
+
+    It is the module's path for a parameter called ``weight``, and the parameter's own name for any other
+    (``self_attn.in_proj_weight``): a module can have several.
+    """
+    match = _PARAMETRIZED.match(parameter)
+    if match:
+        parameter = ".".join(filter(None, (match["module"], match["parameter"])))
+    module, _, name = parameter.rpartition(".")
+    return module if name == "weight" else parameter
+
+
 def plain_path(path: str) -> str:
     """The path without the steps into wrappers that ``torch.compile(block)`` put in place of a block."""
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
@@ -49,10 +85,14 @@ def in_block(path: str) -> bool:
 
 
 def first_linears(paths: list[str]) -> set[str]:
-    """The first linear of ``paths`` (in order of registration), and its query/key/value siblings."""
+    """The first linear of ``paths`` (in order of registration), and its query/key/value siblings.
+
+    An output projection that was registered before its siblings is not the first.
+    """
     if not paths:
         return set()
     parent, _, name = paths[0].rpartition(".")
-    if not _QKV.search(name):
+    siblings = [p.rpartition(".")[2] for p in paths if p.rpartition(".")[0] == parent]
+    if not _QKV.search(name) and not (_OUT.search(name) and any(map(_QKV.search, siblings))):
         return {paths[0]}
     return {p for p in paths if p.rpartition(".")[0] == parent and _QKV.search(p.rpartition(".")[2])}

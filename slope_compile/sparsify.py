@@ -15,7 +15,7 @@ from slope_compile.errors import ConversionError
 from slope_compile.kernels import cpu_library
 from slope_compile.kernels.masks import choose_mask
 from slope_compile.kernels.metadata import pack_mask
-from slope_compile.layers import LinearLayer, decide, linear_layers
+from slope_compile.layers import ATTENTION_WEIGHTS, LinearLayer, decide, linear_layers, mixture_weights
 from slope_compile.log import log
 from slope_compile.parametrizations import LowRank, SparseWeight, draw_adapter
 from slope_compile.report import Decision, Report
@@ -56,11 +56,13 @@ def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
     used by ``torch.compile(model, backend="slope")``.
 
     Args:
-        model: any module; layers are ``nn.Linear`` and Hugging Face's ``Conv1D``.
+        model: any module; layers are ``nn.Linear``, Hugging Face's ``Conv1D`` and the projections of
+            ``nn.MultiheadAttention``.
         config: what and how; the default is 2:4 with random masks on everything but first linear and heads.
 
     Returns:
-        A report with one decision per linear layer; ``print(report)`` shows it as a table.
+        A report with one decision per linear layer (and per tensor that holds several experts, which stays dense);
+        ``print(report)`` shows it as a table.
 
     Raises:
         ConversionError: the model is prepared already, has parameters on the meta device, pending gradients or
@@ -94,7 +96,7 @@ def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
         for layer, data in originals:
             _restore(layer, data)
         raise
-    report = Report([decision for _, decision in decisions])
+    report = Report([*(decision for _, decision in decisions), *mixture_weights(model)])
     for layer, decision in decisions:
         if not decision.sparse:
             _note(layer, decision)
@@ -164,7 +166,7 @@ def _pattern(layer: LinearLayer, settings: LayerConfig) -> Tensor:
 def _register(layer: LinearLayer, settings: LayerConfig, pattern: Tensor) -> None:
     requires_grad = layer.weight.requires_grad
     sparse = SparseWeight(pattern, layer.shape, settings, layer.transposed)
-    parametrize.register_parametrization(layer.module, "weight", sparse)
+    parametrize.register_parametrization(layer.module, layer.name, sparse)
     _print_children(layer.module)
     layer.weight.requires_grad_(requires_grad)
     sparse.pick_columns(layer.weight)
@@ -180,18 +182,18 @@ def _register_adapter(layer: LinearLayer, settings: LayerConfig) -> None:
         )  # fmt: skip
     A, B = draw_adapter(layer.shape, settings, layer.path, layer.weight.detach())
     adapter = LowRank(A, B, settings.adapter_scale, layer.transposed)
-    parametrize.register_parametrization(layer.module, "weight", adapter)
+    parametrize.register_parametrization(layer.module, layer.name, adapter)
 
 
 def _restore(layer: LinearLayer, data: Tensor) -> None:
     """Take our parametrizations off again and put the original numbers back."""
-    if parametrize.is_parametrized(layer.module, "weight"):
+    if parametrize.is_parametrized(layer.module, layer.name):
         _remove(layer)
     layer.weight.data = data
 
 
 def _remove(layer: LinearLayer) -> None:
-    """Take the parametrizations off the weight and register it in its old place, in front of the bias.
+    """Take the parametrizations off the weight and register it in its old place, in front of biases.
 
     ``remove_parametrizations`` registers it last; an optimizer's checkpoint counts parameters in their order.
     """
@@ -199,8 +201,9 @@ def _remove(layer: LinearLayer) -> None:
     shared = type(layer.module)
     own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
     layer.module.__class__ = type(shared.__name__, shared.__bases__, own)
-    parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
-    for name in [name for name in layer.module._parameters if name != "weight"]:
+    parametrize.remove_parametrizations(layer.module, layer.name, leave_parametrized=True)
+    weights = [name for name in ("weight", *ATTENTION_WEIGHTS) if name in layer.module._parameters]
+    for name in [*weights, *(name for name in layer.module._parameters if name not in weights)]:
         layer.module._parameters[name] = layer.module._parameters.pop(name)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 import slope_compile as slope
 from slope_compile import _inductor
@@ -32,6 +32,19 @@ DENSE_PRODUCTS = (
     torch.matmul,
 )
 """Every form in which a linear of the models here arrives or stays."""
+
+
+LINEARS = DENSE_PRODUCTS[:3]
+
+
+def _reads_parameter(node: Node) -> bool:
+    def below(source: Node) -> Node:
+        while source.op != "placeholder" and len(source.all_input_nodes) == 1 and source.op.startswith("call_"):
+            source = source.all_input_nodes[0]
+        return source
+
+    found = [below(source).meta.get("example_value") for source in node.all_input_nodes]
+    return any(isinstance(v, nn.Parameter) and v.dim() == 2 for v in found)
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +84,16 @@ class Compilation:
     def dense(self) -> int:
         """Linears that were left dense."""
         return sum(self.after[target] for target in DENSE_PRODUCTS)
+
+    @property
+    def dense_linears(self) -> int:
+        """Products left that are linears by name, or read a matrix that is a parameter; without those of adapters."""
+        found = 0
+        for graph in [m.graph for m in self.module.modules() if isinstance(m, GraphModule)]:
+            for node in graph.nodes:
+                if node.op.startswith("call_") and node.meta.get("slope") != "down_projection":
+                    found += node.target in LINEARS or (node.target in DENSE_PRODUCTS and _reads_parameter(node))
+        return found
 
 
 class Recording(list[Compilation]):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from slope_compile.rules import HEAD_NAMES, first_linears, in_block, is_head
+from slope_compile.rules import HEAD_NAMES, first_linears, holds_experts, in_block, is_head, is_router, layer_path
 
 NO_EMBEDDING: frozenset[int] = frozenset()
 GPT2_MEDIUM = frozenset({50257, 1024})
@@ -83,8 +83,55 @@ def test_blocks_are_numbers_in_the_path(path: str, inside: bool) -> None:
         ),
         pytest.param(["attn.qkv", "attn.proj"], {"attn.qkv"}, id="fused_qkv"),
         pytest.param(["a.wq", "a.wk", "a.wv", "a.wo"], {"a.wq", "a.wk", "a.wv"}, id="w_names"),
+        pytest.param(["h.0.attn.o_proj", "h.0.attn.qkv_proj", "h.0.up"], {"h.0.attn.qkv_proj"}, id="phi3_output_first"),
         pytest.param(["kvbox", "q_proj"], {"kvbox"}, id="letters_inside_a_word"),
     ],
 )
 def test_first_linears(paths: list[str], first: set[str]) -> None:
     assert first_linears(paths) == first
+
+
+MIXTURE = ("0.mlp", "0.mlp.gate", "0.mlp.experts", "0.mlp.experts.0.up", "1.mlp.gate")
+
+
+@pytest.mark.parametrize(
+    ("path", "router"),
+    [
+        pytest.param("0.mlp.gate", True, id="beside_experts"),
+        pytest.param("0.mlp.gate.classifier", True, id="inside_a_router"),
+        pytest.param("1.mlp.gate", False, id="gate_of_a_gated_mlp"),
+        pytest.param("0.mlp.experts.0.up", False, id="expert"),
+        pytest.param("0.mlp.gate_proj", False, id="another_name"),
+    ],
+)
+def test_routers(path: str, router: bool) -> None:
+    assert is_router(path, MIXTURE) is router
+
+
+@pytest.mark.parametrize(
+    ("parameter", "path"),
+    [
+        ("h.0.mlp.c_fc.weight", "h.0.mlp.c_fc"),
+        ("weight", ""),
+        ("h.0.mlp.c_fc.parametrizations.weight.original", "h.0.mlp.c_fc"),
+        ("h.0.mlp.c_fc.parametrizations.weight.1.B", "h.0.mlp.c_fc"),
+        ("parametrizations.weight.original", ""),
+        ("attn.in_proj_weight", "attn.in_proj_weight"),
+        ("attn.parametrizations.in_proj_weight.original", "attn.in_proj_weight"),
+    ],
+)
+def test_a_weight_goes_by_its_module_and_any_other_parameter_by_its_own_name(parameter: str, path: str) -> None:
+    assert layer_path(parameter) == path
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "experts"),
+    [
+        ("mlp.experts.gate_up_proj", (4, 128, 32), True),
+        ("mlp.experts.scale", (4, 32), False),
+        ("embeddings.position_embeddings", (1, 5, 32), False),
+        ("conv1.weight", (32, 8, 3), False),
+    ],
+)
+def test_tensors_of_several_experts(name: str, shape: tuple[int, ...], experts: bool) -> None:
+    assert holds_experts(name, shape) is experts

@@ -357,4 +357,4 @@ def test_prepared_weights_are_selected_whatever_the_configuration_says() -> None
     report = decided(model, x8(), first_dense=True, heads_dense=True, exclude=(".*",))
     assert [d.reason for d in report] == [Reason.PREPARED] * 2
     assert all(d.shape == (8, 8) and d.pattern == "2:4" and d.backward == "exact" for d in report)
-    assert [d.weight for d in report] == ["layers.0.parametrizations.weight", "layers.1.parametrizations.weight"]
+    assert [d.weight for d in report] == ["layers.0", "layers.1"]
