@@ -172,7 +172,7 @@ class Layer(DenseLayer):
     def __post_init__(self) -> None:
         for name, size in (("K", self.K), ("N", self.N)):
             if size % self.nm.group and (name == "K" or self.double_pruned):
-                raise ConfigError(f"Layer: {name} = {size} is not a multiple of {self.nm.group} ({self.nm})")
+                raise ConfigError(f"Layer: {name} = {size} is not a multiple of {self.nm.group}; try another pattern")
 
     @property
     def values_bytes(self) -> int:

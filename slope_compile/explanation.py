@@ -30,7 +30,7 @@ from slope_compile.passes.dataflow import dataflow
 from slope_compile.passes.graph import regions
 from slope_compile.passes.profit import example_tokens
 from slope_compile.pattern import Pattern
-from slope_compile.report import Reason
+from slope_compile.report import WAYS_OUT, Reason, ways_out
 from slope_compile.side_by_side import side_by_side
 from slope_compile.sketch import Mark, Sketch, sketch, svg
 from slope_compile.stopwatch import forward_seconds
@@ -68,6 +68,11 @@ class LinearFacts:
     measured_after: float | None = None
     break_even: float | None = None
     """Token count above which the rewritten forward product is faster at every count, where there is one."""
+
+    @property
+    def way_out(self) -> str:
+        """What makes it sparse; "" for one that is."""
+        return "" if self.sparse else WAYS_OUT[self.reason]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +116,7 @@ class Explanation:
         lines = [tabulate(rows, headers=headers, disable_numparse=True), ""]
         lines.append(f"{total['sparse']} of {total['linears']} linears sparse")
         lines[-1] += f"; their weights and the dense ones: {total['bytes_before']} -> {total['bytes_after']} bytes"
+        lines += ways_out(f.reason for f in self.linears if not f.sparse)
         if self.device is not None:
             change = f"{_micro(total['seconds_before'])} -> {_micro(total['seconds_after'])} us"
             lines.append(f"predicted forward products on {self.device.name} (peaks: {self.device.source}): {change}")
@@ -120,7 +126,7 @@ class Explanation:
 
     def to_json(self) -> str:
         """Everything but the drawing, as JSON."""
-        linears = [dataclasses.asdict(f) | {"reason": f.reason.name} for f in self.linears]
+        linears = [dataclasses.asdict(f) | {"reason": f.reason.name, "way_out": f.way_out} for f in self.linears]
         device = None if self.device is None else dataclasses.asdict(self.device)
         data = {"linears": linears, "totals": self.totals, "device": device, "graphs": self.graphs}
         return json.dumps(data, indent=2)

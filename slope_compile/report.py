@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 ACCELERATED = "2:4"
 """The pattern that has kernels."""
@@ -40,6 +40,29 @@ class Reason(enum.Enum):
     UNPROFITABLE = "predicted slower than dense"
 
 
+WAYS_OUT = {
+    Reason.FIRST: "first_dense=False in the SlopeConfig",
+    Reason.HEAD: "heads_dense=False in the SlopeConfig",
+    Reason.ROUTER: "heads_dense=False in the SlopeConfig",
+    Reason.EXPERTS: "a model whose experts are linears of their own",
+    Reason.EXCLUDED: "include and exclude in the SlopeConfig",
+    Reason.TIED: "untie the weight (transformers: tie_word_embeddings=False)",
+    Reason.SHARED: "a module of its own for each place",
+    Reason.SHAPE: "pad the features, or choose a pattern whose group divides them",
+    Reason.DTYPE: "convert the weight to float32, bfloat16, float16 or float64",
+    Reason.COMPUTED: "multiply with the parameter itself, or give the part a linear of its own",
+    Reason.NOT_CONSTANT: "make the weight a Parameter of the model",
+    Reason.PARAMETRIZED: "remove the parametrization before converting",
+    Reason.SUBCLASS: "convert before the weight is wrapped (sharded, quantized)",
+    Reason.FORWARD_REPLACED: "convert before the module's forward is replaced, or use a stock nn.Linear",
+    Reason.FUSED_OPERATOR: "torch.backends.mha.set_fastpath_enabled(False)",
+    Reason.HIGHER_ORDER: "call the layer outside of the operator",
+    Reason.EAGER: "TORCH_LOGS=graph_breaks says what Dynamo left to Python, and why",
+    Reason.UNPROFITABLE: "leave the option 'device' out",
+}
+"""What to change so that a linear that was left dense for a reason becomes sparse."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Decision:
     """One linear: ``weight`` is its module path where known, else the graph's name for the weight."""
@@ -60,6 +83,16 @@ class Decision:
     def why(self) -> str:
         """Reason and detail as one text."""
         return f"{self.reason.value}: {self.detail}" if self.detail else self.reason.value
+
+    @property
+    def way_out(self) -> str:
+        """What makes it sparse; "" for one that is."""
+        return "" if self.sparse else WAYS_OUT[self.reason]
+
+
+def ways_out(reasons: Iterable[Reason]) -> list[str]:
+    """A line for each reason to stay dense."""
+    return [f"{reason.value}: to change it, {WAYS_OUT[reason]}" for reason in dict.fromkeys(reasons)]
 
 
 @dataclasses.dataclass
@@ -101,6 +134,7 @@ class Report:
         ]
         table = tabulate(rows, headers=("weight", "N x K", "pattern", "backward", "reason"), disable_numparse=True)
         lines = [table, f"{len(self.sparse)} of {len(self)} linears sparse"]
+        lines += ways_out(d.reason for d in self.dense)
         others = sorted({d.pattern for d in self.sparse} - {ACCELERATED, ""})
         if others:
             lines.append(

@@ -116,7 +116,7 @@ def _bert_like(name: str, title: str, kind: str, head: str) -> Model:
     )  # fmt: skip
 
 
-_LEAF = "Dynamo leaves the decoder's first block to Python, where transformers sets `requires_grad` inside the checkpoint"
+_LEAF = "Dynamo leaves the decoder's first block to Python: transformers sets `requires_grad` inside its checkpoint"
 _EXPERTS = {
     f"model.layers.{i}.mlp.{name}": reason
     for i in range(LAYERS)

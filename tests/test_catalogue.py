@@ -1,0 +1,399 @@
+"""Every error that the library raises on purpose, and every reason for which a linear stays dense, triggered.
+
+Each message names the thing, the value, and the way out.  That the lists are complete is read off the source: the
+statement that raised each error is found in its traceback, and all such statements of the library must be met.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+import slope_compile as slope
+from graphs import attribute_graph, exported
+from slope_compile import cli_inspect, cost
+from slope_compile.backend import slope as backend
+from slope_compile.config import Override, SlopeConfig
+from slope_compile.errors import SlopeError
+from slope_compile.kernels import cpu_library, masks, metadata
+from slope_compile.options import parse_options
+from slope_compile.pattern import Pattern
+from slope_compile.report import WAYS_OUT, Reason, Report
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("slope_compile", "passes", "kernels")
+ERRORS = {"ConfigError", "ConversionError", "PatternError", "ScheduleError", "SlopeError"}
+
+
+def blocks(**settings: Any) -> nn.Module:
+    """A first linear, two that the method makes sparse, a head."""
+    return nn.Sequential(*(nn.Linear(8, 8, **settings) for _ in range(4)))
+
+
+def prepared(**fields: Any) -> nn.Module:
+    model = blocks()
+    slope.sparsify_(model, SlopeConfig(**fields))
+    return model
+
+
+def with_gradient() -> nn.Module:
+    model = blocks()
+    model(torch.randn(2, 8)).sum().backward()
+    return model
+
+
+def with_optimizer(keep: list[torch.optim.Optimizer]) -> nn.Module:
+    model = with_gradient()
+    keep.append(torch.optim.AdamW(model.parameters()))
+    keep[0].step()
+    keep[0].zero_grad()
+    return model
+
+
+def optimizer_has_state() -> None:
+    keep: list[torch.optim.Optimizer] = []
+    slope.sparsify_(with_optimizer(keep))
+
+
+def schedule(**arguments: Any) -> slope.AdapterSchedule:
+    given = {"total_steps": 10, "model": prepared(adapter_rank=2), **arguments}
+    return slope.AdapterSchedule(given.pop("model"), **given)
+
+
+def graph() -> Any:
+    return attribute_graph(blocks(), torch.randn(2, 8))
+
+
+def from_dynamo(**options: Any) -> None:
+    """What the backend raises for a prepared model, without Dynamo's wrapping."""
+    try:
+        torch.compile(prepared(backward="exact"), backend=backend, options={"compiler": "eager", **options})(
+            torch.randn(2, 8)
+        )
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise error.inner_exception from None
+    finally:
+        torch._dynamo.reset()
+
+
+def unknown_level() -> None:
+    before = os.environ.get(cpu_library.VARIABLE)
+    os.environ[cpu_library.VARIABLE] = "sse"
+    try:
+        cpu_library._requested()
+    finally:
+        os.environ.pop(cpu_library.VARIABLE)
+        if before is not None:
+            os.environ[cpu_library.VARIABLE] = before
+
+
+def mask() -> torch.Tensor:
+    return metadata.pack_mask(masks.choose_mask(torch.randn(4, 8), Pattern(2, 4), "random", 0, "a"))
+
+
+def wrong_state() -> None:
+    schedule().load_state_dict({})
+
+
+def factories(name: str) -> None:
+    cli_inspect.load(f"test_catalogue_factories:{name}")
+
+
+RATES = {"peak": 1.0, "sparse_peak": 1.0, "bandwidth": 1.0}
+CONFIG = SlopeConfig()
+ERROR_CASES: dict[str, tuple[Callable[[], Any], str]] = {
+    # configuration
+    "override_without_path": (lambda: Override.from_dict({"pattern": "2:8"}), "overrides.path {'pattern': '2:8'} '.*'"),
+    "seed": (lambda: SlopeConfig(seed=1.5), "seed integer 1.5"),
+    "flag": (lambda: SlopeConfig(first_dense="no"), "first_dense True False 'no'"),
+    "rules": (lambda: SlopeConfig(include="a.*"), "include tuple 'a.*'"),
+    "overrides": (lambda: SlopeConfig(overrides=(3,)), "overrides Override 3"),
+    "json": (lambda: SlopeConfig.from_json("{"), "SlopeConfig JSON"),
+    "json_type": (lambda: SlopeConfig.from_json("[]"), "SlopeConfig object list"),
+    "field": (lambda: SlopeConfig.from_json('{"patern": "2:4"}'), "'patern' 'pattern'"),
+    "no_regex": (lambda: Override(path=3), "overrides.path expression 3"),
+    "bad_regex": (lambda: SlopeConfig(exclude=("(",)), "exclude '('"),
+    "override_pattern": (lambda: Override(path=".*", pattern="2"), "overrides.pattern kept:group '2'"),
+    "mask": (lambda: SlopeConfig(mask="best"), "mask random magnitude 'best'"),
+    "column_refresh": (lambda: SlopeConfig(column_refresh=0), "column_refresh 'never' 0"),
+    "adapter_rank": (lambda: SlopeConfig(adapter_rank=-1), "adapter_rank positive -1"),
+    "adapter_scale": (lambda: SlopeConfig(adapter_scale=0.0), "adapter_scale positive 0.0"),
+    "pattern": (lambda: Pattern(4, 4), "4:4 '2:4'"),
+    "pattern_text": (lambda: Pattern.parse("two"), "'two' '2:4'"),
+    # options of the backend
+    "option": (lambda: parse_options(None, {"patern": 1}), "'patern' 'pattern'"),
+    "option_config": (lambda: parse_options(None, {"config": {}}), "'config' SlopeConfig dict"),
+    "option_twice": (lambda: parse_options(None, {"config": CONFIG, "seed": 1}), "'seed' leave"),
+    "compiler": (lambda: parse_options(None, {"compiler": "gcc"}), "'compiler' aot_eager 'gcc'"),
+    "modes": (lambda: parse_options("default", {"mode": "max-autotune"}), "'default' 'max-autotune' contradict"),
+    "mode": (lambda: parse_options("max-autotun", {}), "'max-autotun' 'max-autotune'"),
+    "not_inductor": (lambda: parse_options(None, {"compiler": "eager", "cpp.threads": 1}), "cpp.threads 'eager' leave"),
+    "device": (lambda: parse_options(None, {"device": "H300"}), "'device' 'H300' slope_compile.cost.Device"),
+    "fusion": (lambda: parse_options(None, {"fusions": "fuze"}), "'fusions' 'fuze' 'fuse'"),
+    "settled_otherwise": (lambda: from_dynamo(backward="double_pruned"), "'backward' '1' 'exact' leave"),
+    # conversions
+    "nothing_eligible": (lambda: slope.sparsify_(blocks(), SlopeConfig(include=())), "0: excluded include SlopeConfig"),
+    "prepared_twice": (lambda: slope.sparsify_(prepared()), "'1' densify_"),
+    "meta": (lambda: slope.sparsify_(blocks(device="meta")), "'1' to_empty"),
+    "gradient": (lambda: slope.sparsify_(with_gradient()), "'1' zero_grad"),
+    "optimizer": (optimizer_has_state, "'1' new optimizer"),
+    "not_prepared": (lambda: slope.densify_(blocks()), "densify_ sparsify_"),
+    "no_columns": (lambda: slope.refresh_columns_(blocks()), "refresh_columns_ sparsify_"),
+    "transformed_twice": (lambda: slope.transform(slope.transform(graph())), "transform original"),
+    "nothing_in_graph": (lambda: slope.transform(graph(), SlopeConfig(include=())), "0 excluded include SlopeConfig"),
+    "explain": (lambda: slope.explain(nn.ReLU(), torch.randn(2)), "ReLU TORCH_LOGS"),
+    "paths": (lambda: slope.training_state(blocks(), paths=["9"]), "'9' 0 1 2 3"),
+    "corrupt": (lambda: metadata.check_pattern(mask() * 0, 8, Pattern(2, 4), "a.b"), "a.b 8 2 of 4"),
+    "pattern_shape": (lambda: metadata.check_pattern(mask(), 24, Pattern(2, 4), "a.b"), "a.b uint8 24 [4, 1]"),
+    # adapters
+    "no_adapters": (lambda: slope.set_adapters(blocks(), True), "set_adapters adapter_rank"),
+    "steps": (lambda: schedule(total_steps=0), "total_steps 1 0"),
+    "start_twice": (lambda: schedule(fraction=0.5, start_step=3), "fraction start_step one"),
+    "fraction": (lambda: schedule(fraction=2.0), "fraction 1 2.0"),
+    "start_step": (lambda: schedule(start_step=-1), "start_step 0 -1"),
+    "lr_scale": (lambda: schedule(lr_scale=0.0), "lr_scale positive 0.0"),
+    "no_optimizer": (lambda: schedule(lr_scale=2.0), "lr_scale optimizer="),
+    "state": (wrong_state, "total_steps AdapterSchedule"),
+    "config_twice": (lambda: schedule(config=CONFIG), "config leave"),
+    "schedule_without_config": (lambda: schedule(model=blocks()), "AdapterSchedule config=SlopeConfig(adapter_rank"),
+    "schedule_without_rank": (lambda: schedule(model=blocks(), config=CONFIG), "AdapterSchedule adapter_rank"),
+    "adapters_without_rank": (lambda: slope.sparsify.add_adapters_(blocks(), CONFIG), "adapter_rank"),
+    # cost model
+    "rate": (lambda: cost.Device("a", **{**RATES, "peak": 0.0}), "'a' peak positive 0.0"),
+    "launch": (lambda: cost.Device("a", **RATES, launch=-1.0), "'a' launch 0 -1.0"),
+    "sheet": (lambda: cost.device("H300"), "'H300' H200 slope_compile.cost.Device"),
+    "layer": (lambda: cost.Layer(8, 6, 4), "K 6 4 pattern"),
+    "not_linear": (lambda: cost._line(cost.M**2), "M**2 slope_compile.cost.M"),
+    # command line
+    "inspect_config": (lambda: cli_inspect._config(Path("nowhere.json")), "--config nowhere.json"),
+    "inspect_target": (lambda: cli_inspect.load("model"), "MODULE:FACTORY 'model'"),
+    "inspect_module": (lambda: cli_inspect.load("no_such_module:f"), "'no_such_module' folder"),
+    "inspect_function": (lambda: cli_inspect.load("json:no_such"), "json 'no_such'"),
+    "inspect_result": (lambda: cli_inspect.load("builtins:dict"), "builtins:dict (model, args) dict"),
+    "inspect_args": (lambda: cli_inspect.load("test_catalogue:bad_arguments"), "bad_arguments tuple int"),
+    "level": (unknown_level, "SLOPE_COMPILE_CPU 'sse' avx2"),
+}  # fmt: skip
+"""Name -> (what raises it, the words that its message has: the thing, the value, the way out)."""
+
+
+def bad_arguments() -> tuple[nn.Module, int]:
+    return blocks(), 3
+
+
+@functools.cache
+def raised(name: str) -> tuple[str, Path, int]:
+    """Message, file and line of a case's error."""
+    try:
+        ERROR_CASES[name][0]()
+    except SlopeError as error:
+        traceback = error.__traceback__
+        assert traceback is not None
+        while traceback.tb_next is not None:
+            traceback = traceback.tb_next
+        return str(error), Path(traceback.tb_frame.f_code.co_filename).resolve(), traceback.tb_lineno
+    raise AssertionError(f"{name} raised nothing")
+
+
+@pytest.mark.parametrize("name", ERROR_CASES)
+def test_error(name: str) -> None:
+    message, _, _ = raised(name)
+    words = ERROR_CASES[name][1].split()
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_every_statement_that_raises_one_is_met() -> None:
+    statements = set()
+    for folder in FOLDERS:
+        for path in (ROOT / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                call = node.exc if isinstance(node, ast.Raise) else None
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ERRORS:
+                    assert node.end_lineno is not None
+                    statements.add((path.resolve(), node.lineno, node.end_lineno))
+    met = {(path, line) for _, path, line in map(raised, ERROR_CASES)}
+    missed = {s for s in statements if not any(path == s[0] and s[1] <= line <= s[2] for path, line in met)}
+    assert not missed, "\n".join(f"{path.relative_to(ROOT)}:{line} has no case" for path, line, _ in sorted(missed))
+    assert len(statements) > 50
+
+
+# --- reasons ---------------------------------------------------------------------------------------------------------
+
+
+class Weird(nn.Module):
+    """Linears of every kind that stay dense (and one that does not)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.first, self.shared, self.excluded, self.parametrized, self.sliced, self.replaced, self.good = (
+            nn.Linear(8, 8) for _ in range(7)
+        )
+        self.odd, self.whole, self.plain = nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 8)
+        self.moe = nn.Module()
+        self.moe.gate, self.moe.experts = nn.Linear(8, 4), nn.Module()
+        self.moe.experts.up = nn.Parameter(torch.randn(4, 8, 8))
+        self.complex = nn.Linear(8, 8, dtype=torch.complex64)
+        self.lm_head = nn.Linear(8, 16, bias=False)
+        self.tied = nn.Linear(8, 16, bias=False)
+        self.tied.weight = self.embedding.weight
+        self.again = self.shared
+        parametrizations.weight_norm(self.parametrized)
+        self.replaced.forward = lambda x: F.linear(x, self.replaced.weight)  # type: ignore[method-assign]
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.first(self.embedding(ids))
+        x = self.again(self.shared(x)) + self.excluded(x) + self.parametrized(x) + self.replaced(x)
+        x = self.whole(self.odd(self.good(x)))
+        x = x + F.linear(x, self.sliced.weight[:8].tanh()) + self.plain(x)
+        x = torch.bmm(x.expand(4, *x.shape[-2:]), self.moe.experts.up) + self.moe.gate(x).sum()
+        return self.lm_head(x), self.tied(x)
+
+
+def graph_report(module: nn.Module, *args: Any, **fields: Any) -> Report:
+    settings = {"first_dense": False, "heads_dense": False, **fields}
+    program = slope.transform(exported(module, *args), SlopeConfig(**settings))
+    report = program.graph_module.meta["slope_report"]
+    assert isinstance(report, Report)
+    return report
+
+
+@functools.cache
+def reasons_of_a_model() -> Report:
+    return slope.sparsify_(Weird(), SlopeConfig(exclude=("excluded",)))
+
+
+@functools.cache
+def reasons_of_a_graph() -> Report:
+    """With a linear in a branch, one whose weight is an input, a computed one, and one that reads a part."""
+
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.good, self.branch, self.computed = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            x = self.good(x) + F.linear(x, w) + F.linear(x, self.computed.weight.tanh())
+            return torch.cond(x.sum() > 0, lambda x: self.branch(x), lambda x: x.clone(), (x,))
+
+    return graph_report(Graph(), torch.randn(2, 8), torch.randn(8, 8))
+
+
+@functools.cache
+def unprofitable() -> Report:
+    program = exported(blocks(), torch.randn(2, 8))
+    device = cost.Device("slow", peak=1e12, sparse_peak=1e3, bandwidth=1e12)
+    with pytest.raises(slope.ConversionError) as error:
+        slope.transform(program, SlopeConfig(first_dense=False, heads_dense=False), device=device)
+    assert WAYS_OUT[Reason.UNPROFITABLE] in str(error.value)
+    return Report([slope.Decision("0", False, Reason.UNPROFITABLE, detail=str(error.value))])
+
+
+@functools.cache
+def not_called() -> Report:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = blocks(), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.used(x)
+            return y
+
+    return explained(Unused(), torch.randn(2, 8))
+
+
+def explained(model: nn.Module, *args: Any) -> Report:
+    found = slope.explain(model, *args)
+    for facts in found.linears:
+        assert facts.sparse or f"{facts.reason.value}: to change it, {facts.way_out}" in str(found)
+    return Report([slope.Decision(f.path, f.sparse, f.reason, detail=f.why) for f in found.linears])
+
+
+@functools.cache
+def a_subclass() -> Report:
+    class Wrapped(nn.Parameter):
+        pass
+
+    model = blocks()
+    model[2].weight = Wrapped(model[2].weight.detach())
+    return slope.sparsify_(model)
+
+
+@functools.cache
+def fused_operator() -> Report:
+    class Native(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.good, self.qkv, self.out = nn.Linear(8, 8), nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x, weights = self.good(x), (self.qkv.weight, self.qkv.bias, self.out.weight, self.out.bias)
+            native: Any = torch._native_multi_head_attention
+            result: torch.Tensor = native(x, x, x, 8, 2, *weights, None, True)[0]
+            return result
+
+    with torch.no_grad():
+        return explained(Native().eval(), torch.randn(2, 3, 8))
+
+
+REASON_CASES: dict[Reason, tuple[Callable[[], Report], str]] = {
+    Reason.FIRST: (reasons_of_a_model, "first"),
+    Reason.HEAD: (reasons_of_a_model, "lm_head"),
+    Reason.ROUTER: (reasons_of_a_model, "moe.gate"),
+    Reason.EXPERTS: (reasons_of_a_model, "moe.experts.up"),
+    Reason.EXCLUDED: (reasons_of_a_model, "excluded"),
+    Reason.TIED: (reasons_of_a_model, "tied"),
+    Reason.SHARED: (reasons_of_a_model, "shared"),
+    Reason.SHAPE: (reasons_of_a_model, "whole"),
+    Reason.DTYPE: (reasons_of_a_model, "complex"),
+    Reason.PARAMETRIZED: (reasons_of_a_model, "parametrized"),
+    Reason.FORWARD_REPLACED: (reasons_of_a_model, "replaced"),
+    Reason.SUBCLASS: (a_subclass, "2"),
+    Reason.COMPUTED: (reasons_of_a_graph, "tanh"),
+    Reason.NOT_CONSTANT: (reasons_of_a_graph, "w"),
+    Reason.HIGHER_ORDER: (reasons_of_a_graph, "p_branch_weight"),
+    Reason.FUSED_OPERATOR: (fused_operator, "qkv"),
+    Reason.EAGER: (not_called, "unused"),
+    Reason.UNPROFITABLE: (unprofitable, "0"),
+}
+"""Reason -> (a report that has it, the linear that it is about)."""
+SPARSE = {Reason.SELECTED, Reason.PREPARED, Reason.ALREADY_SPARSE}
+
+
+@pytest.mark.parametrize("reason", REASON_CASES, ids=lambda reason: reason.name)
+def test_reason(reason: Reason) -> None:
+    make, path = REASON_CASES[reason]
+    report = make()
+    decision = next(d for d in report if d.weight == path)
+    assert (decision.reason, decision.sparse) == (reason, False)
+    assert decision.way_out == WAYS_OUT[reason]
+    text = str(report)
+    assert f"{reason.value}: to change it, {decision.way_out}" in text
+    assert decision.why.split("\n")[0] in text
+
+
+def test_every_reason_has_a_case_and_every_refusal_a_way_out() -> None:
+    assert REASON_CASES.keys() | SPARSE == set(Reason)
+    assert WAYS_OUT.keys() == REASON_CASES.keys()
+
+
+def test_the_ways_out_are_in_the_json_of_an_explanation() -> None:
+    found = json.loads(slope.explain(blocks(), torch.randn(2, 8)).to_json())
+    assert [one["way_out"] for one in found["linears"]] == [WAYS_OUT[Reason.FIRST], "", "", WAYS_OUT[Reason.HEAD]]
+
+
+def test_the_readme_lists_them() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [f"| {reason.value} | {WAYS_OUT[reason]} |" for reason in WAYS_OUT]
+    assert "\n".join(rows) in text, "\n".join(rows)
