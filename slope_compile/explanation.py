@@ -31,6 +31,7 @@ from slope_compile.passes.graph import regions
 from slope_compile.passes.profit import example_tokens
 from slope_compile.pattern import Pattern
 from slope_compile.report import WAYS_OUT, Reason, ways_out
+from slope_compile.rules import layer_path
 from slope_compile.side_by_side import side_by_side
 from slope_compile.sketch import Mark, Sketch, sketch, svg
 from slope_compile.stopwatch import forward_seconds
@@ -112,6 +113,10 @@ class Explanation:
                 headers.insert(-2, header)
                 for row, (old, new) in zip(rows, pairs, strict=True):
                     row.insert(-2, f"{_micro(old)} -> {_micro(new)}")
+        if any(f.break_even is not None for f in self.linears):
+            headers.insert(-2, "pays above M")
+            for row, f in zip(rows, self.linears, strict=True):
+                row.insert(-2, "-" if f.break_even is None else f"{f.break_even:.0f}")
         total = self.totals
         lines = [tabulate(rows, headers=headers, disable_numparse=True), ""]
         lines.append(f"{total['sparse']} of {total['linears']} linears sparse")
@@ -119,6 +124,8 @@ class Explanation:
         lines += ways_out(f.reason for f in self.linears if not f.sparse)
         if self.device is not None:
             change = f"{_micro(total['seconds_before'])} -> {_micro(total['seconds_after'])} us"
+            if total["seconds_before"] is None and self.device.itemsize is not None:
+                change = f"none, as these peaks are for elements of {self.device.itemsize} bytes"
             lines.append(f"predicted forward products on {self.device.name} (peaks: {self.device.source}): {change}")
         for number, text in enumerate(self.graphs):
             lines += ["", f"graph {number}", text]
@@ -194,7 +201,9 @@ def _explained(
     }
     linears = tuple(_facts(linear, ranks, peaks, measure) for graph in captured for linear in graph.linears)
     seen = {facts.path for facts in linears}
-    linears += tuple(_eager(layer) for layer in linear_layers(copied) if layer.path not in seen)
+    names = [(layer_path(name), p) for name, p in copied.named_parameters(remove_duplicate=False)]
+    weights = {id(parameter) for path, parameter in names if path in seen}  # a tied one goes by one of its names
+    linears += tuple(_eager(layer) for layer in linear_layers(copied) if id(layer.weight) not in weights)
     texts = tuple(side_by_side(graph.before, graph.after, graph.names) for graph in captured)
     return Explanation(linears, texts, _sketch(captured, "before"), _sketch(captured, "after"), peaks)
 

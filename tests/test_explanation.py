@@ -200,6 +200,27 @@ def test_text_and_json() -> None:
     assert slope.explain(plain(torch.bfloat16), token_ids(), device="H100-SXM").linears[1].seconds_before is not None
 
 
+def test_a_tied_head_is_one_linear_under_one_of_its_names() -> None:
+    model = plain()
+    model.head = nn.Linear(model.embedding.embedding_dim, model.embedding.num_embeddings, bias=False)
+    model.head.weight = model.embedding.weight
+    found = slope.explain(model, token_ids())
+    tied = [f.path for f in found.linears if f.reason is slope.Reason.TIED]
+    assert len(tied) == 1
+    assert len(found.linears) == len(SPARSE) + len(DENSE)
+
+
+def test_break_even_counts_and_peaks_for_other_elements_are_in_the_text() -> None:
+    slow_to_start = cost.Device("mine", 1e12, 2e12, 1e11, launch=1e-6)
+    text = str(slope.explain(plain(), token_ids(), device=slow_to_start))
+    found = slope.explain(plain(), token_ids(), device=slow_to_start)
+    counts = [f.break_even for f in found.linears if f.break_even is not None]
+    assert ("pays above M" in text) == bool(counts)
+    assert all(f" {count:.0f} " in text for count in counts)
+    half = str(slope.explain(plain(), token_ids(), device="H200-SXM"))
+    assert "none, as these peaks are for elements of 2 bytes" in half
+
+
 def test_labels_are_escaped() -> None:
     from slope_compile.sketch import Sketch, svg
 
