@@ -231,12 +231,12 @@ class _Judge:
             return ruling.reason, ruling.detail
         if not config.selects(path):
             return Reason.EXCLUDED, ""
+        if config.heads_dense and self.context.weights.router(site.base):
+            return Reason.ROUTER, ""
         if config.first_dense and site.node in self.first:
             return Reason.FIRST, ""
         if config.heads_dense and is_head(path, N, self.vocabularies, site.node in self.last):
             return Reason.HEAD, ""
-        if config.heads_dense and self.context.weights.router(site.base):
-            return Reason.ROUTER, ""
         if tensor.dtype not in _DTYPES:
             return Reason.DTYPE, str(tensor.dtype)
         group = config.layer(path).pattern.group

@@ -51,6 +51,7 @@ WAYS_OUT = {
     Reason.SHAPE: "pad the features, or choose a pattern whose group divides them",
     Reason.DTYPE: "convert the weight to float32, bfloat16, float16 or float64",
     Reason.COMPUTED: "multiply with the parameter itself, or give the part a linear of its own",
+    Reason.FROZEN: "sparsify_ the model first, or compile it without freezing",
     Reason.NOT_CONSTANT: "make the weight a Parameter of the model",
     Reason.PARAMETRIZED: "remove the parametrization before converting",
     Reason.SUBCLASS: "convert before the weight is wrapped (sharded, quantized)",

@@ -106,29 +106,42 @@ def wrong_state() -> None:
     schedule().load_state_dict({})
 
 
-def factories(name: str) -> None:
-    cli_inspect.load(f"test_catalogue_factories:{name}")
+def config(**fields: Any) -> SlopeConfig:
+    return SlopeConfig(**fields)
 
 
-RATES = {"peak": 1.0, "sparse_peak": 1.0, "bandwidth": 1.0}
+def override(**fields: Any) -> Override:
+    return Override(**fields)
+
+
+def peaks(**rates: Any) -> cost.Device:
+    return cost.Device("a", **{"peak": 1.0, "sparse_peak": 1.0, "bandwidth": 1.0, **rates})
+
+
+def wrong_config() -> None:
+    given: Any = {"seed": 1}
+    slope.sparsify_(blocks(), given)
+
+
 CONFIG = SlopeConfig()
 ERROR_CASES: dict[str, tuple[Callable[[], Any], str]] = {
     # configuration
     "override_without_path": (lambda: Override.from_dict({"pattern": "2:8"}), "overrides.path {'pattern': '2:8'} '.*'"),
-    "seed": (lambda: SlopeConfig(seed=1.5), "seed integer 1.5"),
-    "flag": (lambda: SlopeConfig(first_dense="no"), "first_dense True False 'no'"),
-    "rules": (lambda: SlopeConfig(include="a.*"), "include tuple 'a.*'"),
-    "overrides": (lambda: SlopeConfig(overrides=(3,)), "overrides Override 3"),
+    "seed": (lambda: config(seed=1.5), "seed integer 1.5"),
+    "flag": (lambda: config(first_dense="no"), "first_dense True False 'no'"),
+    "rules": (lambda: config(include="a.*"), "include tuple 'a.*'"),
+    "overrides": (lambda: config(overrides=(3,)), "overrides Override 3"),
+    "no_config": (lambda: wrong_config(), "sparsify_ SlopeConfig {'seed' SlopeConfig.from_dict"),
     "json": (lambda: SlopeConfig.from_json("{"), "SlopeConfig JSON"),
     "json_type": (lambda: SlopeConfig.from_json("[]"), "SlopeConfig object list"),
     "field": (lambda: SlopeConfig.from_json('{"patern": "2:4"}'), "'patern' 'pattern'"),
-    "no_regex": (lambda: Override(path=3), "overrides.path expression 3"),
-    "bad_regex": (lambda: SlopeConfig(exclude=("(",)), "exclude '('"),
-    "override_pattern": (lambda: Override(path=".*", pattern="2"), "overrides.pattern kept:group '2'"),
-    "mask": (lambda: SlopeConfig(mask="best"), "mask random magnitude 'best'"),
-    "column_refresh": (lambda: SlopeConfig(column_refresh=0), "column_refresh 'never' 0"),
-    "adapter_rank": (lambda: SlopeConfig(adapter_rank=-1), "adapter_rank positive -1"),
-    "adapter_scale": (lambda: SlopeConfig(adapter_scale=0.0), "adapter_scale positive 0.0"),
+    "no_regex": (lambda: override(path=3), "overrides.path expression 3"),
+    "bad_regex": (lambda: config(exclude=("(",)), "exclude '('"),
+    "override_pattern": (lambda: override(path=".*", pattern="2"), "overrides.pattern kept:group '2'"),
+    "mask": (lambda: config(mask="best"), "mask random magnitude 'best'"),
+    "column_refresh": (lambda: config(column_refresh=0), "column_refresh 'never' 0"),
+    "adapter_rank": (lambda: config(adapter_rank=-1), "adapter_rank positive -1"),
+    "adapter_scale": (lambda: config(adapter_scale=0.0), "adapter_scale positive 0.0"),
     "pattern": (lambda: Pattern(4, 4), "4:4 '2:4'"),
     "pattern_text": (lambda: Pattern.parse("two"), "'two' '2:4'"),
     # options of the backend
@@ -162,6 +175,7 @@ ERROR_CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "start_twice": (lambda: schedule(fraction=0.5, start_step=3), "fraction start_step one"),
     "fraction": (lambda: schedule(fraction=2.0), "fraction 1 2.0"),
     "start_step": (lambda: schedule(start_step=-1), "start_step 0 -1"),
+    "start_after_the_end": (lambda: schedule(start_step=11), "start_step total_steps 10 11"),
     "lr_scale": (lambda: schedule(lr_scale=0.0), "lr_scale positive 0.0"),
     "no_optimizer": (lambda: schedule(lr_scale=2.0), "lr_scale optimizer="),
     "state": (wrong_state, "total_steps AdapterSchedule"),
@@ -170,8 +184,8 @@ ERROR_CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "schedule_without_rank": (lambda: schedule(model=blocks(), config=CONFIG), "AdapterSchedule adapter_rank"),
     "adapters_without_rank": (lambda: slope.sparsify.add_adapters_(blocks(), CONFIG), "adapter_rank"),
     # cost model
-    "rate": (lambda: cost.Device("a", **{**RATES, "peak": 0.0}), "'a' peak positive 0.0"),
-    "launch": (lambda: cost.Device("a", **RATES, launch=-1.0), "'a' launch 0 -1.0"),
+    "rate": (lambda: peaks(peak=0.0), "'a' peak positive 0.0"),
+    "launch": (lambda: peaks(launch=-1.0), "'a' launch 0 -1.0"),
     "sheet": (lambda: cost.device("H300"), "'H300' H200 slope_compile.cost.Device"),
     "layer": (lambda: cost.Layer(8, 6, 4), "K 6 4 pattern"),
     "not_linear": (lambda: cost._line(cost.M**2), "M**2 slope_compile.cost.M"),
@@ -217,8 +231,9 @@ def test_every_statement_that_raises_one_is_met() -> None:
     for folder in FOLDERS:
         for path in (ROOT / folder).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                call = node.exc if isinstance(node, ast.Raise) else None
-                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ERRORS:
+                if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
+                    continue
+                if isinstance(node.exc.func, ast.Name) and node.exc.func.id in ERRORS:
                     assert node.end_lineno is not None
                     statements.add((path.resolve(), node.lineno, node.end_lineno))
     met = {(path, line) for _, path, line in map(raised, ERROR_CASES)}
@@ -240,7 +255,7 @@ class Weird(nn.Module):
             nn.Linear(8, 8) for _ in range(7)
         )
         self.odd, self.whole, self.plain = nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 8)
-        self.moe = nn.Module()
+        self.moe: Any = nn.Module()
         self.moe.gate, self.moe.experts = nn.Linear(8, 4), nn.Module()
         self.moe.experts.up = nn.Parameter(torch.randn(4, 8, 8))
         self.complex = nn.Linear(8, 8, dtype=torch.complex64)
@@ -249,7 +264,8 @@ class Weird(nn.Module):
         self.tied.weight = self.embedding.weight
         self.again = self.shared
         parametrizations.weight_norm(self.parametrized)
-        self.replaced.forward = lambda x: F.linear(x, self.replaced.weight)  # type: ignore[method-assign]
+        replaced: Any = self.replaced
+        replaced.forward = lambda x: F.linear(x, self.replaced.weight)
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = self.first(self.embedding(ids))
@@ -284,7 +300,8 @@ def reasons_of_a_graph() -> Report:
 
         def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
             x = self.good(x) + F.linear(x, w) + F.linear(x, self.computed.weight.tanh())
-            return torch.cond(x.sum() > 0, lambda x: self.branch(x), lambda x: x.clone(), (x,))
+            y: torch.Tensor = torch.cond(x.sum() > 0, lambda x: self.branch(x), lambda x: x.clone(), (x,))
+            return y
 
     return graph_report(Graph(), torch.randn(2, 8), torch.randn(8, 8))
 
@@ -321,11 +338,17 @@ def explained(model: nn.Module, *args: Any) -> Report:
 
 
 @functools.cache
+def frozen() -> Report:
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        return explained(blocks(), torch.randn(2, 8))
+
+
+@functools.cache
 def a_subclass() -> Report:
     class Wrapped(nn.Parameter):
         pass
 
-    model = blocks()
+    model: Any = blocks()
     model[2].weight = Wrapped(model[2].weight.detach())
     return slope.sparsify_(model)
 
@@ -362,12 +385,13 @@ REASON_CASES: dict[Reason, tuple[Callable[[], Report], str]] = {
     Reason.SUBCLASS: (a_subclass, "2"),
     Reason.COMPUTED: (reasons_of_a_graph, "tanh"),
     Reason.NOT_CONSTANT: (reasons_of_a_graph, "w"),
+    Reason.FROZEN: (frozen, ""),
     Reason.HIGHER_ORDER: (reasons_of_a_graph, "p_branch_weight"),
     Reason.FUSED_OPERATOR: (fused_operator, "qkv"),
     Reason.EAGER: (not_called, "unused"),
     Reason.UNPROFITABLE: (unprofitable, "0"),
 }
-"""Reason -> (a report that has it, the linear that it is about)."""
+"""Reason -> (a report that has it, the linear that it is about; "" where a graph names it as it likes)."""
 SPARSE = {Reason.SELECTED, Reason.PREPARED, Reason.ALREADY_SPARSE}
 
 
@@ -375,7 +399,8 @@ SPARSE = {Reason.SELECTED, Reason.PREPARED, Reason.ALREADY_SPARSE}
 def test_reason(reason: Reason) -> None:
     make, path = REASON_CASES[reason]
     report = make()
-    decision = next(d for d in report if d.weight == path)
+    decision = next(d for d in report if d.weight == path or (not path and d.reason is reason))
+    assert decision.weight
     assert (decision.reason, decision.sparse) == (reason, False)
     assert decision.way_out == WAYS_OUT[reason]
     text = str(report)
