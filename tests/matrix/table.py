@@ -42,7 +42,7 @@ A cell says how many linears were sparse in the graphs that were compiled, of th
 only if, besides, every other linear has a decision with the reason in the second column, no product with a dense weight
 is left without one, and outputs and (in training) all gradients equal those of dense layers under hand-made masks:
 in float64, or in float32 where the model computes in it; under autocast, the error against float32 is at most twice the
-masked reference's and a rounding. Models have two small blocks and random weights. Dynamic shapes: three, compiled once;
+masked reference's and a rounding. Models have two small blocks, random weights. Dynamic shapes: three, compiled once;
 accumulation: two micro-batches, an optimizer step, a third; breaks: one in the middle of each block; generate: a static
 cache, prefill and decode; export: `transform`, forward and backward (there the dataflow says what is first: in T5 and
 Whisper the decoder's first linears too, in Phi the MLP that stands beside the first attention).\
