@@ -69,6 +69,8 @@ def cases(options: Options) -> list[Case]:
 def _train(
     name: str, size: Size, B: int, T: int, share: float, dtype: str, options: Options, given: Run
 ) -> Iterator[Measurement]:
+    floor = _floor("train", size, B * T, dtype, options)
+
     def measured(layers: int) -> Measurement:
         found = _contestants(size, layers, share, dtype, options)
         optimizers = {DENSE: adamw(found.dense, options.optimizer), SPARSE: adamw(found.sparse, options.optimizer)}
@@ -95,7 +97,7 @@ def _train(
             peak = _peak(options.device)
             activations[each] = None if peak is None else peak - before - gradients
             optimizers[DENSE if each == DENSE else SPARSE].zero_grad(set_to_none=True)
-        facts = _facts(name, size, layers, dtype, found, options, "train", B * T) | {
+        facts = _facts(name, size, layers, dtype, found, options, floor) | {
             "batch": B, "context": T, "tokens": B * T, "state": state, "activations": activations,
             "optimizer": options.optimizer,
             # A step that refreshes the column patterns is one in a hundred, and is not among those that were timed.
@@ -110,6 +112,8 @@ def _train(
 
 
 def _prefill(name: str, size: Size, B: int, T: int, dtype: str, options: Options, given: Run) -> Iterator[Measurement]:
+    floor = _floor("prefill", size, B * T, dtype, options)
+
     def measured(layers: int) -> Measurement:
         found = _contestants(size, layers, SHARES[0], dtype, options)
         x = torch.randn(B, T, size.width, device=options.device).to(DTYPES[dtype])
@@ -119,7 +123,7 @@ def _prefill(name: str, size: Size, B: int, T: int, dtype: str, options: Options
 
         names = found.names()
         samples = given.measure({each: functools.partial(_ignoring_index, forward, each) for each in names})
-        facts = _facts(name, size, layers, dtype, found, options, "prefill", B * T)
+        facts = _facts(name, size, layers, dtype, found, options, floor)
         facts |= {"batch": B, "context": T, "tokens": B * T}
         facts["activations"] = {each: _taken(functools.partial(forward, each), options.device) for each in names}
         return compare("block_prefill", samples, {each: [each] for each in names}, (DENSE, SPARSE), facts)
@@ -130,6 +134,7 @@ def _prefill(name: str, size: Size, B: int, T: int, dtype: str, options: Options
 
 def _decode(name: str, size: Size, B: int, dtype: str, options: Options, given: Run) -> Iterator[Measurement]:
     length = 8 if options.tiny else CACHE
+    floor = _floor("decode", size, B, dtype, options)
 
     def measured(layers: int) -> Measurement:
         found = _contestants(size, layers, SHARES[0], dtype, options)
@@ -142,7 +147,7 @@ def _decode(name: str, size: Size, B: int, dtype: str, options: Options, given: 
         names = found.names()
         calls = {each: functools.partial(_ignoring_index, decode, each) for each in names}
         samples = given.measure(calls, calls=1)
-        facts = _facts(name, size, layers, dtype, found, options, "decode", B)
+        facts = _facts(name, size, layers, dtype, found, options, floor)
         facts |= {"batch": B, "cache": length, "tokens": B}
         facts["activations"] = {each: _taken(functools.partial(decode, each), options.device) for each in names}
         return compare("block_decode", samples, {each: [each] for each in names}, (DENSE, SPARSE), facts)
@@ -173,6 +178,7 @@ def _fitting(
     """Measure with as many blocks as should fit, up to ``most``; with fewer where they do not."""
     layers = options.layers or (size.layers if most is None else min(most, size.layers))
     if options.device.type == "cuda" and not options.layers:
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(options.device)
         layers = max(1, min(layers, int(MARGIN * free / per_layer)))
     while True:
@@ -200,12 +206,21 @@ def _weights(size: Size, dtype: str) -> float:
     return DTYPES[dtype].itemsize * size.block_parameters * (1 + 0.6)
 
 
+Floor = Callable[[int], dict[str, dict[str, Any]]]
+"""Number of blocks -> the least time of their linears."""
+
+
+def _floor(what: str, size: Size, M: int, dtype: str, options: Options) -> Floor:
+    """The limits are measured here and now, while there is memory left for it."""
+    return functools.partial(floors, what, size, M, dtype, limits(options.device, dtype))
+
+
 def _facts(
-    name: str, size: Size, layers: int, dtype: str, found: Contestants, options: Options, what: str, M: int
+    name: str, size: Size, layers: int, dtype: str, found: Contestants, options: Options, floor: Floor
 ) -> dict[str, Any]:
     return {
         # Of the linears alone: attention, norms and the optimizer come on top.
-        "floor": floors(what, size, M, dtype, limits(options.device, dtype), layers),
+        "floor": floor(layers),
         "model": name,
         "layers": layers,
         "of_layers": size.layers,

@@ -1,0 +1,164 @@
+"""The suite correctness, profiles, and runs with nothing but torch installed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import benchmark_tools
+from benchmark_tools import CPU, QUICK, run_cases
+from benchmarks import (
+    __main__ as command,
+)
+from benchmarks import (
+    correctness,
+    limits,
+    model_checks,
+    profiling,
+)
+from benchmarks.cases import Options, Run
+from benchmarks.choices import Choice
+from benchmarks.timing import CpuStopwatch
+from slope_compile.kernels import (
+    cpu_rules,
+    gpu_rules,
+    ops,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark_tools.shrink_cache(monkeypatch)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark_tools.leave_uncompiled(monkeypatch)
+
+
+@pytest.fixture
+def known_limits(monkeypatch: pytest.MonkeyPatch) -> limits.Limits:
+    return benchmark_tools.give_limits(monkeypatch)
+
+
+# --- correctness -----------------------------------------------------------------------------------------------------
+
+
+def test_products_are_checked_in_every_way() -> None:
+    for m in run_cases("correctness", r"correctness/products/m5/76x140/(bf16|fp32)/t1"):
+        assert m.facts["passed"], m.facts["checks"]
+        ways = {way for way in correctness.WAYS for name in m.facts["checks"] if name.endswith(f"({way})")}
+        assert ways == set(correctness.WAYS)
+        assert "forward: expanded" in m.facts["checks"]
+
+
+def test_a_forced_way_is_taken_and_given_back() -> None:
+    before = gpu_rules.sparse, cpu_rules.sparse, gpu_rules.way, gpu_rules.fingerprint
+    call = ("forward", 1, 4, 4, torch.float32, "GPU")
+    with correctness.forced("mma_sp"):
+        assert gpu_rules.sparse(*call) is True
+        assert gpu_rules.way(*call, ("triton", "mma_sp", "expanded")) == "mma_sp"
+        assert gpu_rules.way(*call, ("triton", "expanded")) == "expanded", "where it cannot be"
+        assert gpu_rules.fingerprint("GPU") == "forced mma_sp"
+    with correctness.forced("expanded"):
+        assert cpu_rules.sparse("forward", 64, torch.float32, "avx2") is False
+    assert (gpu_rules.sparse, cpu_rules.sparse, gpu_rules.way, gpu_rules.fingerprint) == before
+    assert {setting.way for setting in model_checks.SETTINGS} == {None, *gpu_rules.WAYS}, "every way in a model"
+
+
+def test_a_wrong_product_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda x, *rest: right(x, *rest) * 1.02)
+    (m,) = run_cases("correctness", r"correctness/products/m5/76x140/bf16/t1")
+    assert not m.facts["passed"]
+    assert not m.facts["checks"]["forward: linear (rule)"]["passed"]
+    assert m.facts["checks"]["grad_weight: kept (rule)"]["passed"]
+
+
+def test_what_raises_does_not_pass() -> None:
+    def fails() -> Any:
+        raise RuntimeError("no image")
+
+    truth = (torch.ones(1), torch.ones(1), torch.ones(1))
+    checked = correctness._checked(Choice("forward", "x", "forward", fails), {"forward": truth}, torch.float32)
+    assert checked == {"passed": False, "raised": "RuntimeError: no image"}
+
+
+def test_models_are_compared_gradient_by_gradient(uncompiled: None) -> None:
+    """Uncompiled, so that the exact gradient is what runs."""
+    setting = model_checks.Setting("gpt", "bfloat16", None, "exact")
+    (m,) = model_checks._run(setting, Options(tiny=True), correctness.forced, Run(QUICK, CpuStopwatch()))
+    assert m.facts["passed"], m.facts["errors"]
+    assert m.facts["errors"]["gradients"]["slope"] > 0
+    with pytest.raises(ArithmeticError, match="some parameters only: b"):
+        model_checks._error({"a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)})
+
+
+@pytest.mark.slow
+def test_model_checks_compiled() -> None:
+    (m,) = run_cases("correctness", "correctness/model/.*")
+    assert m.facts["passed"], m.facts["errors"]
+
+
+# --- profiles --------------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_is_a_note(tmp_path: Path, uncompiled: None, known_limits: limits.Limits,
+                             capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    words = ["profile", "--suite", "layer", "--case", "layer/tiny-llama/forward/m4", "--tiny", "--out", str(tmp_path)]
+    assert command.main(words) == 0
+    (path,) = tmp_path.iterdir()
+    assert str(path) in capsys.readouterr().out
+    text = path.read_text()
+    for contender in ("dense", "slope", "slope_adapters"):
+        assert re.search(rf"^## {contender}: \d+\.\d+ ms$", text, re.MULTILINE)
+    assert "`slope::expand`" in text.split("## slope:")[1].split("## slope_adapters")[0]
+    assert "`python -m benchmarks profile --suite layer --case layer/tiny-llama/forward/m4 --tiny`" in text
+    with pytest.raises(SystemExit):
+        command.main([*words[:4], "no such case", "--tiny"])
+
+
+def test_own_times_are_those_of_a_call() -> None:
+    a = torch.randn(64, 64)
+    found = profiling.kernels(lambda _: a @ a, CPU)
+    assert next(kernel for kernel in found if kernel.name == "aten::mm").calls == 1
+
+
+# --- with nothing but torch ------------------------------------------------------------------------------------------
+
+BARE = """
+import importlib.machinery
+import sys
+missing = {"tabulate", "tqdm", "matplotlib", "transformers", "pytest"}
+find = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = staticmethod(
+    lambda name, *rest: None if name.partition(".")[0] in missing else find(name, *rest)
+)
+import torch
+torch.compile = lambda function, **_: function
+from benchmarks import __main__, rotation
+rotation.cache_bytes = lambda _: 1 << 14
+status = __main__.main(sys.argv[1:])
+assert not missing & set(sys.modules), missing & set(sys.modules)
+sys.exit(status)
+"""
+
+
+def test_suites_run_with_nothing_but_torch(tmp_path: Path) -> None:
+    only = "products/m5/76x140/bf16|64x64/m1/bf16|tiny-opt/(state/bf16|decode/b1|train/m4)"
+    words = ["--suite", "correctness", "kernels", "layer", "model", "memory", "--tiny", "--threads", "1"]
+    words += ["--only", only, "--case-seconds", "0", "--out", str(tmp_path), "--minutes", "5"]
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, "run", *words], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 done, 0 failed, 0 done before, 0 left" in done.stdout
+    assert "[1/1, 0 s] correctness/products/m5/76x140/bf16/t1" in done.stderr
