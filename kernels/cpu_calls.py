@@ -22,11 +22,39 @@ def linear(
     x: Tensor, values: Tensor, pattern: Tensor, bias: Tensor | None = None, *, out: Tensor, sparse: bool | None = None
 ) -> Tensor:
     """``out [M, N] = X W^T + bias``."""
+    return _linear(x, values, pattern, bias, None, None, out, sparse)
+
+
+def linear_low_rank(
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out: Tensor,
+    sparse: bool | None = None,
+) -> Tensor:
+    """``out [M, N] = X W^T + bias + down up^T``, down ``[M, R]``, up ``[N, R]``."""
+    return _linear(x, values, pattern, bias, down, up, out, sparse)
+
+
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    out: Tensor,
+    sparse: bool | None,
+) -> Tensor:
     library = cpu_library.load()
     if library is None:
-        return out.copy_(cpu_ops.linear(x, values, pattern, bias, 2, 4))
+        return out.copy_(cpu_ops.linear(x, values, pattern, bias, 2, 4, down=down, up=up))
     way = _way(library, "forward", x, sparse)
-    return cpu_products.forward(library, way, x, values, pattern, bias, out)
+    return cpu_products.forward(library, way, x, values, pattern, bias, out, down, up)
 
 
 def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, *, out: Tensor, sparse: bool | None = None) -> Tensor:

@@ -63,13 +63,15 @@ def linear(
     group: int,
     double_pruned: bool = False,
     column_pattern: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     """See :func:`reference.forward`."""
-    library = library_for(keep, group, x, values, bias)
+    library = library_for(keep, group, x, values, bias, down, up)
     if library is None or x.shape[-1] != 2 * values.shape[1]:
-        return reference.forward(x, values, pattern, bias, keep, group)
+        return reference.forward(x, values, pattern, bias, keep, group, down, up)
     sparse = cpu_rules.sparse("forward", tokens(x), x.dtype, library.isa)
-    return cpu_products.forward(library, sparse, x, values, pattern, bias)
+    return cpu_products.forward(library, sparse, x, values, pattern, bias, down=down, up=up)
 
 
 def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:

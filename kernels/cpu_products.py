@@ -23,17 +23,24 @@ def forward(
     pattern: Tensor,
     bias: Tensor | None,
     out: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
-    """The forward product by the 2:4 kernel, or by a dense one with the expanded weight.
+    """The forward product by the 2:4 kernel, or by a dense one with the expanded weight; ``+ down up^T`` if given.
 
     ``out``, here and below: a contiguous tensor of the result's shape and dtype to write to, instead of a new one.
     """
     if not sparse:
-        return _give(torch.nn.functional.linear(x, expand(library, values, pattern), bias), out)
+        y = torch.nn.functional.linear(x, expand(library, values, pattern), bias)
+        if down is not None and up is not None:
+            y.view(-1, y.shape[-1]).addmm_(down.reshape(-1, down.shape[-1]), up.t())
+        return _give(y, out)
     N, K = values.shape[0], values.shape[1] * 2
     rows = x.reshape(-1, K)
     values, pattern = values.contiguous(), pattern.contiguous()
     bias = None if bias is None else bias.contiguous()
+    rank = 0 if down is None or up is None else up.shape[1]
+    down, up = (None, None) if down is None or up is None else (down.contiguous(), up.contiguous())
     y = x.new_empty(*x.shape[:-1], N) if out is None else out
     status = library.forward(
         CODES[x.dtype],
@@ -43,9 +50,9 @@ def forward(
         values.data_ptr(),
         pattern.data_ptr(),
         None if bias is None else bias.data_ptr(),
-        None,
-        None,
-        0,
+        None if down is None else down.data_ptr(),
+        None if up is None else up.data_ptr(),
+        rank,
         y.data_ptr(),
         rows.shape[0],
         N,

@@ -108,14 +108,18 @@ def linear(
     group: int,
     double_pruned: bool = False,
     column_pattern: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     """See :func:`reference.forward`."""
     N, K = values.shape[0], values.shape[1] * 2
-    if not usable(keep, group, x, values, bias) or x.shape[-1] != K:
-        return reference.forward(x, values, pattern, bias, keep, group)
+    if not usable(keep, group, x, values, bias, down, up) or x.shape[-1] != K:
+        return reference.forward(x, values, pattern, bias, keep, group, down, up)
+    low_rank = None if down is None or up is None else (down, up)
     if _sparse("forward", x, N, K):
-        return triton_products.forward(x, values, pattern, bias)
-    return torch.nn.functional.linear(x, triton_products.expand(values, pattern), bias).contiguous()
+        return triton_products.forward(x, values, pattern, bias, low_rank=low_rank)
+    y = torch.nn.functional.linear(x, triton_products.expand(values, pattern), bias)
+    return (y if low_rank is None else y + torch.nn.functional.linear(*low_rank)).contiguous()
 
 
 def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:

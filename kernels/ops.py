@@ -4,7 +4,7 @@
 |---|---|
 | ``compress(weight, pattern)`` | dense ``[N, K]`` -> values ``[N, K keep/group]`` |
 | ``expand(values, pattern)`` | values -> dense ``[N, K]``; carries the directions for the compiled rewrite |
-| ``linear(x, values, pattern, bias)`` | forward product ``Y = X W^T + bias`` |
+| ``linear(x, values, pattern, bias)`` | forward product ``Y = X W^T + bias`` (``+ down up^T``, a low-rank branch) |
 | ``grad_input(grad, values, pattern)`` | exact input gradient ``dX = dY W`` |
 | ``grad_input_columns(grad, values, pattern, column_pattern)`` | double-pruned ``dX = dY W^{R,C}`` |
 | ``grad_weight(grad, x, pattern)`` | ``dY^T X`` at the kept positions, compressed |
@@ -40,7 +40,7 @@ _SCHEMAS = {
     ),
     "linear": (
         "(Tensor x, Tensor values, Tensor pattern, Tensor? bias, int keep, int group, "
-        "bool double_pruned=False, Tensor? column_pattern=None) -> Tensor"
+        "bool double_pruned=False, Tensor? column_pattern=None, Tensor? down=None, Tensor? up=None) -> Tensor"
     ),
     "grad_input": "(Tensor grad, Tensor values, Tensor pattern, int keep, int group) -> Tensor",
     "grad_input_columns": (
@@ -92,8 +92,10 @@ def _linear_definition(
     group: int,
     double_pruned: bool = False,
     column_pattern: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
-    return reference.forward(x, values, pattern, bias, keep, group)
+    return reference.forward(x, values, pattern, bias, keep, group, down, up)
 
 
 _DEFINITIONS = {
@@ -190,15 +192,15 @@ def _expand_backward(ctx: Any, grad_weight: Tensor) -> tuple[Any, ...]:
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, values, pattern, _, keep, group, double_pruned, column_pattern = inputs
-    ctx.save_for_backward(x, values, pattern, column_pattern)
+    x, values, pattern, _, keep, group, double_pruned, column_pattern, down, up = inputs
+    ctx.save_for_backward(x, values, pattern, column_pattern, down, up)
     ctx.nm = (keep, group)
     ctx.double_pruned = double_pruned
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, values, pattern, column_pattern = ctx.saved_tensors
-    grad_x = grad_values = grad_bias = None
+    x, values, pattern, column_pattern, down, up = ctx.saved_tensors
+    grad_x = grad_values = grad_bias = grad_down = grad_up = None
     if ctx.needs_input_grad[0] and ctx.double_pruned:
         if column_pattern is None:
             column_values, column_pattern = compress_columns(values, pattern, *ctx.nm)
@@ -211,7 +213,11 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_values = grad_weight(grad, x, pattern, *ctx.nm)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, grad_values, None, grad_bias, None, None, None, None
+    if down is not None and ctx.needs_input_grad[8]:
+        grad_down = grad @ up  # [..., N] @ [N, R] -> [..., R]
+    if up is not None and ctx.needs_input_grad[9]:
+        grad_up = grad.reshape(-1, grad.shape[-1]).t() @ down.reshape(-1, down.shape[-1])  # [N, M] @ [M, R] -> [N, R]
+    return grad_x, grad_values, None, grad_bias, None, None, None, None, grad_down, grad_up
 
 
 def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -45,9 +45,22 @@ def expand(values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     return dense.scatter_(-1, columns, values.reshape(N, groups, keep)).view(N, groups * group)
 
 
-def forward(x: Tensor, values: Tensor, pattern: Tensor, bias: Tensor | None, keep: int, group: int) -> Tensor:
-    """``Y = X W^T + bias``: x ``[..., K]``, bias ``[N]`` or None -> ``[..., N]``."""
-    return torch.nn.functional.linear(x, expand(values, pattern, keep, group), bias).contiguous()
+def forward(
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    bias: Tensor | None,
+    keep: int,
+    group: int,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+) -> Tensor:
+    """``Y = X W^T + bias + down up^T``: x ``[..., K]``, bias ``[N]`` or None -> ``[..., N]``.
+
+    ``down [..., R]`` and ``up [N, R]``, or neither: the low-rank branch of an adapter, its scale in ``down``.
+    """
+    y = torch.nn.functional.linear(x, expand(values, pattern, keep, group), bias)
+    return (y if down is None or up is None else y + torch.nn.functional.linear(down, up)).contiguous()
 
 
 def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:

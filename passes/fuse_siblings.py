@@ -73,6 +73,8 @@ def _arguments(node: Node) -> list[Any]:
 def _kind(node: Node) -> Hashable | None:
     """What siblings have in common; None for a product that cannot be joined with others."""
     given = _arguments(node)
+    if len(node.args) > COLUMNS + 1:  # with a low-rank branch of its own
+        return None
     tensors = [given[i] for i in (VALUES, PATTERN, BIAS, COLUMNS) if given[i] is not None]
     if any(not isinstance(value(n), Tensor) for n in (given[X], *tensors)) or not all(map(_early, tensors)):
         return None

@@ -12,6 +12,7 @@ from slope_compile.errors import SlopeError
 from slope_compile.passes.context import Context
 from slope_compile.passes.decompose import Decompose
 from slope_compile.passes.fuse import Fuse
+from slope_compile.passes.fuse_low_rank import FuseLowRank
 from slope_compile.passes.fuse_siblings import FuseSiblings
 from slope_compile.passes.graph import regions
 from slope_compile.passes.low_rank import DistributeLowRank
@@ -27,9 +28,10 @@ PIPELINE = (
     Sparsify,  # compressed weights and their products
     Fuse,  # what now stands side by side
     FuseSiblings,
+    FuseLowRank,  # last: it takes the sum apart that the others leave alone
 )
 
-FUSIONS = (Fuse.name, FuseSiblings.name)
+FUSIONS = (Fuse.name, FuseSiblings.name, FuseLowRank.name)
 """Passes that change how something is computed and not what: they can be switched on and off by name."""
 
 

@@ -192,7 +192,8 @@ class Lowerings:
     def linear(
         self, x: Any, values: Any, pattern: Any, bias: Any, keep: int, group: int, *directions: Any, **named: Any
     ) -> Any | None:
-        if not _applies(keep, group, x, values, bias):
+        with_low_rank = len(directions) > 2 or "down" in named  # the operator has kernels for it, the choices do not
+        if with_low_rank or not _applies(keep, group, x, values, bias):
             return None
         (N, half), rows = values.get_size(), _rows(x)
         inputs = [rows, *_whole(values, pattern), *([] if bias is None else _whole(bias))]

@@ -105,6 +105,7 @@ def _or_operator(op: Any, lower: dict[str, Callable[..., Any]]) -> Callable[...,
 
 _CALLS = {
     "linear": cpu_calls.linear,
+    "linear_low_rank": cpu_calls.linear_low_rank,
     "grad_input": cpu_calls.grad_input,
     "grad_input_columns": cpu_calls.grad_input_columns,
     "grad_weight": cpu_calls.grad_weight,
@@ -169,13 +170,24 @@ def like(product: Any, x: Any, features: Any) -> Any:
 
 
 def _linear(
-    x: Any, values: Any, pattern: Any, bias: Any, keep: int, group: int, *directions: Any, **named: Any
+    x: Any,
+    values: Any,
+    pattern: Any,
+    bias: Any,
+    keep: int,
+    group: int,
+    double_pruned: bool = False,
+    column_pattern: Any = None,
+    down: Any = None,
+    up: Any = None,
 ) -> Any | None:
-    if not _applies(keep, group, x, values, bias):
+    if not _applies(keep, group, x, values, bias, down, up):
         return None
     (N, half), rows = values.get_size(), matrix(x)
-    inputs = [rows, values, pattern] + ([] if bias is None else [bias])
-    y = _product("linear", inputs, {2: (N, 2 * half)}, [rows.get_size()[0], N])
+    low_rank = [] if down is None else [matrix(down), up]
+    inputs = [rows, values, pattern, *low_rank] + ([] if bias is None else [bias])
+    name = "linear_low_rank" if low_rank else "linear"
+    y = _product(name, inputs, {2: (N, 2 * half)}, [rows.get_size()[0], N])
     return like(y, x, N)
 
 

@@ -10,9 +10,12 @@ from slope_compile import _inductor, cost
 from slope_compile.config import SlopeConfig, nearest
 from slope_compile.errors import ConfigError
 from slope_compile.passes.fuse import Fuse
+from slope_compile.passes.fuse_low_rank import FuseLowRank
 from slope_compile.passes.pipeline import FUSIONS
 
-DEFAULT_FUSIONS = frozenset({Fuse.name})
+DEFAULT_FUSIONS = frozenset({Fuse.name, FuseLowRank.name})
+EXPORT_FUSIONS = frozenset({Fuse.name})
+"""In graphs that are transformed adapters stay nodes of their own, which are easier to see and to take out."""
 _FIELDS = tuple(field.name for field in dataclasses.fields(SlopeConfig))
 _OWN = (*_FIELDS, "config", "compiler", "mode", "fusions", "device")
 

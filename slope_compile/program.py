@@ -17,7 +17,7 @@ from slope_compile.cost import Device
 from slope_compile.errors import ConversionError
 from slope_compile.graph_state import COLUMN_PATTERN, PATTERN, VALUES, compressed_state
 from slope_compile.log import log
-from slope_compile.options import DEFAULT_FUSIONS, parse_device, parse_fusions
+from slope_compile.options import EXPORT_FUSIONS, parse_device, parse_fusions
 from slope_compile.passes.context import Context
 from slope_compile.passes.graph import attribute
 from slope_compile.passes.pipeline import run_passes
@@ -31,7 +31,7 @@ def transform(
     program: ExportedProgram,
     config: SlopeConfig | None = None,
     *,
-    fusions: str | Iterable[str] = DEFAULT_FUSIONS,
+    fusions: str | Iterable[str] = EXPORT_FUSIONS,
     device: Device | str | None = None,
 ) -> ExportedProgram: ...
 @overload
@@ -39,14 +39,14 @@ def transform(
     program: GraphModule,
     config: SlopeConfig | None = None,
     *,
-    fusions: str | Iterable[str] = DEFAULT_FUSIONS,
+    fusions: str | Iterable[str] = EXPORT_FUSIONS,
     device: Device | str | None = None,
 ) -> GraphModule: ...
 def transform(
     program: ExportedProgram | GraphModule,
     config: SlopeConfig | None = None,
     *,
-    fusions: str | Iterable[str] = DEFAULT_FUSIONS,
+    fusions: str | Iterable[str] = EXPORT_FUSIONS,
     device: Device | str | None = None,
 ) -> ExportedProgram | GraphModule:
     """Make the linears of a graph sparse, with compressed state in the result.

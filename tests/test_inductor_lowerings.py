@@ -25,6 +25,7 @@ import slope_compile as slope
 from recording import compiled
 from recording import fresh_dynamo as fresh_dynamo
 from slope_compile.kernels import cpu_build, cpu_library
+from slope_compile.schedule import adapters_of
 from tolerances import assert_same
 
 pytestmark = pytest.mark.skipif(cpu_library.load() is None, reason="no CPU library could be built here")
@@ -86,6 +87,30 @@ def test_products_are_called_directly(backward: str, dtype: torch.dtype) -> None
         # Inductor keeps pointwise results of half precision in float32 on their way into the next kernel.
         tolerance = 0.0 if dtype is torch.float32 else 0.02
         torch.testing.assert_close(value, expected[name], rtol=1e-4 + tolerance, atol=1e-5 + 2 * tolerance, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [(3, 5), (1, 1), (7, 6)])
+def test_adapters_are_added_up_inside_the_products(tokens: tuple[int, int], dtype: torch.dtype) -> None:
+    model = prepared(dtype=dtype, adapter_rank=3, column_refresh="never")
+    slope.set_adapters(model, True)
+    with torch.no_grad():
+        for adapter in adapters_of(model):
+            adapter.B.normal_()
+    x = torch.randn(*tokens, 16, dtype=dtype)
+    expected = results(compiled(model, options={"fusions": []}), model, x)
+    torch._dynamo.reset()
+    found, code = run_and_get_code(results, compiled(model, "inductor"), model, x)
+    assert calls(code).count("linear_low_rank_1") == 2
+    assert "linear_1" not in calls(code)
+    assert found.keys() == expected.keys()
+    assert len([name for name in found if name.endswith((".A", ".B"))]) == 4
+    for name, value in found.items():
+        tolerance = 0.0 if dtype is torch.float32 else 0.02
+        bound = float(expected[name].abs().max())
+        torch.testing.assert_close(
+            value, expected[name], rtol=1e-4 + tolerance, atol=(1e-5 + tolerance) * max(1.0, bound), msg=name
+        )
 
 
 def test_any_number_of_tokens() -> None:

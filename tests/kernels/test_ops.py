@@ -83,6 +83,37 @@ def test_linear_and_its_gradients(nm: Pattern, shape: Shape, dtype: torch.dtype)
     assert not expanded[~p.mask].any()
 
 
+@every_case
+def test_the_low_rank_branch_and_its_gradients(nm: Pattern, shape: Shape, dtype: torch.dtype) -> None:
+    p = draw(nm, shape, dtype)
+    N, R = p.weight.shape[0], 3
+    down = torch.randn(*p.x.shape[:-1], R).to(dtype).requires_grad_()
+    up = torch.randn(N, R).to(dtype).requires_grad_()
+    x, values, bias = leaves(p)
+    output = ops.linear(x, values, p.pattern, bias, *p.ints, False, None, down, up)
+    found = torch.autograd.grad(output, (x, values, bias, down, up), p.grad)
+
+    def wide(dtype: torch.dtype, magnitudes: bool = False) -> Problem:
+        """The same as one dense layer whose input and weight are longer by R."""
+        x, weight = torch.cat([p.x, down.detach()], -1), torch.cat([p.weight, up.detach()], -1)
+        mask = torch.cat([p.mask, torch.ones(N, R, dtype=torch.bool)], -1)
+        whole = dataclasses.replace(p, x=x, weight=weight, mask=mask)
+        if magnitudes:
+            parts = {name: getattr(whole, name).abs() for name in ("x", "grad", "weight", "bias")}
+            whole = dataclasses.replace(whole, **parts)
+        return whole
+
+    dense, truth = Dense(wide(dtype), dtype), Dense(wide(torch.float64), torch.float64)
+    scale = Dense(wide(torch.float64, magnitudes=True), torch.float64)
+    K = p.weight.shape[1]
+    assert_no_worse_than_dense(output.detach(), dense.output, truth.output, scale.output)
+    for gradient, part in ((found[0], slice(0, K)), (found[3], slice(K, None))):
+        assert_no_worse_than_dense(gradient, *(d.x_grad[..., part] for d in (dense, truth, scale)))
+    assert_no_worse_than_dense(found[4], *(d.weight_grad[:, K:] for d in (dense, truth, scale)))
+    assert_no_worse_than_dense(found[1], *(kept(d.weight_grad[:, :K], p.mask) for d in (dense, truth, scale)))
+    assert_no_worse_than_dense(found[2], dense.bias_grad, truth.bias_grad, scale.bias_grad)
+
+
 @every_column_case
 def test_the_double_pruned_backward(nm: Pattern, shape: Shape, dtype: torch.dtype) -> None:
     p = draw(nm, shape, dtype)

@@ -92,7 +92,7 @@ def check(graph_module: GraphModule, within: Context) -> None:
 
 
 def test_order() -> None:
-    assert [make.name for make in PIPELINE] == [*ORDER, "fuse_siblings"]
+    assert [make.name for make in PIPELINE] == [*ORDER, "fuse_siblings", "fuse_low_rank"]
 
 
 def test_exported_graph() -> None:

@@ -1,0 +1,84 @@
+"""fuse_low_rank: the up-projection of an adapter is added up inside the sparse product.
+
+    slope.linear(x, values, pattern, b) + s * linear(t, B)   ->   slope.linear(x, values, pattern, b, down=s * t, up=B)
+
+    t = x A^T [..., R], B [N, R]: the kernel reads R further columns of the activation and writes Y [..., N] once, where
+    a product of its own would read and write all of Y again.
+
+A sum qualifies when
+
+1. one side is a sparse product that only this sum reads, and that has no low-rank branch yet;
+2. the other is a scaled product without bias, of the shape that ``low_rank`` leaves, that only this sum reads;
+3. everything is on the CPU, whose kernels take the branch (see ``kernels.cpu_products.forward``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from slope_compile.kernels import ops
+from slope_compile.passes.context import Context
+from slope_compile.passes.graph import META, emit, recompile, regions, replace, value
+from slope_compile.passes.low_rank import ADD, MUL
+from slope_compile.passes.normalize import LINEAR
+
+_PLAIN = 8
+"""Arguments of ``slope.linear`` before those of the low-rank branch."""
+
+
+class FuseLowRank(PassBase):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "fuse_low_rank"
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        changes = 0
+        found = regions(graph_module)
+        for region in found:
+            for node in list(region.graph.nodes):
+                if node.target is ADD and len(node.args) == 2 and not node.kwargs:
+                    changes += _fuse(node)
+        recompile(found)
+        self.context.report.count(self.name, changes)
+        return PassResult(graph_module, changes > 0)
+
+
+def _fuse(total: Node) -> int:
+    product, scaled = total.args
+    if not (_only_read_by(product, total) and _only_read_by(scaled, total)):
+        return 0
+    assert isinstance(product, Node) and isinstance(scaled, Node)
+    given = [*product.args, *(None,) * (_PLAIN - len(product.args))]
+    if product.target is not ops.linear or product.kwargs or len(given) > _PLAIN:  # 1
+        return 0
+    if scaled.target is not MUL or not _only_read_by(scaled.args[0], scaled):  # 2
+        return 0
+    up, scale = scaled.args
+    if not isinstance(up, Node) or up.target is not LINEAR or up.args[2] is not None or isinstance(scale, Node):
+        return 0
+    down, B = up.args[:2]
+    tensors = [value(n) for n in (product, down, B) if isinstance(n, Node)]
+    if len(tensors) < 3 or not all(isinstance(t, Tensor) and t.device.type == "cpu" for t in tensors):  # 3
+        return 0
+    graph = total.graph
+    with graph.inserting_before(total):
+        assert isinstance(down, Node)
+        small = emit(graph, MUL, (down, scale), like=down)  # [..., R]
+        arguments: tuple[Any, ...] = (*given[:6], bool(given[6]), given[7], small, B)
+        fused = emit(graph, ops.linear, arguments, like=total)
+    fused.meta[META] = product.meta.get(META)
+    replace(total, fused)
+    for node in (scaled, up, product):
+        graph.erase_node(node)
+    return 1
+
+
+def _only_read_by(node: Any, reader: Node) -> bool:
+    return isinstance(node, Node) and set(node.users) == {reader}
