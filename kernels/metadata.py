@@ -1,10 +1,38 @@
-"""Where the kept weights are: the packed metadata, one bit per dense element.
+"""How a sparse weight is stored: the values, and the packed metadata that says where they belong.  The one place.
 
-Layout of ``pattern``: ``uint8 [N, ceil(K / 8)]``; bit ``i`` (least significant first) of byte ``[n, j]`` is 1 when
-the dense element ``[n, 8 j + i]`` is kept.  Bits past ``K`` are 0.  A 2:4 group is thus one nibble with exactly two
-bits set (six legal values), and every supported group size divides a byte.
+**Pattern**: ``uint8 [N, ceil(K / 8)]``; bit ``i`` (least significant first) of byte ``[n, j]`` is 1 when the dense
+element ``[n, 8 j + i]`` is kept.  Bits past ``K`` are 0.  A 2:4 group is thus one nibble with exactly two bits set (six
+legal values), the group that comes first in the low half of its byte, and every supported group size divides a byte.
 
-The kept values of a row are stored in the order of their columns: ``values [N, K * keep / group]``.
+**Values**: ``[N, K * keep / group]``, row by row in the order of their columns, nothing permuted, no padding: of a 2:4
+group with kept columns ``i0 < i1`` entry ``2 g`` is ``W[n, 4 g + i0]`` and entry ``2 g + 1`` is ``W[n, 4 g + i1]``.
+
+=====================  ================================  =======================================================
+what                   where                             bits a dense element (2:4, 16-bit weights)
+=====================  ================================  =======================================================
+values                 the Parameter; gradient and       8 each (dense: 16)
+                       optimizer state have its shape
+pattern                buffer, static                    1
+column pattern         buffer ``uint8 [K, ceil(N/8)]``,  1, where the configuration stores it
+                       the same layout of W's transpose
+column age             buffer ``int64 [1]`` on the CPU   -
+=====================  ================================  =======================================================
+
+That order serves everybody: elementwise optimizers do not care about any, checkpoints and shards by rows (of values and
+pattern alike) stay natural, and each kernel finds its operands by shifts, masks and selections in registers:
+
+- *C++ on CPUs* and *Triton*: nibbles, by bytes or, where rows are whole words, by 32-bit words (eight groups each).
+- *Gluon, mma.sp and wgmma.sp*: the two values of a group are one 32-bit word of the A fragment as it is; the selectors
+  ``i0 | i1 << 2`` of eight groups come from one word of the pattern in a handful of operations.
+- *exact input gradient*: the same storage, expanded along the rows that the sum runs over.
+- *double-pruned input gradient*: the same storage and the column pattern; an entry counts where both keep it.  On
+  sparse tensor cores its values ``[K, N / 2]`` are derived for the call in one pass (``recompress_columns``) and freed.
+- *weight gradient*: writes ``[N, K / 2]`` in this order; a dense ``[N, K]`` is nowhere in memory.
+- *cuSPARSELt*: derives its packed operand for the call and frees it; whoever wants one kept asks for ``Packed`` there.
+- *expanded*: derives the dense weight for the call and frees it.
+
+So nothing derived outlives a call, and no way of computing keeps a second copy of the weights (tested by counting live
+storages).
 """
 
 from __future__ import annotations

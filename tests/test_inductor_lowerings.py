@@ -226,7 +226,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 import slope_compile as slope
 
-backend, backward = sys.argv[1:]
+backend, backward, table = sys.argv[1:]
+if table:  # as if `slope-compile tune` had measured a GPU since
+    from slope_compile import _inductor_gpu
+    _inductor_gpu.fingerprint = lambda: table
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
 program = torch.export.export(net, (torch.randn(5, 16),))
@@ -236,6 +239,7 @@ x = torch.randn(5, 16, requires_grad=True)
 y = torch.compile(module, backend=backend)(x)
 y.square().sum().backward()
 counted = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}
+counted |= {f"aot_{name}": counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("hit", "miss", "bypass")}
 print(json.dumps(counted | {"y": float(y.double().sum()), "dx": float(x.grad.double().sum())}))
 """
 
@@ -243,17 +247,18 @@ print(json.dumps(counted | {"y": float(y.double().sum()), "dx": float(x.grad.dou
 def test_caches_serve_another_process_and_keep_backends_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second process takes both graphs from the cache; another configuration or backend does not."""
+    """A second process takes both graphs from the caches of AOTAutograd and of Inductor; another configuration,
+    another table of measurements or another backend does not."""
     libraries = cpu_build.cache_folder()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     shutil.copytree(libraries, cpu_build.cache_folder(), dirs_exist_ok=True)  # compiling it anew takes a while
     environment = os.environ | {
         "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
-        "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+        "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
     }
 
-    def run(backend: str, backward: str) -> dict[str, float]:
-        command = [sys.executable, "-c", CACHED, backend, backward]
+    def run(backend: str, backward: str, table: str = "") -> dict[str, float]:
+        command = [sys.executable, "-c", CACHED, backend, backward, table]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, done.stderr
         answer: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -261,13 +266,18 @@ def test_caches_serve_another_process_and_keep_backends_apart(
 
     first = run("slope", "exact")
     assert (first["hit"], first["miss"], first["bypass"]) == (0, 2, 0)
+    assert (first["aot_hit"], first["aot_miss"], first["aot_bypass"]) == (0, 1, 0)
     second = run("slope", "exact")
     assert (second["hit"], second["miss"], second["bypass"]) == (2, 0, 0)
+    assert (second["aot_hit"], second["aot_miss"], second["aot_bypass"]) == (1, 0, 0)
     changed = run("slope", "double_pruned")
     assert changed["miss"] > 0
+    assert changed["aot_hit"] == 0
+    tuned = run("slope", "exact", "another table")
+    assert tuned["hit"] == tuned["aot_hit"] == 0
     plain = run("inductor", "exact")
-    assert plain["hit"] == 0
-    for other in (second, plain):
+    assert plain["hit"] == plain["aot_hit"] == 0
+    for other in (second, tuned, plain):
         assert other["y"] == pytest.approx(first["y"], rel=1e-5)
         assert other["dx"] == pytest.approx(first["dx"], rel=1e-5)
     assert changed["y"] == pytest.approx(first["y"], rel=1e-5)
