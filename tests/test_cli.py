@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 
 import slope_compile
 from slope_compile import cli
-from slope_compile.kernels import cpu_library, cpu_tuning
+from slope_compile.kernels import cpu_library, cpu_tuning, gpu_calls, gpu_ops, gpu_tuning
 
 
 @pytest.fixture
@@ -86,3 +87,41 @@ def test_a_wrong_variable_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = done.stderr.strip().splitlines()
     assert cpu_library.VARIABLE in line
     assert "sse9" in line
+
+
+@pytest.mark.parametrize(
+    ("device", "status", "message"),
+    [("tpu", 2, "expected cpu, cuda"), ("meta", 2, "got 'meta'"), ("cuda:9", 1, "none is cuda:9")],
+)
+def test_tune_of_a_device_that_is_not_there(
+    device: str, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["tune", "--device", device]) == status
+    assert message in capsys.readouterr().err
+
+
+def test_tune_of_a_gpu(own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is measured there is shown and stored; the measuring itself is tested beside its table."""
+    entries = [
+        gpu_tuning.Entry("forward", "bfloat16", 16, 64, 96, {"triton": 2e-6, "expanded": 3e-6}),
+        gpu_tuning.Entry("grad_weight", "bfloat16", 16, 64, 96, {"triton": 5e-6, "expanded": 4e-6}),
+    ]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(gpu_ops, "missing", lambda device: None)
+    monkeypatch.setattr(gpu_ops, "name", lambda device: "a GPU")
+    monkeypatch.setattr(gpu_calls, "measure", lambda device: entries)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    gpu_tuning.load.cache_clear()
+    assert cli.main(["tune", "--device", "cuda"]) == 0
+    table = gpu_tuning.load("a GPU")
+    assert table is not None
+    assert list(table.entries) == entries
+    out = capsys.readouterr().out
+    assert "2*" in out
+    assert "4*" in out
+    assert str(own_cache) in out
+    monkeypatch.setattr(gpu_ops, "missing", lambda device: "Triton is not installed")
+    assert cli.main(["tune", "--device", "cuda:0"]) == 1
+    assert "Triton is not installed" in capsys.readouterr().err
+    gpu_tuning.load.cache_clear()
