@@ -16,7 +16,7 @@ class Watch(TorchDispatchMode):
     READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "allclose")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages: list[StorageWeakRef] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -60,7 +60,7 @@ class Case:
             "grad_input_columns": (grad, *stored, packed(columns.t())),
             "grad_weight": (grad, x, p.pattern),
         }[op]
-        self.sizes = (x.shape[0], *p.weight.shape)
+        self.sizes = (x.shape[0], p.weight.shape[0], p.weight.shape[1])
         self.dtype = p.values.dtype
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
