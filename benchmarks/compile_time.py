@@ -40,10 +40,7 @@ def cases(options: Options) -> list[Case]:
 
 def _measure(run: Run, depth: int, whole: bool) -> Iterable[Measurement]:
     cpu_library.load()  # its compilation happens once on a machine and is not what is measured
-    passes, nodes, linears = [], 0, 0
-    for _ in range(ROUNDS):
-        seconds, nodes, linears = _passes(depth)
-        passes.append(seconds)
+    passes, nodes, linears = _passes(depth)
     found = {"passes": Summary.of(passes)}
     if whole:
         found["compilation"] = Summary.of([_whole(depth)])
@@ -51,21 +48,25 @@ def _measure(run: Run, depth: int, whole: bool) -> Iterable[Measurement]:
     yield Measurement("compile", found, {}, facts)
 
 
-def _passes(depth: int) -> tuple[float, int, int]:
-    """Seconds of the backend's own work on a prepared model's graph, the graph's nodes, and its sparse linears."""
-    seen: list[tuple[float, int]] = []
+def _passes(depth: int) -> tuple[list[float], int, int]:
+    """Seconds of the backend's own work on a prepared model's graph, round by round; its nodes and sparse linears."""
+    seen: list[tuple[list[float], int]] = []
 
     def backend(graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        nodes, begin = len(graph_module.graph.nodes), time.perf_counter()
-        compiled = slope.slope(graph_module, inputs, options={"compiler": "eager"})
-        seen.append((time.perf_counter() - begin, nodes))
+        rounds = []
+        for _ in range(ROUNDS):  # each works on a copy of the graph
+            begin = time.perf_counter()
+            compiled = slope.slope(graph_module, inputs, options={"compiler": "eager"})
+            rounds.append(time.perf_counter() - begin)
+        seen.append((rounds, len(graph_module.graph.nodes)))
         return compiled
 
     model, ids = _model(depth)
     linears = len(prepared(model, "double_pruned"))
     torch._dynamo.reset()
     torch.compile(model, backend=backend)(ids, use_cache=False)
-    return sum(seconds for seconds, _ in seen), sum(nodes for _, nodes in seen), linears
+    seconds = [sum(graphs) for graphs in zip(*(rounds for rounds, _ in seen), strict=True)]
+    return seconds, sum(nodes for _, nodes in seen), linears
 
 
 def _whole(depth: int) -> float:

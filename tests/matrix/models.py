@@ -117,6 +117,7 @@ def _bert_like(name: str, title: str, kind: str, head: str) -> Model:
 
 
 _LEAF = "Dynamo leaves the decoder's first block to Python: transformers sets `requires_grad` inside its checkpoint"
+_LAYER = "after a break in its attention Dynamo leaves the rest of PyTorch's encoder layer to Python"
 _EXPERTS = {
     f"model.layers.{i}.mlp.{name}": reason
     for i in range(LAYERS)
@@ -216,6 +217,7 @@ MODELS = (
         "encoder", "`nn.TransformerEncoder`", torch_models.Encoder, torch_models.tokens,
         {"encoder.layers.0.self_attn.in_proj_weight": FIRST, "head": HEAD},
         middle=r"encoder\.layers\.\d+\.self_attn", blocks=r"encoder\.layers\.\d+",
+        eager={"breaks": (r"encoder\.layers\.\d\.linear[12]", _LAYER)},
         skipped={"generate": _NO_GENERATE},
     ),
     Model(
