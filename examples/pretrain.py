@@ -231,7 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     if not finished:
         again = ["--resume", str(place.checkpoint), *_place_flags(place)]
-        print(f"Stopped. To go on:\n  python {shlex.quote(sys.argv[0])} {shlex.join(again)}")
+        # The interpreter as it was called: started by make, it is not the one that `python` finds.
+        print(f"Stopped. To go on:\n  {shlex.join([sys.orig_argv[0], sys.argv[0], *again])}")
         return _INTERRUPTED
     job.report()
     return 0

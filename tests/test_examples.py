@@ -194,6 +194,7 @@ def test_an_interrupted_job_goes_on_as_if_nothing_had_happened(
         assert pretrain.main([*TINY, "--no-compile", "--out", str(tmp_path)]) == 130
     checkpoint = tmp_path / "checkpoint.pt"
     resume = capsys.readouterr().out.splitlines()[-1].split()
+    assert resume[0] == sys.orig_argv[0]
     assert resume[2:4] == ["--resume", str(checkpoint)]
     assert {"--no-compile", "--out", "--threads"} <= set(resume)
     saved = torch.load(checkpoint, weights_only=True)
