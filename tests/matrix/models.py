@@ -226,8 +226,8 @@ MODELS = (
         middle=r"blocks\.\d+\.attention", blocks=r"blocks\.\d+", skipped={"generate": _NO_GENERATE},
     ),
     Model(
-        "mlp", "MLP", torch_models.mlp, torch_models.features, {"0": FIRST, "6": HEAD},
-        middle="3", blocks="2|4", skipped={"generate": _NO_GENERATE},
+        "mlp", "MLP", torch_models.Mlp, torch_models.features, {"first": FIRST, "head": HEAD},
+        middle="second", blocks="second|third", skipped={"generate": _NO_GENERATE},
     ),
     Model(
         "convolution", "Convolutions, linear head", torch_models.Convolution, torch_models.images,

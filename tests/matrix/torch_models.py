@@ -75,11 +75,18 @@ class Attention(nn.Module):
         return y
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH), nn.ReLU(),
-        nn.Linear(WIDTH, CLASSES),
-    )  # fmt: skip
+class Mlp(nn.Module):
+    """Features ``[..., D]`` -> classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        self.third, self.head = nn.Linear(HIDDEN, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = F.relu(self.second(F.relu(self.first(input))))
+        y: Tensor = self.head(F.relu(self.third(x)))
+        return y
 
 
 class Convolution(nn.Module):
