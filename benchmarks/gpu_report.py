@@ -42,7 +42,11 @@ def sections(records: Sequence[Record], form: str, whole: bool) -> Iterator[tupl
     if table := bars.published(records, form):
         yield f"Measured here, and published for an A100-40GB ({bars.sources()[0]}).", table
     if rows := select.ok(records, "quality"):
-        title = f"Loss after short pretraining: {model_tables.quality_setting(rows[0])}."
+        title = (
+            f"Loss after short pretraining: {model_tables.quality_setting(rows[0])}. So short a run shows which "
+            "variants begin to learn faster, not which end better: compare the dense model of half the blocks "
+            "(dense_half)."
+        )
         yield title, model_tables.quality(rows, form)
 
 
