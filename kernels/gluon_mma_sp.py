@@ -50,7 +50,7 @@ def _b_layout(WN, NT, WM):
 
 @gluon.jit
 def _add_low_rank(
-    acc, T, B, p_row, token, row_end, token_end, R, steps,
+    acc, T, B, first_row, token, row_end, token_end, R, steps,
     FP16: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
     """``acc + B T^T`` for ``steps`` steps of 32 features; T and B begin with the tile, and so do rows and tokens."""
@@ -58,7 +58,7 @@ def _add_low_rank(
     r1 = axis(2, 2, L)
     t = axis(4, 6, L)
     r0 = axis(2, 7, L)
-    row = p_row + 8 * r0
+    row = first_row + 8 * r0
     a_word = t + 4 * r1
     b_word = t + 4 * (r0 + 2 * r1)
     # Offsets rather than pointers: half as many registers.
@@ -117,33 +117,35 @@ def forward(
     x_word = gl.arange(0, 32, layout=gl.SliceLayout(0, X_FROM))
     v_row = gl.arange(0, BN, layout=gl.SliceLayout(1, V_FROM))
     v_word = gl.arange(0, 16, layout=gl.SliceLayout(0, V_FROM))
-    # Offsets from the tile rather than pointers: half as many registers.
+    # A tile's rows are offsets from a pointer that moves, in half as many registers as pointers of their own.
     X += (pm * BM).to(gl.int64) * (stride_xm // 2) + first * 32
     V += (pn * BN).to(gl.int64) * (K // 4) + first * 16
-    x_at = x_row[:, None] * (stride_xm // 2) + x_word[None, :]
-    v_at = v_row[:, None] * (K // 4) + v_word[None, :]
+    x_at = (x_row * (stride_xm // 2))[:, None]
+    v_at = (v_row * (K // 4))[:, None]
     in_x = (x_row < M - pm * BM)[:, None]
     in_v = (v_row < N - pn * BN)[:, None]
 
     t = axis(4, 6, L)
-    p_row = pn * BN + 16 * (axis(MT, 0, L) * WN + axis(WN, 1, L)) + axis(8, 3, L)
+    row = 16 * (axis(MT, 0, L) * WN + axis(WN, 1, L)) + axis(8, 3, L)
+    p_row = pn * BN + row
     in_p = p_row < N
     in_q = p_row + 8 < N
     PER: gl.constexpr = 2 if HALVES else 1
-    p_at = P + p_row.to(gl.int64) * (stride_p // PER) + (first * 8 + 2 * t) // PER
-    q_at = p_at + 8 * (stride_p // PER)
+    P += (pn * BN).to(gl.int64) * (stride_p // PER) + first * 8 // PER
+    Q = P + 8 * (stride_p // PER)
+    p_at = row * (stride_p // PER) + 2 * t // PER
 
     # Masked elements are filled with zeros, in rows past the end and past K alike.
-    for i in gl.static_range(STAGES - 1):
+    for i in range(0, STAGES - 1):  # unrolled, it runs out of registers
         k = first + i
-        copy_async(x_ring.index(i), X + x_at + i * 32, mask=in_x & (x_word < K // 2 - k * 32)[None, :] & (i < blocks))
-        copy_async(v_ring.index(i), V + v_at + i * 16, mask=in_v & (v_word < K // 4 - k * 16)[None, :] & (i < blocks))
+        copy_async(x_ring.index(i), X + x_at + x_word[None, :], mask=in_x & (x_word < K // 2 - k * 32)[None, :] & (i < blocks))
+        copy_async(v_ring.index(i), V + v_at + v_word[None, :], mask=in_v & (v_word < K // 4 - k * 16)[None, :] & (i < blocks))
         commit_copies()
-    X += (STAGES - 1) * 32
-    V += (STAGES - 1) * 16
+        X += 32
+        V += 16
     left = stride_p - first * 8 - 2 * t
-    p = pattern_word(p_at, in_p, left, HALVES)
-    q = pattern_word(q_at, in_q, left, HALVES)
+    p = pattern_word(P + p_at, in_p, left, HALVES)
+    q = pattern_word(Q + p_at, in_q, left, HALVES)
 
     acc = gl.zeros([MT, WN, 2, 8, NT, WM, 4, 2], gl.float32, L)
     gl.assume(blocks > 0)
@@ -155,18 +157,18 @@ def forward(
         into = gl.where(stage == 0, STAGES - 1, stage - 1)
         ahead = first + i + STAGES - 1
         more = i + STAGES - 1 < blocks
-        copy_async(x_ring.index(into), X + x_at, mask=in_x & (x_word < K // 2 - ahead * 32)[None, :] & more)
-        copy_async(v_ring.index(into), V + v_at, mask=in_v & (v_word < K // 4 - ahead * 16)[None, :] & more)
+        copy_async(x_ring.index(into), X + x_at + x_word[None, :], mask=in_x & (x_word < K // 2 - ahead * 32)[None, :] & more)
+        copy_async(v_ring.index(into), V + v_at + v_word[None, :], mask=in_v & (v_word < K // 4 - ahead * 16)[None, :] & more)
         commit_copies()
         X += 32
         V += 16
 
         e = selectors(p, q)
-        p_at += 8 // PER
-        q_at += 8 // PER
+        P += 8 // PER
+        Q += 8 // PER
         left -= 8
-        p = pattern_word(p_at, in_p, left, HALVES)
-        q = pattern_word(q_at, in_q, left, HALVES)
+        p = pattern_word(P + p_at, in_p, left, HALVES)
+        q = pattern_word(Q + p_at, in_q, left, HALVES)
 
         a0, a1 = values_of_block(v_ring.index(stage), MT, WN, WM, L)
         b = x_ring.index(stage).load(_b_layout(WN, NT, WM)).reshape([NT, WM, 8, 2, 2, 2, 4])  # nt wm g step r1 r0 t
@@ -191,7 +193,7 @@ def forward(
         t_tile = T + (pm * BM).to(gl.int64) * (R // 2)
         b_tile = B + (pn * BN).to(gl.int64) * (R // 2)
         acc = _add_low_rank(
-            acc, t_tile, b_tile, p_row - pn * BN, token, N - pn * BN, M - pm * BM, R, steps, FP16, L
+            acc, t_tile, b_tile, row, token, N - pn * BN, M - pm * BM, R, steps, FP16, L
         )
     if HAS_BIAS:
         acc += bias_of_tile(BIAS, p_row, N, L)

@@ -61,12 +61,12 @@ MISTAKES = {
     "values of the other step": ("[a1, b1, e, acc]", "[a0, b1, e, acc]"),
     "tokens of the other step": ("[a1, b1, e, acc]", "[a1, b0, e, acc]"),
     "the second step counts alone": ("[a1, b1, e, acc]", "[a1, b1, e, acc * 0.0]"),
-    "selectors of the block before": ("        p_at += 8 // PER\n", ""),
+    "selectors of the block before": ("        P += 8 // PER\n", ""),
     "results of two lanes exchanged": ("(4, 5, 6, 7, 0, 1, 2, 3)", "(4, 5, 7, 6, 0, 1, 2, 3)"),
     "another bias": ("out = row + 8 * axis", "out = row % 32 + 8 * axis"),
     "the adapter's second half twice": ("[second, b, acc]", "[first, b, acc]"),
     "the adapter's halves exchanged": ("{$8,$9}", "{$10,$11}"),
-    "the adapter's rows exchanged": ("row = p_row + 8 * r0", "row = p_row + 8 - 8 * r0"),
+    "the adapter's rows exchanged": ("row = first_row + 8 * r0", "row = first_row + 8 - 8 * r0"),
     "the adapter's tokens of another tile": ("t_tile = T + (pm * BM).to(gl.int64) * (R // 2)", "t_tile = T + 0"),
 }
 
