@@ -138,8 +138,10 @@ def forward(
     # Masked elements are filled with zeros, in rows past the end and past K alike.
     for i in range(0, STAGES - 1):  # unrolled, it runs out of registers
         k = first + i
-        copy_async(x_ring.index(i), X + x_at + x_word[None, :], mask=in_x & (x_word < K // 2 - k * 32)[None, :] & (i < blocks))
-        copy_async(v_ring.index(i), V + v_at + v_word[None, :], mask=in_v & (v_word < K // 4 - k * 16)[None, :] & (i < blocks))
+        of_x = in_x & (x_word < K // 2 - k * 32)[None, :] & (i < blocks)
+        of_v = in_v & (v_word < K // 4 - k * 16)[None, :] & (i < blocks)
+        copy_async(x_ring.index(i), X + x_at + x_word[None, :], mask=of_x)
+        copy_async(v_ring.index(i), V + v_at + v_word[None, :], mask=of_v)
         commit_copies()
         X += 32
         V += 16
@@ -157,8 +159,10 @@ def forward(
         into = gl.where(stage == 0, STAGES - 1, stage - 1)
         ahead = first + i + STAGES - 1
         more = i + STAGES - 1 < blocks
-        copy_async(x_ring.index(into), X + x_at + x_word[None, :], mask=in_x & (x_word < K // 2 - ahead * 32)[None, :] & more)
-        copy_async(v_ring.index(into), V + v_at + v_word[None, :], mask=in_v & (v_word < K // 4 - ahead * 16)[None, :] & more)
+        more_x = in_x & (x_word < K // 2 - ahead * 32)[None, :] & more
+        more_v = in_v & (v_word < K // 4 - ahead * 16)[None, :] & more
+        copy_async(x_ring.index(into), X + x_at + x_word[None, :], mask=more_x)
+        copy_async(v_ring.index(into), V + v_at + v_word[None, :], mask=more_v)
         commit_copies()
         X += 32
         V += 16

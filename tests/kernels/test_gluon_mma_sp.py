@@ -39,7 +39,7 @@ HAZARDS = {
     "refilled too late": ("gl.where(stage == 0, STAGES - 1, stage - 1)", "gl.where(stage < 2, stage + 1, 0)"),
     "shared memory reused with copies under way": ("wait_for_copies(0)", "pass"),
     "shared memory reused without a barrier": ("\n    barrier()\n", "\n"),
-    "tokens not masked": ("mask=in_x & (x_word < K // 2 - k * 32)[None, :] & (i", "mask=(i"),
+    "tokens not masked": ("of_x = in_x & (x_word < K // 2 - k * 32)[None, :] & (i", "of_x = (i"),
     "features not masked": ("in_v & (v_word < K // 4 - ahead * 16)[None, :] & more", "in_v"),
     "pattern not masked": ("in_q = p_row + 8 < N", "in_q = p_row < N"),
     "metadata out of order": ("((both ^ 0x11111111) << 3)", "(both << 3)"),
