@@ -34,8 +34,12 @@ from slope_compile.kernels import (
 from slope_compile.kernels.gluon_configs import MmaSp, WgmmaSp
 
 
-def can(way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a way can compute a product of these sizes on a device and is right there; the first use tests it."""
+def can(way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, R: int = 0) -> bool:
+    """Whether a way can compute a product of these sizes on a device and is right there; the first use tests it.
+
+    Args:
+        R: rank of a low-rank update of the forward product; 0 without.
+    """
     if way in ("triton", "expanded"):
         return True
     if M == 0 or op not in ("forward", "grad_input_columns"):
@@ -46,17 +50,19 @@ def can(way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: t
     if device.type != "cuda":
         return False
     capability = torch.cuda.get_device_capability(device)
-    if gluon_products.unsupported(way, capability, dtype, M, outputs, inputs) is not None:
+    if gluon_products.unsupported(way, capability, dtype, M, outputs, inputs, R) is not None:
         return False
-    case = (device, dtype, _gluon_config(way, M), outputs % 8)
+    case = (device, dtype, _gluon_config(way, M), outputs % 8, R > 0)
     if case not in _tested and torch.cuda.is_current_stream_capturing():
         return False  # the test compiles and compares
     _tested.add(case)
-    right = (gluon_self_test.passes(*case[:3], bias, False, outputs % 8) for bias in (True, False))
+    if isinstance(case[2], WgmmaSp) and case[2].largest_rank < R:
+        return False
+    right = (gluon_self_test.passes(*case[:3], bias, R > 0, outputs % 8) for bias in (True, False))
     return all(right)
 
 
-_tested: set[tuple[torch.device, torch.dtype, MmaSp | WgmmaSp, int]] = set()
+_tested: set[tuple[torch.device, torch.dtype, MmaSp | WgmmaSp, int, bool]] = set()
 """Gluon kernels of which it is known whether they are right."""
 
 
@@ -64,18 +70,20 @@ def _gluon_config(way: str, M: int) -> MmaSp | WgmmaSp:
     return gluon_configs.default(M) if way == "mma_sp" else gluon_configs.default_wgmma(M)
 
 
-def possible(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+def possible(
+    op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, R: int = 0
+) -> tuple[str, ...]:
     """All the ways that can, for something to measure."""
-    return tuple(way for way in gpu_rules.WAYS if can(way, op, M, N, K, dtype, device))
+    return tuple(way for way in gpu_rules.WAYS if can(way, op, M, N, K, dtype, device, R))
 
 
-def chosen(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
+def chosen(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, R: int = 0) -> str:
     """The way that the rules take, among those that can; only those that the rules want are tested."""
     gpu = gpu_ops.name(device)
     left: tuple[str, ...] = gpu_rules.WAYS
     while True:
         way = gpu_rules.way(op, M, N, K, dtype, gpu, left)
-        if can(way, op, M, N, K, dtype, device):
+        if can(way, op, M, N, K, dtype, device, R):
             return way
         left = tuple(other for other in left if other != way)
 
@@ -98,15 +106,43 @@ def linear(
     x: Tensor, values: Tensor, pattern: Tensor, bias: Tensor | None = None, *, out: Tensor, way: str | None = None
 ) -> Tensor:
     """``out [M, N] = X W^T + bias``."""
-    if not gpu_ops.usable(2, 4, x, values, bias):
-        return out.copy_(reference.forward(x, values, pattern, bias, 2, 4))
+    return _linear(x, values, pattern, bias, None, out, way)
+
+
+def linear_low_rank(
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out: Tensor,
+    way: str | None = None,
+) -> Tensor:
+    """``out [M, N] = X W^T + bias + down up^T``, down ``[M, R]``, up ``[N, R]``."""
+    return _linear(x, values, pattern, bias, (down, up), out, way)
+
+
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    bias: Tensor | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+    out: Tensor,
+    way: str | None,
+) -> Tensor:
+    branch = low_rank or (None, None)
+    if not gpu_ops.usable(2, 4, x, values, bias, *branch):
+        return out.copy_(reference.forward(x, values, pattern, bias, 2, 4, *branch))
     N, K = values.shape[0], values.shape[1] * 2
-    way = way or _way("forward", x, N, K)
+    way = way or _way("forward", x, N, K, 0 if low_rank is None else low_rank[1].shape[1])
     if way == "triton":
-        return triton_products.forward(x, values, pattern, bias, out=out)
+        return triton_products.forward(x, values, pattern, bias, low_rank, out=out)
     if way == "expanded":
-        return _dense(x, triton_products.expand(values, pattern).t(), bias, out)
-    return _sparse_operand(way, x, values, pattern, bias, out)
+        return _dense(x, triton_products.expand(values, pattern).t(), bias, out, low_rank)
+    return _sparse_operand(way, x, values, pattern, bias, out, low_rank)
 
 
 def grad_input(
@@ -146,26 +182,38 @@ def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, *, out: Tensor, way: s
     return out.copy_(triton_products.compress(grad.t() @ x, pattern))
 
 
-def _way(op: str, rows: Tensor, N: int, K: int) -> str:
-    return chosen(op, rows.shape[0], N, K, rows.dtype, rows.device)
+def _way(op: str, rows: Tensor, N: int, K: int, R: int = 0) -> str:
+    return chosen(op, rows.shape[0], N, K, rows.dtype, rows.device, R)
 
 
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """``x [M, A] @ weight [A, B] + bias``."""
+def _dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, low_rank: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """``x [M, A] @ weight [A, B] + bias``, and the low-rank update in a product of its own."""
     if bias is None:
-        return torch.mm(x, weight, out=out)
-    return torch.addmm(bias, x, weight, out=out)
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(bias, x, weight, out=out)
+    return out if low_rank is None else out.addmm_(low_rank[0], low_rank[1].t())
 
 
 def _sparse_operand(
-    way: str, x: Tensor, values: Tensor, pattern: Tensor, bias: Tensor | None, out: Tensor
+    way: str,
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``x W^T + bias`` by a library or kernel that multiplies on sparse tensor cores; expanded where it cannot."""
     M, N, K = x.shape[0], values.shape[0], values.shape[1] * 2
-    if not can(way, "forward", M, N, K, x.dtype, x.device):
-        return _dense(x, triton_products.expand(values, pattern).t(), bias, out)
-    if way == "cusparselt":
-        return out.copy_(_cusparselt.linear(x, values, pattern, bias))
+    R = 0 if low_rank is None else low_rank[1].shape[1]
+    if not can(way, "forward", M, N, K, x.dtype, x.device, R):
+        return _dense(x, triton_products.expand(values, pattern).t(), bias, out, low_rank)
+    if way == "cusparselt":  # which adds nothing to what is there
+        out.copy_(_cusparselt.linear(x, values, pattern, bias))
+        return out if low_rank is None else out.addmm_(low_rank[0], low_rank[1].t())
     if way == "mma_sp":
-        return gluon_products.mma_sp(x, values, pattern, bias, config=gluon_configs.default(M), out=out)
-    return gluon_products.wgmma_sp(x, values, pattern, bias, config=gluon_configs.default_wgmma(M), out=out)
+        return gluon_products.mma_sp(x, values, pattern, bias, low_rank, gluon_configs.default(M), out=out)
+    return gluon_products.wgmma_sp(x, values, pattern, bias, low_rank, gluon_configs.default_wgmma(M), out=out)

@@ -9,7 +9,8 @@ A sum qualifies when
 
 1. one side is a sparse product that only this sum reads, and that has no low-rank branch yet;
 2. the other is a scaled product without bias, of the shape that ``low_rank`` leaves, that only this sum reads;
-3. everything is on the CPU, whose kernels take the branch (see ``kernels.cpu_products.forward``).
+3. everything is on one device whose kernels take the branch: the CPU (``kernels.cpu_products.forward``) or a GPU
+   (``kernels.triton_products.forward``, and see ``kernels.gpu_calls``).
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ def _fuse(total: Node) -> int:
         return 0
     down, B = up.args[:2]
     tensors = [value(n) for n in (product, down, B) if isinstance(n, Node)]
-    if len(tensors) < 3 or not all(isinstance(t, Tensor) and t.device.type == "cpu" for t in tensors):  # 3
+    if len(tensors) < 3 or not all(isinstance(t, Tensor) for t in tensors):
+        return 0
+    devices = {t.device for t in tensors}
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):  # 3
         return 0
     graph = total.graph
     with graph.inserting_before(total):

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from torch._inductor.select_algorithm import (
     TritonTemplate,
     autotune_select_algorithm,
 )
+from torch._inductor.virtualized import V
 
 from slope_compile._inductor_lowerings import like, matrix
 from slope_compile.kernels import gpu_calls, gpu_ops, gpu_rules, triton_configs, triton_products
@@ -49,6 +50,7 @@ _LEGAL_BYTE = 0x33
 
 _CALLS = {
     "linear": gpu_calls.linear,
+    "linear_low_rank": gpu_calls.linear_low_rank,
     "grad_input": gpu_calls.grad_input,
     "grad_input_columns": gpu_calls.grad_input_columns,
     "grad_weight": gpu_calls.grad_weight,
@@ -62,7 +64,11 @@ _STORE = """
 """
 
 _FORWARD = """
-{% if HAS_BIAS %}
+{% if HAS_LOW_RANK and HAS_BIAS %}
+{{def_kernel("X", "V", "P", "T", "B", "BIAS")}}
+{% elif HAS_LOW_RANK %}
+{{def_kernel("X", "V", "P", "T", "B")}}
+{% elif HAS_BIAS %}
 {{def_kernel("X", "V", "P", "BIAS")}}
 {% else %}
 {{def_kernel("X", "V", "P")}}
@@ -76,6 +82,10 @@ _FORWARD = """
     acc = forward_sums(
         X, V, P, rm, rn, M, N, K, {{stride("X", 0)}}, {{stride("P", 0)}}, BM, BN, BK, EVEN, WORDS, PRECISION
     )
+    {% if HAS_LOW_RANK %}
+    R = {{size("T", 1)}}
+    acc = low_rank_sums(acc, T, B, rm, rn, M, N, R, BM, BN, BR, PRECISION)
+    {% endif %}
     {% if HAS_BIAS %}
     acc += tl.load(BIAS + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
     {% endif %}
@@ -141,7 +151,7 @@ def _templates() -> dict[str, TritonTemplate]:
     tiles = (triton_tiles.tile_of, triton_tiles.nibbles, triton_tiles.expanded)
     picking = (triton_tiles.elements, triton_tiles.kept)
     parts: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
-        "forward": (_grid_forward, _FORWARD, (*tiles, triton_kernels.forward_sums)),
+        "forward": (_grid_forward, _FORWARD, (*tiles, triton_kernels.forward_sums, triton_kernels.low_rank_sums)),
         "grad_input": (_grid_grad_input, _GRAD_INPUT, (*tiles, triton_kernels.grad_input_sums)),
         "grad_weight": (_grid_grad_weight, _GRAD_WEIGHT, (*tiles, *picking, triton_kernels.grad_weight_kept)),
     }
@@ -190,15 +200,28 @@ class Lowerings:
         self.calls = kernels(version)
 
     def linear(
-        self, x: Any, values: Any, pattern: Any, bias: Any, keep: int, group: int, *directions: Any, **named: Any
+        self,
+        x: Any,
+        values: Any,
+        pattern: Any,
+        bias: Any,
+        keep: int,
+        group: int,
+        double_pruned: bool = False,
+        column_pattern: Any = None,
+        down: Any = None,
+        up: Any = None,
     ) -> Any | None:
-        with_low_rank = len(directions) > 2 or "down" in named  # the operator has kernels for it, the choices do not
-        if with_low_rank or not _applies(keep, group, x, values, bias):
+        if not _applies(keep, group, x, values, bias, down, up):
             return None
         (N, half), rows = values.get_size(), _rows(x)
-        inputs = [rows, *_whole(values, pattern), *([] if bias is None else _whole(bias))]
-        flags = {"HAS_BIAS": bias is not None}
-        y = self._product("linear", "forward", inputs, {2: (N, 2 * half)}, [rows.get_size()[0], N], flags, 2 * half)
+        low_rank = [] if down is None else _whole(matrix(down), up)
+        inputs = [rows, *_whole(values, pattern), *low_rank, *([] if bias is None else _whole(bias))]
+        flags: dict[str, int] = {"HAS_BIAS": bias is not None, "HAS_LOW_RANK": bool(low_rank)}
+        if low_rank:
+            flags["BR"] = 16 if V.graph.sizevars.statically_known_leq(up.get_size()[1], 16) else 32
+        name = "linear_low_rank" if low_rank else "linear"
+        y = self._product(name, "forward", inputs, {2: (N, 2 * half)}, [rows.get_size()[0], N], flags, 2 * half)
         return like(y, x, N)
 
     def grad_input(self, grad: Any, values: Any, pattern: Any, keep: int, group: int) -> Any | None:
@@ -237,7 +260,7 @@ class Lowerings:
         inputs: list[Any],
         masks: dict[int, tuple[Any, Any]],
         sizes: list[Any],
-        flags: dict[str, bool],
+        flags: Mapping[str, int],
         reduced: Any,
     ) -> Any:
         """One product of matrices ``inputs`` into a new ``[sizes]`` of the first one's dtype.
@@ -250,7 +273,8 @@ class Lowerings:
         """
         rows = inputs[0]
         layout = ir.FixedLayout(rows.get_device(), rows.get_dtype(), sizes)
-        op = "forward" if name == "linear" else name
+        op = "forward" if name.startswith("linear") else name
+        R = inputs[4].get_size()[1] if name == "linear_low_rank" else 0
         N, K = _weight_sizes(op, inputs, sizes)
         M = rows.get_size()[0]
         generators: Generators = {i: functools.partial(_legal_pattern, *mask) for i, mask in masks.items()}
@@ -259,7 +283,7 @@ class Lowerings:
             choices.append(self.calls[f"{name}."].bind(inputs, layout))
             return _selected(name, choices, inputs, layout, generators)
         dtype, device = rows.get_dtype(), rows.get_device()
-        case = (op, int(M), int(N), int(K), dtype, device)
+        case = (op, int(M), int(N), int(K), dtype, device, int(R))
         autotune = config.max_autotune or config.max_autotune_gemm
         ways = gpu_calls.possible(*case) if autotune else (gpu_calls.chosen(*case),)
         if "triton" in ways and int(M) > 0:

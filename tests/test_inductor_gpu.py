@@ -165,6 +165,30 @@ def test_a_training_step_can_be_a_cuda_graph(way: str, monkeypatch: pytest.Monke
         assert bool(program.calls) == (way != "triton")
 
 
+def test_adapters_are_added_up_in_the_same_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(96, 64)).bfloat16()
+    config = slope.SlopeConfig(first_dense=False, heads_dense=False, column_refresh="never", adapter_rank=16)
+    slope.sparsify_(model, config)
+    slope.set_adapters(model, True)
+    x = torch.randn(48, 96).bfloat16()
+
+    def infer() -> None:
+        with torch.no_grad():
+            compiled(model)(x)
+
+    (program,) = programs(monkeypatch, infer)
+    assert program.products == Counter({"forward": 1})
+    assert program.dense == 1  # x A^T
+    (kernel,) = (text for text in program.kernels.values() if "def forward_sums" in text)
+    assert "acc = low_rank_sums(" in kernel
+    result = compile_kernel(kernel)
+    assert (result.spills, result.warnings) == (0, ())
+    torch._dynamo.reset()
+    monkeypatch.setattr(gpu_calls, "chosen", lambda *_: "mma_sp")
+    (program,) = programs(monkeypatch, infer)
+    assert program.calls == ["linear_low_rank_1_mma_sp"]
+
+
 @pytest.mark.parametrize("way", ["mma_sp", "cusparselt", "expanded"])
 def test_a_measured_table_names_the_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_calls, "can", lambda *_: True)

@@ -105,6 +105,25 @@ def test_as_good_as_dense(way: str, op: str, dtype: torch.dtype) -> None:
         pytest.skip(f"{way} does not compute {op} in {dtype} on {DEVICE}")
 
 
+@every_dtype
+@pytest.mark.parametrize("R", [8, 40])
+@every_way
+def test_low_rank_update(way: str, R: int, dtype: torch.dtype) -> None:
+    p = draw(TWO_FOUR, Shape((48,), 64, 24), dtype)
+    if not gpu_calls.can(way, "forward", 48, 64, 96, dtype, DEVICE, R):
+        pytest.skip(f"{way} does not add an update of rank {R} on {DEVICE}")
+    down, up = torch.randn(48, R).to(dtype), torch.randn(64, R).to(dtype)
+    x = p.x.contiguous()
+    given = [t.to(DEVICE) for t in (x, p.values, p.pattern, down, up, p.bias)]
+    out = torch.full((48, 64), math.nan, dtype=dtype, device=DEVICE)
+    assert gpu_calls.linear_low_rank(*given, out=out, way=way) is out
+    parts = [(x, p.weight), (down, up)]
+    truth = sum((a.double() @ b.double().t() for a, b in parts), p.bias.double())
+    scale = sum((a.double().abs() @ b.double().abs().t() for a, b in parts), p.bias.double().abs())
+    dense = (torch.addmm(given[5], given[0], p.weight.to(DEVICE).t()) + given[3] @ given[4].t()).cpu()
+    assert relative_error(out.cpu(), truth, scale) <= 1.1 * relative_error(dense, truth, scale) + UNIT_ROUNDOFF[dtype]
+
+
 def adversarial(dtype: torch.dtype) -> Problem:
     """All six patterns at every place, groups of zeros, denormals, and magnitudes from small to large side by side."""
     p = draw(TWO_FOUR, Shape((48,), 64, 24), dtype)
