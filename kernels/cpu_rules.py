@@ -1,9 +1,8 @@
 """When the 2:4 kernels are used on a CPU, and when a dense product with the expanded weight is.
 
 A machine on which ``slope-compile tune`` has run goes by what was measured there.  Elsewhere a rule decides, which
-comes from interleaved measurements on an AVX2 and an AVX-512 machine: a 2:4 kernel beats expanding at every number of
-tokens but for the cases named here.  In bfloat16 with AVX512_BF16 the dense product is fast too, so that few tokens are
-not enough to make up for the lists that the kernels build from the metadata.
+comes from interleaved measurements on an AVX2 and an AVX-512 machine: a 2:4 kernel is better than expanding in all but
+the cases named here, if only because expanding a large weight allocates as much memory at every call.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ AVX2_OUTER, AVX2_PACKED = 8, 32
 """Weight gradients without AVX-512: up to the one, sums of outer products; from the other on, tiles.  In between
 neither wins."""
 
-PAIRS_FEW, PAIRS_INPUT, PAIRS_WEIGHT = 8, 256, 16
-"""bfloat16 with AVX512_BF16: the exact input gradient wins up to the first and from the second on, the weight gradient
-from the third on."""
+PAIRS_WEIGHT = 16
+"""bfloat16 with AVX512_BF16: tokens from which on the weight gradient wins."""
 
 
 def sparse(op: str, M: int, dtype: torch.dtype, isa: str) -> bool:
@@ -34,10 +32,8 @@ def sparse(op: str, M: int, dtype: torch.dtype, isa: str) -> bool:
     measured = None if table is None else table.sparse(op, M, dtype)
     if measured is not None:
         return measured
+    if op != "grad_weight":
+        return True
     if dtype is torch.bfloat16 and isa == "avx512_bf16":
-        if op == "grad_input":
-            return M <= PAIRS_FEW or M >= PAIRS_INPUT
-        return op != "grad_weight" or M >= PAIRS_WEIGHT
-    if isa.startswith("avx512"):
-        return op != "grad_input" or M > 1
-    return op != "grad_weight" or M <= AVX2_OUTER or M >= AVX2_PACKED
+        return M >= PAIRS_WEIGHT
+    return isa.startswith("avx512") or M <= AVX2_OUTER or M >= AVX2_PACKED
