@@ -144,7 +144,7 @@ def test_nothing_takes_it_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*args: Tensor, **named: object) -> Tensor:
         raise AssertionError
 
-    taken = SimpleNamespace(forward=lambda x, *rest: x)
+    taken = SimpleNamespace(forward=lambda x, *rest, **named: x)
     monkeypatch.setattr(gluon_products, "mma_sp", refused)
     monkeypatch.setattr(gluon_products, "wgmma_sp", refused)
     monkeypatch.setattr(gpu_ops, "triton_products", taken)
