@@ -189,7 +189,8 @@ def _check_build(
 ) -> None:
     """Compile, without a launch, and look at the result, once for each that there is."""
     wide_sizes = tuple(argument > 2**31 - 1 for argument in arguments if isinstance(argument, int))
-    key = (device, *options.values(), *wide_sizes)
+    # What Triton compiles in of the arguments: the width of sizes, and whether the result begins at 16 bytes.
+    key = (device, *options.values(), *wide_sizes, arguments[6].data_ptr() % 16 == 0)
     if key not in _build_problems:
         built = _wgmma_kernels().forward.warmup(*arguments, grid=(1,), **options)
         ptx = built.asm["ptx"]
