@@ -23,7 +23,7 @@ class Config:
     aligned_only: bool = False
     """For sizes that are multiples of the vectors of a load only: with element-wise loads it runs out of registers."""
     archs: tuple[int, ...] = ()
-    """Compute capabilities (90 for 9.0) that have the registers and the shared memory for it; none given: all."""
+    """Compute capabilities (90 for 9.0) whose registers, shared memory and compiler it is right for; none given: all."""
 
 
 CONVERSIONS = ("expand", "compress", "compress_columns")
@@ -69,7 +69,7 @@ SINGLE = {
     "grad_input": (
         Config(16, 32, 32, 4, 2),
         Config(32, 32, 32, 4, 2),
-        Config(64, 32, 64, 8, 2, aligned_only=True),
+        Config(64, 32, 64, 8, 2, aligned_only=True, archs=(80, 90)),
     ),
     "grad_weight": (Config(16, 32, 32, 4, 2), Config(32, 64, 64, 8, 2)),
     "expand": (Config(0, 32, 64, 4, 1),),
