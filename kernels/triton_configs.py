@@ -23,7 +23,7 @@ class Config:
     aligned_only: bool = False
     """For sizes that are multiples of the vectors of a load only: with element-wise loads it runs out of registers."""
     archs: tuple[int, ...] = ()
-    """Compute capabilities (90 for 9.0) whose registers, shared memory and compiler it is right for; none given: all."""
+    """Compute capabilities (90 for 9.0) that have the registers, shared memory and compiler for it; none: all."""
 
 
 CONVERSIONS = ("expand", "compress", "compress_columns")
