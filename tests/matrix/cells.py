@@ -153,8 +153,10 @@ def count_graphs(model: Model, dense: nn.Module, recording: Recording, mode: str
         assert one.dense_linears == len(named), "a linear without a decision"
     known = _names_of_one_weight(dense)
     decisions = [d if d.weight in known else _inside(inner, d) for one in graphs for d in one.report]
+    decisions = [dataclasses.replace(d, weight=model.compiled.get(d.weight, (d.weight,))[0]) for d in decisions]
+    expected = {**model.dense, **dict(model.compiled.values())}
     left, _ = model.eager.get(mode, ("(?!)", ""))
-    return dataclasses.replace(count(dense, decisions, model.dense, left, len(graphs)), graphs=len(graphs))
+    return dataclasses.replace(count(dense, decisions, expected, left, len(graphs)), graphs=len(graphs))
 
 
 def _inside(module: str, decision: Decision) -> Decision:

@@ -39,6 +39,8 @@ class Model:
     """The same for an exported program, in addition: there the dataflow decides, not the order of registration."""
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Mode -> why it does not apply."""
+    compiled: Mapping[str, tuple[str, Reason]] = dataclasses.field(default_factory=dict)
+    """Path of a decision in Dynamo's graphs -> the linear's path and the reason it has there, where these differ."""
     eager: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     """Mode -> paths of linears, as a regular expression, that Dynamo leaves to Python there, and why."""
     partial: str = ""
@@ -211,7 +213,11 @@ MODELS = (
             "decoder.block.1.layer.2.mlp.router.classifier": ROUTER,
         },
         middle=r"(encoder|decoder)\.block\.\d+\.layer\.0", dtype=torch.float32, partial=_ROUTED,
-        skipped={"export": f"torch.export refuses it: {_ROUTED}"},
+        compiled={  # the router casts its weight in place in each forward
+            f"{path}.mlp.router": (f"{path}.mlp.router.classifier", TIED)
+            for path in ("encoder.block.1.layer.1", "decoder.block.1.layer.2")
+        },
+        skipped={"export": f"not tried: {_ROUTED}, which torch.export does not take"},
     ),
     Model(
         "encoder", "`nn.TransformerEncoder`", torch_models.Encoder, torch_models.tokens,
