@@ -34,7 +34,7 @@ from slope_compile.kernels import cpu_calls, cpu_library, cpu_products, ops
 MARK = "post_grad_custom_post_pass"
 """The option that carries the mark: one of the few that Inductor lets anybody extend."""
 
-VERSION = 1
+VERSION = 2
 """Part of the kernels' names and of the cache keys: code generated for another version is not run."""
 
 _LEGAL_BYTE = 0x33
@@ -98,9 +98,15 @@ def _or_operator(op: Any, lower: dict[str, Callable[..., Any]]) -> Callable[...,
             lowered = lower[device](*args, **kwargs)
             if lowered is not None:
                 return lowered
-        return fallback(*args, **kwargs)
+        return fallback(*_all_arguments(op, args, kwargs))
 
     return lowering
+
+
+def _all_arguments(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Those that a graph leaves out too: C++ code of Inductor's hands an operator's arguments on as they are."""
+    rest = op._schema.arguments[len(args) :]
+    return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]
 
 
 _CALLS = {
