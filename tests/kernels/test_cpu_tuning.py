@@ -117,10 +117,12 @@ def test_the_choice_reaches_the_operators(library: CpuLibrary, monkeypatch: pyte
     for name in ("forward", "grad_input", "grad_weight"):
         original = getattr(cpu_products, name)
 
-        def watched(lib: CpuLibrary, sparse: bool, *args: torch.Tensor, original: object = original) -> torch.Tensor:
+        def watched(
+            lib: CpuLibrary, sparse: bool, *args: torch.Tensor, original: object = original, **low_rank: None
+        ) -> torch.Tensor:
             chosen.append(sparse)
             assert callable(original)
-            result: torch.Tensor = original(lib, sparse, *args)
+            result: torch.Tensor = original(lib, sparse, *args, **low_rank)
             return result
 
         monkeypatch.setattr(cpu_products, name, watched)
