@@ -7,11 +7,13 @@ What the primitives do and do not (PyTorch 2.11 to 2.13):
   ``transpose_result=True`` the result is ``[M, N]`` in memory, not a view.
 - Nobody checks that the sizes along K agree, nor that what is packed has the pattern: both are checked here, or follow
   from the storage.
-- Some algorithm ids return wrong numbers, in some runs, or write nothing at all.  An id counts only after its result
-  was near the dense one twice, on random numbers, into memory that had been filled with NaN; those that pass are timed,
-  once for a device, library version, sizes and dtype, and the answer is kept in a file.
-- Each call makes the library's descriptors and plan anew, some 50 to 200 microseconds on the host (reports of others;
-  ``slope-compile tune`` shows what it is here).  A CUDA graph pays it once.  ``alpha`` is never given: it is read back.
+- Some algorithm ids return wrong numbers, in some runs, or write nothing at all, and some end in an illegal instruction
+  (seen on an H200 in float16), after which no CUDA call of the process works.  So nothing is tried here: a product runs
+  by an algorithm that was verified before, by another process, on this GPU, with this library, for exactly its sizes
+  and dtype.  ``slope-compile tune --device cuda`` looks for such algorithms and keeps them in a file.  Where it has not
+  been run, cuSPARSELt is never chosen.
+- Each call makes the library's descriptors and plan anew, some 50 to 200 microseconds on the host (reports of others).
+  A CUDA graph pays it once.  ``alpha`` is never given: it is read back.
 
 **Packed operands.**  The Parameter holds values and the pattern is a buffer; a packed operand is derived from them
 and is as large as both.  By default it is made for a call and freed after it (one kernel to expand, one to pack, and a
@@ -19,8 +21,7 @@ dense scratch): no second copy of the weights stays.  :class:`Packed` keeps one,
 in-place updates of the values by copying them into place where that was seen to work on the device, else by packing
 anew, in both cases at the same address, so that a captured graph stays valid.
 
-Private names used, tested on torch 2.13 without a GPU by fakes: ``torch._cslt_compress``, ``torch._cslt_sparse_mm``,
-``torch._C._cusparselt.mm_search``.
+Private names used, tested on torch 2.13 without a GPU by fakes: ``torch._cslt_compress`` and ``torch._cslt_sparse_mm``.
 """
 
 from __future__ import annotations
@@ -31,15 +32,13 @@ import hashlib
 import json
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from slope_compile.kernels import cpu_build, gpu_tuning, reference, triton_products
+from slope_compile.kernels import cpu_build, reference, triton_products
 from slope_compile.kernels.masks import random_mask
 from slope_compile.kernels.metadata import pack_mask
 from slope_compile.log import log
@@ -49,10 +48,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 MULTIPLE = 16
 """Of all three sizes."""
 OLDEST = (8, 0)
-TRIALS = 2
-"""Right results that an algorithm id owes before it is timed."""
-MAX_IDS = 128
-"""Ids that are tried where the library does not say how many there are."""
+
+Product = tuple[torch.dtype, int, int, int]
+"""dtype, M, N, K of ``Y [M, N] = X [M, K] W^T``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +85,6 @@ class Primitives:
             alg_id=algorithm.alg_id, split_k=algorithm.split_k, split_k_mode=algorithm.split_k_mode,
         )  # fmt: skip
 
-    def suggestion(self, packed: Tensor, dense: Tensor) -> tuple[int, int, int, int]:
-        """The library's own pick: id, split_k, mode; and the number of ids."""
-        binding: Any = torch._C._cusparselt
-        alg_id, split_k, mode, count = binding.mm_search(packed, dense, None, None, None, True)
-        return int(alg_id), int(split_k), int(mode), int(count)
-
-    def capturing(self) -> bool:
-        """Whether a CUDA graph is being recorded: nothing may be searched now."""
-        return torch.cuda.is_current_stream_capturing()
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        return gpu_tuning.gpu_seconds(call)
-
     def expand(self, values: Tensor, pattern: Tensor) -> Tensor:
         return triton_products.expand(values, pattern)
 
@@ -109,6 +94,16 @@ primitives = Primitives()
 
 def missing(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> str | None:
     """Why ``Y [M, N] = X [M, K] W^T`` cannot be computed by the library; None: it can, by a verified algorithm."""
+    why = unfit(device, dtype, M, N, K)
+    if why is not None or algorithm(device, dtype, M, N, K) is not None:
+        return why
+    if (dtype, M, N, K) in known(device):
+        return "no algorithm of the library is right for these sizes"
+    return "no algorithm was verified for these sizes; slope-compile tune --device cuda searches"
+
+
+def unfit(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> str | None:
+    """Why no algorithm needs to be searched for; None: there may be one."""
     if primitives.version() is None:
         return "this PyTorch was built without cuSPARSELt"
     if device.type != "cuda":
@@ -119,9 +114,7 @@ def missing(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) ->
     if dtype not in DTYPES:
         return f"cuSPARSELt multiplies bfloat16 and float16 here, not {dtype}"
     wrong = {name: size for name, size in (("M", M), ("N", N), ("K", K)) if size % MULTIPLE or not size}
-    if wrong:
-        return f"{wrong} must be positive multiples of {MULTIPLE}"
-    return None if algorithm(device, dtype, M, N, K) is not None else "no algorithm of the library is right there"
+    return f"{wrong} must be positive multiples of {MULTIPLE}" if wrong else None
 
 
 def pack(values: Tensor, pattern: Tensor) -> Tensor:
@@ -152,138 +145,77 @@ def product(x: Tensor, packed: Tensor, N: int, K: int, bias: Tensor | None = Non
         raise ValueError(f"cuSPARSELt: x must be [M, {K}] for a weight [{N}, {K}], got {list(x.shape)}")
     found = algorithm(x.device, x.dtype, x.shape[0], N, K)
     if found is None:
-        raise ValueError(f"cuSPARSELt: no algorithm is right for {list(x.shape)} times [{N}, {K}] in {x.dtype}")
+        raise ValueError(f"cuSPARSELt: no algorithm was verified for {list(x.shape)} times [{N}, {K}] in {x.dtype}")
     return primitives.product(packed, x.contiguous().t(), None if bias is None else bias.contiguous(), found)
-
-
-def call_seconds(device: torch.device, calls: int = 50) -> float:
-    """What a call costs the host, descriptors and plan included: mean over calls of a product that is next to nothing.
-
-    The work on the device is not waited for.
-    """
-    size = 4 * MULTIPLE
-    x = torch.ones(size, size, dtype=torch.float16, device=device)
-    packed = primitives.compress(x * torch.tensor([1, 1, 0, 0], dtype=x.dtype, device=device).repeat(size // 4))
-    primitives.product(packed, x.t(), None, Algorithm(0))
-    start = time.perf_counter()
-    for _ in range(calls):
-        primitives.product(packed, x.t(), None, Algorithm(0))
-    return (time.perf_counter() - start) / calls
 
 
 # --- algorithms ------------------------------------------------------------------------------------------------------
 
 
-_found: dict[tuple[torch.device, torch.dtype, int, int, int], Algorithm | None] = {}
-"""What this process knows; a product is searched once."""
-
-
 def algorithm(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> Algorithm | None:
-    """The fastest verified algorithm, from this process, the file, or a search; None: none is right.
-
-    While a CUDA graph is recorded nothing is searched: None, and another way computes the product.
-    """
-    key = (device, dtype, M, N, K)
-    if key not in _found:
-        name = _name(dtype, M, N, K)
-        stored = _load(device).get(name)
-        if stored is not None:
-            _found[key] = Algorithm(*stored)
-        elif primitives.capturing():
-            return None
-        else:
-            _found[key] = _search(device, dtype, M, N, K)
-            _store(device, name, _found[key])
-    return _found[key]
+    """The fastest verified algorithm for exactly these sizes; None: none is known.  Nothing is searched."""
+    verified = known(device).get((dtype, M, N, K), ())
+    return verified[0] if verified else None
 
 
-def _search(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> Algorithm | None:
-    with torch.no_grad(), torch.inference_mode(False):
-        pattern = pack_mask(random_mask(N, K, Pattern(2, 4), seed=0, path="cusparselt")).to(device)
-        trials = []
-        for _ in range(TRIALS):
-            values, x = (torch.randn(*size, device=device).to(dtype) for size in ((N, K // 2), (M, K)))
-            dense = reference.expand(values, pattern, 2, 4)
-            trials.append((x, primitives.compress(dense.contiguous()), x.float() @ dense.float().t()))
-        times = {}
-        for candidate in _candidates(trials[0][1], trials[0][0]):
-            if all(_right(x, packed, truth, candidate) for x, packed, truth in trials):
-                x, packed, _ = trials[0]
-                call = functools.partial(primitives.product, packed, x.t(), None, candidate)
-                times[candidate] = primitives.seconds(call)
-    return min(times, key=times.__getitem__, default=None)
-
-
-def _candidates(packed: Tensor, x: Tensor) -> Iterator[Algorithm]:
-    """Each id once, and the library's own pick."""
-    count = MAX_IDS
+@functools.lru_cache(maxsize=16)
+def known(device: torch.device) -> dict[Product, tuple[Algorithm, ...]]:
+    """What searches found: the verified algorithms of a product, the fastest first; none where none is right."""
+    path = _path(device)
     try:
-        alg_id, split_k, mode, count = primitives.suggestion(packed, x.t())
-        yield Algorithm(alg_id, split_k, mode)
-    except Exception as error:  # Whatever the binding raises: the ids are tried one by one anyway.
-        log.info("cuSPARSELt suggests no algorithm: %s", error)
-    for alg_id in range(count):
-        yield Algorithm(alg_id)
+        stored: dict[str, list[list[int]]] = json.loads(path.read_text())
+        return {_product(name): tuple(Algorithm(*map(int, one)) for one in found) for name, found in stored.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        log.warning("%s cannot be read (%s); slope-compile tune --device cuda searches again", path, error)
+        return {}
 
 
-def _right(x: Tensor, packed: Tensor, truth: Tensor, candidate: Algorithm) -> bool:
-    """Whether the result is near, in memory that held NaN before: the allocator hands the freed block out again."""
-    poison = torch.full(truth.shape, torch.nan, dtype=x.dtype, device=x.device)
-    del poison
-    try:
-        result = primitives.product(packed, x.t(), None, candidate).float()
-    except Exception as error:  # An id that the library refuses.
-        log.debug("cuSPARSELt refuses %s: %s", candidate, error)
-        return False
-    # Inputs have unit variance: an error of 2^-7 of the sums' deviation is above any rounding of 16-bit results.
-    near = bool(((result - truth).abs() <= 2.0**-7 * truth.abs() + 2.0**-7 * (x.shape[1] / 2) ** 0.5).all())
-    if not near:
-        log.warning("cuSPARSELt's algorithm %s is wrong for %s and is not used", candidate, list(truth.shape))
-    return near
+def store(device: torch.device, product: Product, verified: Sequence[Algorithm]) -> None:
+    """Keep what a search found, the fastest first, for this process and later ones."""
+    known.cache_clear()  # another process may have written meanwhile
+    found = {**known(device), product: tuple(verified)}
+    text = json.dumps({_name(p): [dataclasses.astuple(one) for one in found[p]] for p in found}, indent=1)
+    path = _path(device)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    os.replace(temporary, path)
+    known.cache_clear()
 
 
-def _name(dtype: torch.dtype, M: int, N: int, K: int) -> str:
-    return f"{str(dtype)[6:]} {M} {N} {K}"
+def _name(product: Product) -> str:
+    dtype, *sizes = product
+    return " ".join((str(dtype)[6:], *map(str, sizes)))
+
+
+def _product(name: str) -> Product:
+    dtype, M, N, K = name.split()
+    return {str(one)[6:]: one for one in DTYPES}[dtype], int(M), int(N), int(K)
 
 
 def _path(device: torch.device) -> Path:
     names = (primitives.name(device), str(primitives.version()), torch.__version__)
     digest = hashlib.sha256("\0".join(names).encode()).hexdigest()[:16]
-    return cpu_build.cache_folder() / f"cusparselt-{digest}.json"
-
-
-def _load(device: torch.device) -> dict[str, list[int]]:
-    path = _path(device)
-    try:
-        found: dict[str, list[int]] = json.loads(path.read_text())
-        return found
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        log.warning("%s cannot be read (%s); algorithms are searched again", path, error)
-        return {}
-
-
-def _store(device: torch.device, name: str, found: Algorithm | None) -> None:
-    """That none is right is not stored: the next process looks again."""
-    if found is None:
-        return
-    path = _path(device)
-    text = json.dumps({**_load(device), name: dataclasses.astuple(found)}, indent=1)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    return cpu_build.cache_folder() / f"cusparselt-verified-{digest}.json"
 
 
 # --- operands that are kept ------------------------------------------------------------------------------------------
 
 
 class Packed:
-    """A packed operand that stays, at one address, and follows its values."""
+    """A packed operand that stays, at one address, and follows its values.
+
+    Raises:
+        ValueError: no algorithm was verified for a product with such a weight, whatever its number of tokens.
+    """
 
     def __init__(self, values: Tensor, pattern: Tensor) -> None:
         self.N, self.K = values.shape[0], values.shape[1] * 2
+        weight = (values.dtype, self.N, self.K)
+        if not any(found and (dtype, N, K) == weight for (dtype, _, N, K), found in known(values.device).items()):
+            raise ValueError(f"cuSPARSELt: no algorithm was verified for weights [{self.N}, {self.K}], {values.dtype}")
         self.buffer = pack(values.detach(), pattern)
         self._version = values._version
 

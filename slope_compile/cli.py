@@ -12,7 +12,6 @@ import torch
 from slope_compile import cli_inspect, doctor
 from slope_compile.errors import SlopeError
 from slope_compile.kernels import cpu_library, cpu_tuning, gpu_calls, gpu_ops, gpu_rules, gpu_tuning
-from slope_compile.kernels._cusparselt import call_seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,9 +89,6 @@ def _tune_gpu(name: str) -> int:
             entries.append(entry)
             times = ", ".join(f"{way} {1e6 * seconds:.0f} us" for way, seconds in entry.seconds.items())
             sys.stderr.write(f"{entry.op} {entry.dtype} M={entry.M} N={entry.N} K={entry.K}: {times}\n")
-        if torch.backends.cusparselt.is_available():
-            cost = 1e6 * call_seconds(device)
-            _write(f"A call of cuSPARSELt costs the host {cost:.0f} us, which a CUDA graph pays once.\n")
     path = gpu_tuning.save(gpu_tuning.Table(gpu_ops.name(device), tuple(entries)))
     _write(f"{gpu_ops.name(device)}: microseconds, * = the fastest\n")
     _write(_times(entries))

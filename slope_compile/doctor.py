@@ -73,7 +73,7 @@ def _gpus() -> Iterator[tuple[str, object]]:
         return
     lt = torch.backends.cusparselt
     version = lt.version() if lt.is_available() else None
-    yield "cuSPARSELt", "not in this PyTorch" if version is None else f"{version} (taken where measured as the fastest)"
+    yield "cuSPARSELt", "not in this PyTorch" if version is None else f"{version} (taken where tuning found it fastest)"
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         major, minor = torch.cuda.get_device_capability(device)

@@ -8,7 +8,7 @@ ids write nothing, or something else from call to call, or raise.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from problems import Shape, draw
-from slope_compile.kernels import _cusparselt, cpu_build, reference
+from slope_compile.kernels import _cusparselt, cpu_build, gpu_calls, reference
 from slope_compile.kernels._cusparselt import Algorithm, Packed, Primitives
 from slope_compile.kernels.masks import magnitude_mask
 from slope_compile.kernels.metadata import pack_mask
@@ -33,10 +33,8 @@ class Misbehaving(Primitives):
 
     def __init__(self) -> None:
         self.calls = 0
-        self.searches = 0
         self.packs = 0
         self.in_order = True
-        self.recording = False
         self.installed: int | None = 801
 
     def version(self) -> int | None:
@@ -80,92 +78,101 @@ class Misbehaving(Primitives):
             raise RuntimeError("CUSPARSE_STATUS_NOT_SUPPORTED")
         return right
 
-    def suggestion(self, packed: Tensor, dense: Tensor) -> tuple[int, int, int, int]:
-        self.searches += 1
-        return ERRATIC, 1, -1, COUNT
-
-    def capturing(self) -> bool:
-        return self.recording
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        algorithm: Algorithm = call.args[3]  # type: ignore[attr-defined]
-        return {FAST: 1.0, SLOW: 2.0}.get(algorithm.alg_id, 0.5)
-
     def expand(self, values: Tensor, pattern: Tensor) -> Tensor:
         return reference.expand(values, pattern, 2, 4)
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Misbehaving:
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Misbehaving]:
     fake = Misbehaving()
     monkeypatch.setattr(_cusparselt, "primitives", fake)
-    monkeypatch.setattr(_cusparselt, "_found", {})
     monkeypatch.setattr(cpu_build, "cache_folder", lambda: tmp_path)
     _cusparselt.in_place.cache_clear()
-    return fake
+    _cusparselt.known.cache_clear()
+    yield fake
+    _cusparselt.known.cache_clear()
 
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
 
 @both_dtypes
-def test_the_fastest_right_algorithm_is_found_once(fake: Misbehaving, dtype: torch.dtype) -> None:
-    assert _cusparselt.algorithm(CPU, dtype, 32, 48, 64) == Algorithm(FAST)
-    searches, calls = fake.searches, fake.calls
-    assert _cusparselt.algorithm(CPU, dtype, 32, 48, 64) == Algorithm(FAST)
-    assert (fake.searches, fake.calls) == (searches, calls)
-    # Another process reads it from the file; other sizes are searched.
-    _cusparselt._found.clear()
-    assert _cusparselt.algorithm(CPU, dtype, 32, 48, 64) == Algorithm(FAST)
-    assert fake.searches == searches
-    _cusparselt.algorithm(CPU, dtype, 16, 48, 64)
-    assert fake.searches == searches + 1
+def test_what_was_stored_is_found_and_nothing_is_tried(fake: Misbehaving, dtype: torch.dtype) -> None:
+    product = (dtype, 32, 48, 64)
+    assert _cusparselt.algorithm(CPU, *product) is None
+    _cusparselt.store(CPU, product, [Algorithm(FAST), Algorithm(SLOW, 2, 1)])
+    assert _cusparselt.algorithm(CPU, *product) == Algorithm(FAST)
+    # Another process reads it from the file, beside what others found.
+    _cusparselt.store(CPU, (dtype, 16, 48, 64), [])
+    _cusparselt.known.cache_clear()
+    assert _cusparselt.known(CPU) == {product: (Algorithm(FAST), Algorithm(SLOW, 2, 1)), (dtype, 16, 48, 64): ()}
+    # Other sizes and dtypes know nothing of it.
+    other = torch.float16 if dtype is torch.bfloat16 else torch.bfloat16
+    for unknown in ((dtype, 16, 48, 64), (dtype, 48, 48, 64), (dtype, 32, 64, 64), (other, 32, 48, 64)):
+        assert _cusparselt.algorithm(CPU, *unknown) is None
+    assert fake.calls == fake.packs == 0
 
 
-def test_another_library_or_gpu_is_searched_anew(fake: Misbehaving, tmp_path: Path) -> None:
-    _cusparselt.algorithm(CPU, torch.float16, 32, 48, 64)
+def test_another_library_or_gpu_knows_nothing(fake: Misbehaving, tmp_path: Path) -> None:
+    product = (torch.float16, 32, 48, 64)
+    _cusparselt.store(CPU, product, [Algorithm(FAST)])
     for change in ("installed", "name"):
-        _cusparselt._found.clear()
+        _cusparselt.known.cache_clear()
         setattr(fake, change, 900 if change == "installed" else lambda device: "another GPU")
-        before = fake.searches
-        _cusparselt.algorithm(CPU, torch.float16, 32, 48, 64)
-        assert fake.searches == before + 1
+        assert _cusparselt.algorithm(CPU, *product) is None
+        _cusparselt.store(CPU, product, [Algorithm(SLOW)])
     assert len(list(tmp_path.glob("cusparselt-*.json"))) == 3
 
 
-def test_no_algorithm_is_right(fake: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake, "seconds", None)
-    monkeypatch.setattr(_cusparselt, "_candidates", lambda *_: [Algorithm(i) for i in (SILENT, ERRATIC, REFUSED)])
+def test_without_a_verified_algorithm_the_library_is_not_called(
+    fake: Misbehaving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where nobody searched, nor for other token counts of the same weight, nor where none is right."""
+
+    def called(*_: object) -> Tensor:
+        raise AssertionError("called with what nobody verified")
+
+    p = draw(TWO_FOUR, Shape((32,), 48, 16), torch.float16)
+    monkeypatch.setattr(fake, "product", called)
+    monkeypatch.setattr(_cusparselt, "unfit", lambda *_: None)
+    nobody = "no algorithm was verified for these sizes; slope-compile tune --device cuda searches"
+    none = "no algorithm of the library is right"
+    for tokens, found, why in ((32, None, nobody), (64, [Algorithm(FAST)], nobody), (32, [], none)):
+        if found is not None:
+            _cusparselt.store(CPU, (torch.float16, tokens, 48, 64), found)
+        assert why in str(_cusparselt.missing(CPU, torch.float16, 32, 48, 64))
+        with pytest.raises(ValueError, match="no algorithm"):
+            _cusparselt.linear(p.x, p.values, p.pattern)
+        with pytest.raises(ValueError, match="no algorithm was verified"):
+            _cusparselt.product(p.x, p.x, 48, 64)
+        if found is None:
+            with pytest.raises(ValueError, match="no algorithm was verified"):
+                Packed(p.values, p.pattern)
+        assert not gpu_calls.can("cusparselt", "forward", 32, 48, 64, torch.float16, CPU)
+    packed = Packed(p.values, p.pattern)  # for which 64 tokens have one
+    with pytest.raises(ValueError, match="no algorithm was verified"):
+        packed.linear(p.x)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", *(f'{{"{name}": {found}}}' for name, found in (
+        ("float16 32 48 64", 1), ("float16 32 48", []), ("float8 1 2 3", []), ("float16 1 2 3", '[["x"]]')
+    ))],
+)  # fmt: skip
+def test_a_broken_file_is_reported(fake: Misbehaving, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    _cusparselt._path(CPU).write_text(text)
     assert _cusparselt.algorithm(CPU, torch.float16, 32, 48, 64) is None
-    x = torch.ones(32, 64, dtype=torch.float16)
-    with pytest.raises(ValueError, match="no algorithm is right"):
-        _cusparselt.product(x, x, 48, 64)
-    monkeypatch.setattr(_cusparselt, "algorithm", lambda *_: None)
-    assert "no algorithm" in str(_cusparselt.missing(DEVICE, torch.float16, 16, 48, 64))
-
-
-def test_nothing_is_searched_while_a_graph_is_recorded(fake: Misbehaving) -> None:
-    fake.recording = True
-    assert _cusparselt.algorithm(CPU, torch.float16, 32, 48, 64) is None
-    assert fake.calls == 0
-    fake.recording = False
-    assert _cusparselt.algorithm(CPU, torch.float16, 32, 48, 64) == Algorithm(FAST)
-    _cusparselt._found.clear()
-    fake.recording = True  # a file may be read
-    assert _cusparselt.algorithm(CPU, torch.float16, 32, 48, 64) == Algorithm(FAST)
-
-
-def test_a_broken_file_is_reported(fake: Misbehaving, caplog: pytest.LogCaptureFixture) -> None:
-    _cusparselt._path(CPU).write_text("{")
-    assert _cusparselt.algorithm(CPU, torch.float16, 32, 48, 64) == Algorithm(FAST)
     assert "cannot be read" in caplog.text
-    assert json.loads(_cusparselt._path(CPU).read_text())
+    _cusparselt.store(CPU, (torch.float16, 32, 48, 64), [Algorithm(FAST)])
+    assert json.loads(_cusparselt._path(CPU).read_text()) == {"float16 32 48 64": [[FAST, 1, -1]]}
 
 
 @both_dtypes
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided", "broadcast"])
 def test_any_layout_of_the_activations(fake: Misbehaving, layout: str, dtype: torch.dtype) -> None:
     """The primitive reads a matrix that is not contiguous wrongly and says nothing."""
+    _cusparselt.store(CPU, (dtype, 32, 48, 64), [Algorithm(FAST)])
     p = draw(TWO_FOUR, Shape((32,), 48, 16, layout), dtype)
     packed = _cusparselt.pack(p.values, p.pattern)
     for bias in (None, p.bias):
@@ -201,6 +208,7 @@ def test_what_is_missing_is_named(fake: Misbehaving, monkeypatch: pytest.MonkeyP
 def test_a_kept_operand_follows_its_values(fake: Misbehaving, in_order: bool, dtype: torch.dtype) -> None:
     """By a copy into place where the order is ours, else packed anew; at the same address either way."""
     fake.in_order = in_order
+    _cusparselt.store(CPU, (dtype, 32, 48, 64), [Algorithm(FAST)])
     p = draw(TWO_FOUR, Shape((32,), 48, 16), dtype)
     assert _cusparselt.in_place(CPU, dtype) is in_order
     packed = Packed(p.values, p.pattern)
@@ -210,8 +218,7 @@ def test_a_kept_operand_follows_its_values(fake: Misbehaving, in_order: bool, dt
         packed.refresh(p.values, p.pattern)
         assert torch.equal(packed.linear(p.x), reference.forward(p.x, p.values, p.pattern, None, 2, 4))
     assert packed.buffer.data_ptr() == address
-    searched = 2  # operands that the search for an algorithm packed
-    assert fake.packs == before + searched + (0 if in_order else 3)
+    assert fake.packs == before + (0 if in_order else 3)
     packs = fake.packs
     packed.refresh(p.values, p.pattern)
     assert fake.packs == packs
@@ -220,7 +227,8 @@ def test_a_kept_operand_follows_its_values(fake: Misbehaving, in_order: bool, dt
 
 
 def test_a_packed_operand_is_not_kept_by_itself(fake: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cusparselt, "missing", lambda *_: None)
+    monkeypatch.setattr(_cusparselt, "unfit", lambda *_: None)
+    _cusparselt.store(CPU, (torch.float16, 32, 48, 64), [Algorithm(FAST)])
     p = draw(TWO_FOUR, Shape((32,), 48, 16), torch.float16)
     for _ in range(2):
         before = fake.packs
