@@ -3,6 +3,7 @@
 | way | what runs |
 |---|---|
 | ``triton`` | the Triton kernel, which expands a tile of the weight in registers |
+| ``few`` | the Gluon kernel for up to eight tokens, bound by reading the weight |
 | ``mma_sp``, ``wgmma_sp`` | a Gluon kernel on the sparse tensor cores; for input gradients, columns come first |
 | ``cusparselt`` | NVIDIA's library, through PyTorch, on an operand that is packed for the call |
 | ``expanded`` | PyTorch's dense product with the weight expanded in a scratch buffer |
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from slope_compile.kernels import (
     _cusparselt,
+    few_self_test,
+    few_tokens,
     gluon_configs,
     gluon_products,
     gluon_self_test,
@@ -50,6 +53,8 @@ def can(way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: t
     if device.type != "cuda":
         return False
     capability = torch.cuda.get_device_capability(device)
+    if way == "few":
+        return few_tokens.unsupported(capability, dtype, M, inputs) is None and _few_is_right(device, dtype, M, inputs)
     if gluon_products.unsupported(way, capability, dtype, M, outputs, inputs, R) is not None:
         return False
     case = (device, dtype, _gluon_config(way, M), outputs % 8, R > 0)
@@ -61,6 +66,18 @@ def can(way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: t
     right = (gluon_self_test.passes(*case[:3], bias, R > 0, outputs % 8) for bias in (True, False))
     return all(right)
 
+
+def _few_is_right(device: torch.device, dtype: torch.dtype, M: int, K: int) -> bool:
+    config = few_tokens.configurations(M, K)[0]
+    case = (device, dtype, config, M)
+    if case not in _tested_few and torch.cuda.is_current_stream_capturing():
+        return False
+    _tested_few.add(case)
+    return few_self_test.passes(*case)
+
+
+_tested_few: set[tuple[torch.device, torch.dtype, few_tokens.FewTokens, int]] = set()
+"""Likewise, of the kernel for few tokens."""
 
 _tested: set[tuple[torch.device, torch.dtype, MmaSp | WgmmaSp, int, bool]] = set()
 """Gluon kernels of which it is known whether they are right."""
@@ -213,6 +230,9 @@ def _sparse_operand(
         return _dense(x, triton_products.expand(values, pattern).t(), bias, out, low_rank)
     if way == "cusparselt":  # which adds nothing to what is there
         out.copy_(_cusparselt.linear(x, values, pattern, bias))
+        return out if low_rank is None else out.addmm_(low_rank[0], low_rank[1].t())
+    if way == "few":
+        few_tokens.forward(x, values, pattern, bias, out=out)
         return out if low_rank is None else out.addmm_(low_rank[0], low_rank[1].t())
     if way == "mma_sp":
         return gluon_products.mma_sp(x, values, pattern, bias, low_rank, gluon_configs.default(M), out=out)

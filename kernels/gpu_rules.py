@@ -16,7 +16,7 @@ import torch
 
 from slope_compile.kernels import gpu_tuning
 
-WAYS = ("triton", "mma_sp", "wgmma_sp", "cusparselt", "expanded")
+WAYS = ("triton", "few", "mma_sp", "wgmma_sp", "cusparselt", "expanded")
 
 RIDGE = 200.0
 """FLOP per byte."""

@@ -180,8 +180,8 @@ def kernels(version: str) -> dict[str, ExternKernelChoice]:
 def _sources() -> str:
     """Digest of the files that decide what generated code is: it is part of the keys of Inductor's caches."""
     folder = Path(gpu_calls.__file__).parent
-    names = ("triton_tiles", "triton_kernels", "triton_configs", "gpu_calls", "gpu_rules", "gpu_tuning")
-    files = [folder / f"{name}.py" for name in names] + [Path(__file__)]
+    files = sorted(path for kind in ("triton", "gluon", "gpu", "few") for path in folder.glob(f"{kind}_*.py"))
+    files.append(Path(__file__))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 

@@ -9,7 +9,10 @@ from slope_compile.pattern import Pattern
 
 DENSE = "dense"
 EXPANDED = "dense with expanded weight"
-_NAMES = {"triton": "Triton", "mma_sp": "Gluon mma.sp", "wgmma_sp": "Gluon wgmma.sp", "cusparselt": "cuSPARSELt"}
+_NAMES = {
+    "triton": "Triton", "few": "Gluon for few tokens", "mma_sp": "Gluon mma.sp", "wgmma_sp": "Gluon wgmma.sp",
+    "cusparselt": "cuSPARSELt",
+}  # fmt: skip
 
 
 def lowering(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, nm: Pattern) -> str:

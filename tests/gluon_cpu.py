@@ -99,7 +99,8 @@ class Executor:
 
     def _language(self) -> types.SimpleNamespace:
         return types.SimpleNamespace(
-            bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32, int32=torch.int32, int64=torch.int64,
+            bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32,
+            int16=torch.int16, int32=torch.int32, int64=torch.int64,
             constexpr=lambda value: value, static_range=range, assume=self._assume,
             BlockedLayout=lambda *a, **k: None, SliceLayout=lambda *a: None, SwizzledSharedLayout=lambda *a, **k: None,
             DistributedLinearLayout=LinearLayout,
@@ -112,6 +113,7 @@ class Executor:
             expand_dims=lambda v, axis: Value(v.data.unsqueeze(axis)),
             permute=lambda v, order: Value(v.data.permute(*order)),
             split=lambda v: (Value(v.data[..., 0]), Value(v.data[..., 1])),
+            sum=lambda v, axis: Value(v.data.sum(axis)),
             load=load, store=store, allocate_shared_memory=self._allocate,
             convert_layout=self._convert, inline_asm_elementwise=self._assembly,
         )  # fmt: skip
@@ -158,7 +160,7 @@ class _Launcher:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, num_warps: int, **constants: Any) -> None:
             if "WN" in constants:
-                assert num_warps == constants["WN"] * constants.get("WM", 1)
+                assert num_warps == constants["WN"] * constants.get("WM", 1) * constants.get("WK", 1)
             given = [_argument(arg) for arg in args]
             for ids in _programs(grid):
                 self.executor.program = Program(ids)

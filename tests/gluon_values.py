@@ -42,8 +42,8 @@ class Value:
     def dtype(self) -> torch.dtype:
         return self.data.dtype
 
-    def to(self, dtype: torch.dtype) -> Value:
-        return Value(self.data.to(dtype))
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Value:
+        return Value(self.data.contiguous().view(dtype) if bitcast else self.data.to(dtype))
 
     def reshape(self, shape: list[int]) -> Value:
         return Value(self.data.reshape(shape))

@@ -71,7 +71,9 @@ def test_a_forced_way_is_taken_and_given_back() -> None:
     with correctness.forced("expanded"):
         assert cpu_rules.sparse("forward", 64, torch.float32, "avx2") is False
     assert (gpu_rules.sparse, cpu_rules.sparse, gpu_rules.way, gpu_rules.fingerprint) == before
-    assert {setting.way for setting in model_checks.SETTINGS} == {None, *gpu_rules.WAYS}, "every way in a model"
+    # But the one for few tokens, of which a training step has more.
+    ways = {None, *gpu_rules.WAYS} - {"few"}
+    assert {setting.way for setting in model_checks.SETTINGS} == ways, "every way in a model"
 
 
 def test_a_wrong_product_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:

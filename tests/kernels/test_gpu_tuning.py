@@ -14,6 +14,7 @@ from torch import Tensor
 from slope_compile.kernels import (
     _cusparselt,
     cpu_build,
+    few_self_test,
     gluon_self_test,
     gpu_calls,
     gpu_ops,
@@ -118,7 +119,7 @@ def test_measuring_leaves_out_what_is_wrong(caplog: pytest.LogCaptureFixture) ->
         (op, dtype, M) for op in gpu_tuning.OPS for dtype in gpu_tuning.DTYPES for M in (5, 16)
     }
     for one in found:
-        assert one.seconds == {"triton": 2.0, "wgmma_sp": 1.0, "expanded": 1.0}, one
+        assert one.seconds == {"triton": 2.0, "few": 1.0, "wgmma_sp": 1.0, "expanded": 1.0}, one
     assert "mma_sp of grad_weight is wrong" in caplog.text
 
 
@@ -146,7 +147,9 @@ def test_which_ways_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
     monkeypatch.setattr(gluon_self_test, "passes", lambda *case: right)
+    monkeypatch.setattr(few_self_test, "passes", lambda *case: right)
     monkeypatch.setattr(gpu_calls, "_tested", set())
+    monkeypatch.setattr(gpu_calls, "_tested_few", set())
 
     def ways(op: str, M: int, dtype: torch.dtype = HALF) -> tuple[str, ...]:
         return gpu_calls.possible(op, M, 64, 64, dtype, torch.device("cuda", 0))
@@ -155,12 +158,16 @@ def test_which_ways_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     # A kernel that was not tested yet cannot be while a graph is recorded.
     assert ways("forward", 16) == ("triton", "cusparselt", "expanded")
     recording = False
-    assert ways("forward", 16) == ways("grad_input_columns", 16) == EVERY
+    assert ways("forward", 8) == ways("grad_input_columns", 8) == EVERY
+    many = tuple(way for way in EVERY if way != "few")
+    assert ways("forward", 16) == ways("grad_input_columns", 16) == many
     recording = True
-    assert ways("forward", 16) == EVERY
+    assert ways("forward", 16) == many
+    assert ways("forward", 8) == EVERY
+    assert ways("forward", 1) == many, "not tested yet"
     assert ways("grad_input", 16) == ways("grad_weight", 16) == ways("forward", 0) == plain
     assert ways("forward", 16, torch.float32) == ("triton", "cusparselt", "expanded")  # whose own check is faked here
     capability = (8, 0)
-    assert ways("forward", 16) == ("triton", "mma_sp", "cusparselt", "expanded")
+    assert ways("forward", 8) == ("triton", "few", "mma_sp", "cusparselt", "expanded")
     right = False
-    assert ways("forward", 16) == ("triton", "cusparselt", "expanded")
+    assert ways("forward", 8) == ("triton", "cusparselt", "expanded")

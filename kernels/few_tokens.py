@@ -1,0 +1,125 @@
+"""Products of up to eight tokens on a GPU, bound by reading the weight: 2:4, bfloat16 and float16, CUDA devices.
+
+Nothing here decides anything; ``gluon_few_tokens`` has the kernel.  As on the sparse tensor cores, an entry of ``x``
+that meets only pruned weights takes no part, whatever it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slope_compile.kernels.triton_products import _on
+
+DTYPES = (torch.bfloat16, torch.float16)
+MOST = 8
+"""Tokens."""
+OLDEST = (8, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class FewTokens:
+    """A program's share of ``Y``; each number is a power of two."""
+
+    ROWS: int
+    """Outputs of a program."""
+    EACH: int
+    """Groups of four features that a lane reads at a time: 4 or 8."""
+    WN: int
+    """Warps along outputs."""
+    WK: int
+    """Warps along features."""
+
+    def __str__(self) -> str:
+        return f"few_{self.ROWS}_e{self.EACH}_w{self.WN}x{self.WK}"
+
+    @property
+    def warps(self) -> int:
+        return self.WN * self.WK
+
+
+CONFIGS: dict[int, tuple[FewTokens, ...]] = {
+    1: (FewTokens(4, 8, 1, 4), FewTokens(4, 4, 1, 4)),
+    2: (FewTokens(4, 8, 1, 4), FewTokens(4, 4, 1, 4)),
+    4: (FewTokens(2, 8, 1, 4), FewTokens(4, 4, 1, 4)),
+    8: (FewTokens(2, 4, 1, 4),),
+}
+"""Tokens, rounded up to a power of two -> configurations, the default first.  With EACH = 4 last: they take any K."""
+
+
+def unsupported(capability: tuple[int, int], dtype: torch.dtype, M: int, K: int) -> str | None:
+    """Why a product cannot be computed here; None: it can."""
+    if dtype not in DTYPES:
+        return f"it multiplies bfloat16 and float16, not {dtype}"
+    if capability < OLDEST:
+        return f"it needs compute capability {OLDEST}, not {capability}"
+    if not 0 < M <= MOST:
+        return f"it takes up to {MOST} tokens, not {M}"
+    if K % 16 or not K:
+        return f"K = {K} is no positive multiple of 16, so that rows of a pattern are no whole words"
+    return None
+
+
+def configurations(M: int, K: int) -> tuple[FewTokens, ...]:
+    """Those for M tokens whose words a row of K features is made of."""
+    return tuple(c for c in CONFIGS[_tokens(M)] if K % (4 * c.EACH) == 0)
+
+
+@functools.cache
+def _kernels() -> Any:
+    from slope_compile.kernels import gluon_few_tokens
+
+    return gluon_few_tokens
+
+
+def forward(
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    bias: Tensor | None = None,
+    config: FewTokens | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``Y = X W^T + bias``: x ``[..., K]`` of 1 to 8 tokens -> contiguous ``[..., N]``; sums are float32.
+
+    Args:
+        x: any layout; copied where the features of a token lie apart or a token does not begin at 8 bytes.
+        values: ``[N, K / 2]`` of K a multiple of 16, see ``metadata``.
+        pattern: uint8 ``[N, K / 8]``.
+        config: how the work is divided; the first of :func:`configurations` without.
+        out: where the result goes, contiguous and of its shape and dtype.
+    """
+    N, K = values.shape[0], values.shape[1] * 2
+    y = x.new_empty(*x.shape[:-1], N) if out is None else out
+    M = math.prod(x.shape[:-1])
+    if M * N == 0:
+        return y
+    config = config or configurations(M, K)[0]
+    rows = _aligned(x.reshape(M, K), 8)
+    words = _aligned(values, 4).view(torch.int32)
+    codes = _aligned(pattern, config.EACH // 2).view(torch.int16 if config.EACH == 4 else torch.int32)
+    with _on(x):
+        _kernels().forward[(-(-N // config.ROWS),)](
+            rows.view(torch.int64), words, codes, y if bias is None else bias.contiguous(), y,
+            M, N, K // 4, rows.stride(0) // 4, codes.stride(0),
+            TOKENS=_tokens(M), ROWS=config.ROWS, EACH=config.EACH, WN=config.WN, WK=config.WK,
+            FP16=x.dtype is torch.float16, HAS_BIAS=bias is not None, num_warps=config.warps,
+        )  # fmt: skip
+    return y
+
+
+def _tokens(M: int) -> int:
+    return 1 << (M - 1).bit_length()
+
+
+def _aligned(matrix: Tensor, alignment: int) -> Tensor:
+    """Rows whose entries lie side by side and begin at multiples of ``alignment`` bytes; copied where they do not."""
+    step = matrix.stride(0) * matrix.itemsize
+    fits = matrix.stride(1) == 1 and step % alignment == 0 and matrix.data_ptr() % alignment == 0
+    odd = matrix.storage_offset() * matrix.itemsize % alignment
+    return matrix if fits and not odd else matrix.clone(memory_format=torch.contiguous_format)
