@@ -8,7 +8,11 @@ Triton and cuSPARSELt (another version measures anew)::
                   "seconds": {"triton": 3.1e-05, "expanded": 4.4e-05}}, ...]}
 
 A product is looked up at the entry nearest to it (by the ratios of its sizes); token counts between two entries
-change hands at their geometric mean.  That makes the ranges of token counts.
+change hands at their geometric mean.  That makes the ranges of token counts.  float16 goes by the entries of bfloat16
+where it has none of its own: the same instructions at the same rates.
+
+Tables that were measured by the project come with the package (``tuned/``).  They are taken for the GPU they were
+measured on and its relatives of the same architecture, under any versions, until this machine has a table of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +41,14 @@ from slope_compile.pattern import Pattern
 FORMAT = 1
 OPS = ("forward", "grad_input", "grad_input_columns", "grad_weight")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
-SHAPES = ((1024, 1024), (4096, 4096), (11008, 4096), (4096, 11008))
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+SHAPES = (
+    (768, 768), (3072, 768), (768, 3072), (1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336),
+)  # fmt: skip
 """(N, K)"""
+
+RELATIVES = {"nvidia-h200": ("H200", "H100", "H800", "GH200")}
+"""A table that comes with the package -> words in the names of the GPUs that go by it."""
 
 MARGIN = 0.97
 """A way that keeps the weight compressed also wins a near tie: the expanded one needs memory."""
@@ -70,6 +79,8 @@ class Table:
     ) -> str | None:
         """The fastest way at the nearest entry, out of those in ``among``; None if nothing like it was measured."""
         near = [e for e in self.entries if e.op == op and DTYPES[e.dtype] is dtype]
+        if not near and dtype is torch.float16:
+            return self.fastest(op, M, N, K, torch.bfloat16, among)
         if not near:
             return None
 
@@ -121,18 +132,30 @@ def save(table: Table) -> Path:
 
 @functools.lru_cache(maxsize=16)
 def load(gpu: str) -> Table | None:
-    """The table of a GPU under these versions, if there is one."""
+    """The table of a GPU under these versions, else one that comes with the package, if there is one."""
     path = table_path(gpu)
     try:
-        data = json.loads(path.read_text())
-        if data["format"] != FORMAT:
-            raise ValueError(f"format {data['format']}, expected {FORMAT}")
-        return Table(data["gpu"], tuple(Entry(**entry) for entry in data["entries"]))
+        return _read(path.read_text())
     except FileNotFoundError:
-        return None
+        return _shipped(gpu)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s cannot be read (%s); the roofline rule decides, or tune again", path, error)
-        return None
+        log.warning("%s cannot be read (%s); what comes with the package decides, or tune again", path, error)
+        return _shipped(gpu)
+
+
+def _shipped(gpu: str) -> Table | None:
+    words = gpu.replace("-", " ").split()
+    for name, relatives in RELATIVES.items():
+        if any(word in relatives for word in words):
+            return _read(Path(__file__).with_name("tuned").joinpath(f"{name}.json").read_text())
+    return None
+
+
+def _read(text: str) -> Table:
+    data = json.loads(text)
+    if data["format"] != FORMAT:
+        raise ValueError(f"format {data['format']}, expected {FORMAT}")
+    return Table(data["gpu"], tuple(Entry(**entry) for entry in data["entries"]))
 
 
 Ways = Callable[[str, int, int, int, torch.dtype, torch.device], Iterable[str]]
@@ -148,6 +171,7 @@ def measure(
     seconds: Callable[[Callable[[], object]], float],
     tokens: Iterable[int] = TOKENS,
     shapes: Iterable[tuple[int, int]] = SHAPES,
+    dtypes: Mapping[str, torch.dtype] = DTYPES,
 ) -> Iterator[Entry]:
     """Measure every case; a way whose result is wrong is left out, and the log says so.
 
@@ -155,7 +179,7 @@ def measure(
         ways, run: see ``gpu_calls.possible`` and the calls there.
         seconds: times a call on the device.
     """
-    for (N, K), (name, dtype) in ((s, d) for s in shapes for d in DTYPES.items()):
+    for (N, K), (name, dtype) in ((s, d) for s in shapes for d in dtypes.items()):
         problem = Problem(N, K, dtype, device)
         for M in tokens:
             problem.draw(M)
@@ -212,16 +236,34 @@ class Problem:
 
 
 def gpu_seconds(call: Callable[[], Any], rounds: int = 9) -> float:
-    """Median time of a call by CUDA events, after a warm-up, the L2 cache flushed before each."""
+    """Median time of a call by CUDA events, after a warm-up, the L2 cache flushed before each.
+
+    The call is replayed from a CUDA graph where it can be recorded: what the host takes to launch its kernels, or to
+    prepare them, is not part of it.
+    """
     call()
+    torch.cuda.synchronize()
+    replay = _recorded(call)
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     times: list[float] = []
     for _ in range(rounds):
         flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        call()
+        replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return sorted(times)[rounds // 2]
+
+
+def _recorded(call: Callable[[], Any]) -> Callable[[], Any]:
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:  # What PyTorch raises for an operation that a capture does not permit.
+        log.debug("launched, not replayed: %s", error)
+        torch.cuda.synchronize()
+        return call
+    return graph.replay

@@ -81,9 +81,15 @@ def _gpus() -> Iterator[tuple[str, object]]:
         yield f"GPU {index}", f"{name}, compute capability {major}.{minor}"
         missing = gpu_ops.missing(device)
         yield f"GPU {index} kernels", "Triton" if missing is None else f"none: {missing}"
-        tuned = gpu_tuning.load(name) is not None
-        advice = f"no: a roofline rule decides; `slope-compile tune --device cuda:{index}` measures"
-        yield f"GPU {index} tuned", "yes" if tuned else advice
+        yield f"GPU {index} tuned", _tuned(name, index)
+
+
+def _tuned(gpu: str, index: int) -> str:
+    table = gpu_tuning.load(gpu)
+    if gpu_tuning.table_path(gpu).exists() and table is not None:
+        return "yes"
+    rule = "a roofline rule decides" if table is None else f"a table decides that was measured on an {table.gpu}"
+    return f"no: {rule}; `slope-compile tune --device cuda:{index}` measures"
 
 
 def _choices(device: torch.device) -> Iterator[tuple[str, ...]]:

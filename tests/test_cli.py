@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import slope_compile
-from slope_compile import cli
+from slope_compile import cli, doctor
 from slope_compile.kernels import cpu_library, cpu_tuning, gpu_calls, gpu_ops, gpu_tuning
 
 
@@ -125,3 +125,12 @@ def test_tune_of_a_gpu(own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert cli.main(["tune", "--device", "cuda:0"]) == 1
     assert "Triton is not installed" in capsys.readouterr().err
     gpu_tuning.load.cache_clear()
+
+
+def test_doctor_says_whose_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_tuning, "load", lambda gpu: None)
+    assert doctor._tuned("some GPU", 1).startswith("no: a roofline rule decides; `slope-compile tune --device cuda:1`")
+    monkeypatch.setattr(gpu_tuning, "load", lambda gpu: gpu_tuning.Table("NVIDIA H200", ()))
+    assert "measured on an NVIDIA H200" in doctor._tuned("NVIDIA H100", 0)
+    monkeypatch.setattr(gpu_tuning, "table_path", lambda gpu: Path(__file__))
+    assert doctor._tuned("NVIDIA H100", 0) == "yes"

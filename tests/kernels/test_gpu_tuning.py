@@ -60,7 +60,8 @@ def test_token_counts_are_looked_up_by_ranges() -> None:
     assert fastest(16, ("triton", "expanded")) == "triton"
     assert fastest(16, N=64) == "expanded"
     assert TABLE.fastest("grad_weight", 16, 4096, 4096, HALF, EVERY) is None
-    assert TABLE.fastest("forward", 16, 4096, 4096, torch.float16, EVERY) is None
+    assert TABLE.fastest("forward", 16, 4096, 4096, torch.float16, EVERY) == "mma_sp", "as bfloat16"
+    assert TABLE.fastest("forward", 16, 4096, 4096, torch.float32, EVERY) is None
 
 
 def test_the_kernel_wins_a_near_tie() -> None:
@@ -80,6 +81,31 @@ def test_a_stored_table_decides_from_then_on() -> None:
     # What was compiled under the old decisions is not taken from a cache.
     assert gpu_rules.fingerprint("a GPU") != before
     assert gpu_rules.fingerprint("another GPU") == before
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB"])
+def test_a_table_comes_with_the_package(gpu: str) -> None:
+    table = gpu_tuning.load(gpu)
+    assert table is not None
+    assert table.gpu == "NVIDIA H200"
+    assert {entry.op for entry in table.entries} == set(gpu_tuning.OPS)
+    for entry in table.entries:
+        assert set(entry.seconds) <= set(EVERY)
+        assert "expanded" in entry.seconds
+        assert all(0 < seconds < 1 for seconds in entry.seconds.values())
+    # A table of one's own goes before.
+    gpu_tuning.save(Table(gpu, TABLE.entries))
+    assert gpu_tuning.load(gpu) == Table(gpu, TABLE.entries)
+
+
+def test_no_table_for_other_gpus() -> None:
+    assert gpu_tuning.load("NVIDIA A100-SXM4-80GB") is None
+    assert gpu_tuning.load("NVIDIA H20") is None
+
+
+def test_every_table_of_the_package_is_somebody_s() -> None:
+    folder = Path(gpu_tuning.__file__).with_name("tuned")
+    assert {path.stem for path in folder.iterdir()} == gpu_tuning.RELATIVES.keys()
 
 
 def test_other_versions_measure_anew(monkeypatch: pytest.MonkeyPatch) -> None:
