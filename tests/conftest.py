@@ -1,8 +1,9 @@
-"""What every test gets: its own seed and a fixed number of threads; and how GPU tests skip."""
+"""What every test gets: its own seed and a fixed number of threads; how GPU tests skip, and which of them come last."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,12 +13,42 @@ THREADS = 1
 cores are shared that costs some ten milliseconds each time."""
 
 
+RISKY = "cusparselt"
+"""In the names of GPU tests that call what others have built, an algorithm of which may end in an illegal instruction.
+After that the GPU answers no more to the process: these tests come last."""
+
+_broke_the_gpu: list[str] = []
+"""The test after which it did not answer."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` are skipped, with the reason, where there is no CUDA device."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
+    marked = {item for item in items if item.get_closest_marker("gpu")}
     if marked and not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False"))
+    items.sort(key=lambda item: item in marked and RISKY in item.name)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Nothing runs in a process whose GPU is lost: not even a seed can be set."""
+    if _broke_the_gpu:
+        pytest.skip(f"the GPU answers no more since {_broke_the_gpu[0]}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """The test that loses the GPU is the one that fails, passed or not, and not those after it."""
+    try:
+        yield
+    finally:
+        if item.get_closest_marker("gpu") and torch.cuda.is_initialized() and not _broke_the_gpu:
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                _broke_the_gpu.append(item.nodeid)
+                pytest.fail(f"{item.nodeid} leaves the GPU unusable: {str(error).splitlines()[0]}", pytrace=False)
 
 
 def pytest_configure() -> None:

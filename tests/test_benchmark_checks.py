@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import benchmark_tools
 from benchmark_tools import CPU, QUICK, run_cases
@@ -89,9 +90,30 @@ def test_what_raises_does_not_pass() -> None:
     def fails() -> Any:
         raise RuntimeError("no image")
 
-    truth = (torch.ones(1), torch.ones(1), torch.ones(1))
-    checked = correctness._checked(Choice("forward", "x", "forward", fails), {"forward": truth}, torch.float32)
+    truth = (torch.ones(1), torch.ones(1), torch.ones(1), 1)
+    checked = correctness._checked(Choice("forward", "x", "forward", fails), {"forward": truth})
     assert checked == {"passed": False, "raised": "RuntimeError: no image"}
+
+
+def test_sums_in_sequence_pass_in_float32_and_wrong_ones_do_not() -> None:
+    """What a kernel may do is to add up one term after the other; a term it leaves out, or factors rounded to fewer
+    bits, are far from that."""
+    a, b = torch.randn(24, 2048), torch.randn(24, 2048)
+    exact, scale = (a.double() * b.double()).sum(1), (a.double() * b.double()).abs().sum(1)
+    # As good as a dense product can be.
+    dense = exact.float()
+
+    def passes(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+        terms, total = (x.double() * y.double()).to(dtype), torch.zeros(len(x), dtype=dtype)
+        for term in terms.unbind(1):
+            total += term
+        passed: bool = correctness.judged(total.float(), dense, exact, scale, a.shape[1])["passed"]
+        return passed
+
+    assert passes(a, b)
+    assert not passes(a[:, :-1], b[:, :-1]), "a term less"
+    assert not passes((a.view(torch.int32) & -(1 << 13)).view(torch.float32), b), "ten bits"
+    assert not passes(a, b, torch.bfloat16)
 
 
 def test_models_are_compared_gradient_by_gradient(uncompiled: None) -> None:

@@ -11,6 +11,8 @@ strictly as the largest one.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,29 @@ SMALLEST = {
 SAME_FORMULA = {torch.float64: 1e-11, torch.float32: 1e-5}
 """Relative to the largest entry: two evaluations of one formula through a model of a few layers, in which some
 thousand roundings of 1.1e-16 (6e-8) add up."""
+
+
+SEQUENTIAL = 0.5
+"""Error of a float32 sum of n random terms of mean zero, added one after the other, in units of ``u sqrt(n)`` and of
+the result's norm.  The partial sum of the first j has ``sqrt(j / n)`` of the whole sum's deviation and is off by 0.42 u
+of itself when it is rounded (root mean square over a binade), n times: ``0.42 u sqrt(n / 2)``, that is 0.30.  The rest
+is for the scatter of results of few entries.  A term left out is ``1 / sqrt(n)``, TF32's rounding of the factors 4000
+u."""
+
+
+def in_sequence(summands: int) -> float:
+    """Largest error of float32 sums of so many terms, as a share of the norm of a result of random numbers."""
+    return SEQUENTIAL * UNIT_ROUNDOFF[torch.float32] * math.sqrt(max(summands, 1))
+
+
+def rounding(dtype: torch.dtype, summands: int) -> float:
+    """What an entry may be off by beside the dense product's error, as a share of the sum of magnitudes.
+
+    In 16 bits: one rounding of the result; sums are float32 and their order does not show.  In float32 it does: one
+    that adds n terms in a row is within ``sqrt(n) u`` with high probability (Higham and Mary, 2019), and a library that
+    adds many short sums is far better than that.  One term left out is of the order of ``1 / n``.
+    """
+    return UNIT_ROUNDOFF[dtype] * (math.sqrt(max(summands, 1)) if dtype is torch.float32 else 1.0)
 
 
 def relative_error(result: Tensor, truth: Tensor, scale: Tensor) -> float:
