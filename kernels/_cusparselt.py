@@ -185,6 +185,11 @@ def store(device: torch.device, product: Product, verified: Sequence[Algorithm])
     known.cache_clear()
 
 
+def identity(device: torch.device) -> tuple[str, str, str]:
+    """What a verified algorithm holds for: GPU, library and torch."""
+    return primitives.name(device), str(primitives.version()), torch.__version__
+
+
 def _name(product: Product) -> str:
     dtype, *sizes = product
     return " ".join((str(dtype)[6:], *map(str, sizes)))
@@ -196,8 +201,7 @@ def _product(name: str) -> Product:
 
 
 def _path(device: torch.device) -> Path:
-    names = (primitives.name(device), str(primitives.version()), torch.__version__)
-    digest = hashlib.sha256("\0".join(names).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\0".join(identity(device)).encode()).hexdigest()[:16]
     return cpu_build.cache_folder() / f"cusparselt-verified-{digest}.json"
 
 

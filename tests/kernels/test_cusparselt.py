@@ -1,9 +1,4 @@
-"""cuSPARSELt's wrapper, against stand-ins for PyTorch's primitives that misbehave as the real ones were seen to.
-
-The stand-ins compute on the CPU: a packed operand is its weight's values and then its pattern, in memory whose form
-tells nothing; the dense operand is read as the transpose of a contiguous matrix, whatever its strides say; algorithm
-ids write nothing, or something else from call to call, or raise.
-"""
+"""cuSPARSELt's wrapper, against stand-ins for PyTorch's primitives that misbehave as the real ones were seen to."""
 
 from __future__ import annotations
 
@@ -15,71 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fake_cusparselt import FAST, SLOW, TWO_FOUR, Misbehaving
 from problems import Shape, draw
 from slope_compile.kernels import _cusparselt, cpu_build, gpu_calls, reference
-from slope_compile.kernels._cusparselt import Algorithm, Packed, Primitives
-from slope_compile.kernels.masks import magnitude_mask
-from slope_compile.kernels.metadata import pack_mask
-from slope_compile.pattern import Pattern
+from slope_compile.kernels._cusparselt import Algorithm, Packed
 
 DEVICE = torch.device("cuda", 0)
 CPU = torch.device("cpu")
-TWO_FOUR = Pattern(2, 4)
-SILENT, ERRATIC, REFUSED, SLOW, FAST, COUNT = range(6)
-
-
-class Misbehaving(Primitives):
-    """See the module docstring."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.packs = 0
-        self.in_order = True
-        self.installed: int | None = 801
-
-    def version(self) -> int | None:
-        return self.installed
-
-    def capability(self, device: torch.device) -> tuple[int, int]:
-        return 9, 0
-
-    def name(self, device: torch.device) -> str:
-        return "a GPU"
-
-    def compress(self, dense: Tensor) -> Tensor:
-        self.packs += 1
-        assert dense.is_contiguous()
-        N = dense.shape[0]
-        mask = magnitude_mask(dense, TWO_FOUR)  # garbage for a weight that is not 2:4, without a word
-        pattern = pack_mask(mask)
-        values = reference.compress(dense, pattern, 2, 4).reshape(-1)
-        if not self.in_order:
-            values = values.view(-1, 2).flip(0).reshape(-1)
-        words = pattern.contiguous().view(torch.int16).reshape(-1).view(dense.dtype)
-        return torch.cat([values, words]).view(N, -1)
-
-    def product(self, packed: Tensor, dense: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Tensor:
-        self.calls += 1
-        K, M = dense.shape
-        N = packed.shape[0]
-        flat = packed.reshape(-1)
-        values, words = flat[: N * K // 2], flat[N * K // 2 :]
-        if not self.in_order:
-            values = values.view(-1, 2).flip(0).reshape(-1)
-        pattern = words.view(torch.int16).view(torch.uint8).view(N, K // 8)
-        # Strides are not looked at.
-        x = dense.as_strided((M, K), (K, 1)) if not dense.is_contiguous() else dense.t()
-        right = reference.forward(x, values.view(N, K // 2), pattern, bias, 2, 4)
-        if algorithm.alg_id == SILENT:
-            return torch.full_like(right, torch.nan)  # what was in the memory
-        if algorithm.alg_id == ERRATIC and self.calls % 2:
-            return right.roll(1, 0)
-        if algorithm.alg_id == REFUSED:
-            raise RuntimeError("CUSPARSE_STATUS_NOT_SUPPORTED")
-        return right
-
-    def expand(self, values: Tensor, pattern: Tensor) -> Tensor:
-        return reference.expand(values, pattern, 2, 4)
 
 
 @pytest.fixture
