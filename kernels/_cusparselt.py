@@ -21,7 +21,8 @@ dense scratch): no second copy of the weights stays.  :class:`Packed` keeps one,
 in-place updates of the values by copying them into place where that was seen to work on the device, else by packing
 anew, in both cases at the same address, so that a captured graph stays valid.
 
-Private names used, tested on torch 2.13 without a GPU by fakes: ``torch._cslt_compress`` and ``torch._cslt_sparse_mm``.
+Private names used, tested on torch 2.13 without a GPU by fakes: ``torch._cslt_compress``, ``torch._cslt_sparse_mm``,
+``torch._C._cusparselt.mm_search``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +86,15 @@ class Primitives:
             packed, dense, bias=bias, transpose_result=True,
             alg_id=algorithm.alg_id, split_k=algorithm.split_k, split_k_mode=algorithm.split_k_mode,
         )  # fmt: skip
+
+    def suggestion(self, packed: Tensor, dense: Tensor) -> tuple[int, int, int, int]:
+        """The library's own pick: id, split_k, mode; and how many ids there are.
+
+        It runs them: for ``cusparselt_trials`` alone.
+        """
+        binding: Any = torch._C._cusparselt
+        alg_id, split_k, mode, count = binding.mm_search(packed, dense, None, None, None, True)
+        return int(alg_id), int(split_k), int(mode), int(count)
 
     def expand(self, values: Tensor, pattern: Tensor) -> Tensor:
         return triton_products.expand(values, pattern)

@@ -12,8 +12,6 @@ instruction shows at the next synchronization only.
 | ``{"try": [id, split_k, mode]}`` | ``{"seconds": of the GPU, "host": of a call}`` if right, or ``{"wrong": why}`` |
 
 Instead, any request may be answered by ``{"refused": why}`` or, for want of memory, by ``{"memory": why}``.
-
-Private name used: ``torch._C._cusparselt.mm_search``.
 """
 
 from __future__ import annotations
@@ -45,16 +43,10 @@ CALLS = 20
 
 
 class Device:
-    """What a trial needs of the GPU beside products; the tests put another in its place."""
+    """What a trial needs of the GPU beside the library; the tests put another in its place."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-
-    def suggestion(self, packed: Tensor, dense: Tensor) -> tuple[int, int, int, int]:
-        """The library's own pick: id, split_k, mode; and the number of ids."""
-        binding: Any = torch._C._cusparselt
-        alg_id, split_k, mode, count = binding.mm_search(packed, dense, None, None, None, True)
-        return int(alg_id), int(split_k), int(mode), int(count)
 
     def seconds(self, call: Callable[[], object]) -> float:
         return gpu_tuning.gpu_seconds(call)
@@ -98,7 +90,7 @@ class Trials:
             return {"ready": True}
         x, packed, _, _ = self._drawn[0]
         if "suggest" in request:
-            *algorithm, count = self._gpu.suggestion(packed, x.t())
+            *algorithm, count = _cusparselt.primitives.suggestion(packed, x.t())
             return {"algorithm": algorithm, "count": count}
         return self._tried(Algorithm(*request["try"]))
 

@@ -5,13 +5,13 @@
 | ``triton`` | the Triton kernel, which expands a tile of the weight in registers |
 | ``few`` | the Gluon kernel for up to eight tokens, bound by reading the weight |
 | ``mma_sp``, ``wgmma_sp`` | a Gluon kernel on the sparse tensor cores; for input gradients, columns come first |
-| ``cusparselt`` | NVIDIA's library, through PyTorch, on an operand that is packed for the call |
+| ``cusparselt`` | NVIDIA's library, through PyTorch, on an operand packed for the call, where tuning verified it |
 | ``expanded`` | PyTorch's dense product with the weight expanded in a scratch buffer |
 
 ``way=None`` has ``gpu_rules`` decide at each call, when the number of tokens is known: graphs with symbolic sizes run
 one piece of code for all ranges of token counts.  Activations are matrices: x ``[M, K]``, grad ``[M, N]``.  Scratch
 comes from PyTorch's caching allocator and nothing is read back, so that CUDA graphs can hold these calls; what may only
-happen outside of a capture (self-tests, algorithm searches) has then happened in the warm-up, or the way is left out.
+happen outside of a capture (self-tests) has then happened in the warm-up, or the way is left out.
 """
 
 from __future__ import annotations

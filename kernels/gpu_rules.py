@@ -7,7 +7,7 @@ tensor cores can compute per byte that it can read (A100 156, H100 295, H200 206
 sheets).  ``SHARE`` is the part of the dense product's rate that the kernels are taken to reach where they are bound by
 arithmetic; it is an assumption, on the low side, and no measurement.  In float32 without TF32 the kernels do not run on
 tensor cores and the rule never takes them.  Sparse tensor cores and cuSPARSELt are taken where they were measured as
-faster, and nowhere else.
+faster, and nowhere else; cuSPARSELt, where one of its algorithms was verified for just these sizes (``_cusparselt``).
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import statistics
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +13,16 @@ import torch
 
 from slope_compile import cli_inspect, doctor
 from slope_compile.errors import SlopeError
-from slope_compile.kernels import cpu_library, cpu_tuning, gpu_calls, gpu_ops, gpu_rules, gpu_tuning
+from slope_compile.kernels import (
+    _cusparselt,
+    cpu_library,
+    cpu_tuning,
+    cusparselt_search,
+    gpu_calls,
+    gpu_ops,
+    gpu_rules,
+    gpu_tuning,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     tune.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default), cuda or cuda:1")
     tune.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; default: PyTorch's")
+    tune.add_argument(
+        "--sizes", action="append", default=[], metavar="MxNxK",
+        help="on a GPU: verify algorithms of cuSPARSELt for M tokens and a weight [N, K] too; as often as you like",
+    )  # fmt: skip
     tune.set_defaults(run=run_tune)
     doctor.add_parser(commands)
     cli_inspect.add_parser(commands)
@@ -39,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_tune(arguments: argparse.Namespace) -> int:
     """Measure, show and save the table that the rules of a device go by."""
     if arguments.device != "cpu":
-        return _tune_gpu(arguments.device)
+        return _tune_gpu(arguments.device, arguments.sizes)
     if arguments.threads < 0:
         sys.stderr.write(f"slope-compile tune: --threads: expected 1 or more, got {arguments.threads}\n")
         return 2
@@ -64,14 +79,18 @@ def run_tune(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tune_gpu(name: str) -> int:
-    """Every way of every product on a GPU, see ``gpu_calls``."""
+def _tune_gpu(name: str, sizes: Sequence[str]) -> int:
+    """Every way of every product on a GPU, see ``gpu_calls``; what cuSPARSELt can do there is found out first."""
     try:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
     if device.type != "cuda":
         sys.stderr.write(f"slope-compile tune: --device: expected cpu, cuda or cuda:N, got {name!r}\n")
+        return 2
+    wrong = [text for text in sizes if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text)]
+    if wrong:
+        sys.stderr.write(f"slope-compile tune: --sizes: expected MxNxK, such as 2048x3072x768, got {wrong[0]!r}\n")
         return 2
     index = device.index or 0
     if index >= torch.cuda.device_count():
@@ -83,6 +102,7 @@ def _tune_gpu(name: str) -> int:
     if lacking is not None:
         sys.stderr.write(f"slope-compile tune: no kernels to measure on {device}: {lacking}\n")
         return 1
+    _verify(device, [tuple(map(int, text.split("x"))) for text in sizes])
     entries = []
     with torch.cuda.device(device):
         for entry in gpu_calls.measure(device):
@@ -94,6 +114,27 @@ def _tune_gpu(name: str) -> int:
     _write(_times(entries))
     _write(f"\nSaved to {path}; every process on this machine goes by it.\n")
     return 0
+
+
+def _verify(device: torch.device, sizes: Sequence[tuple[int, ...]]) -> None:
+    """Look for algorithms of cuSPARSELt, in processes of their own: for ``sizes``, then for what is measured."""
+
+    def show(product: _cusparselt.Product, verified: Sequence[_cusparselt.Algorithm]) -> None:
+        dtype, M, N, K = product
+        fastest = f", the fastest is {verified[0].alg_id}" if verified else ""
+        sys.stderr.write(
+            f"cuSPARSELt {str(dtype)[6:]} M={M} N={N} K={K}: {len(verified)} of its algorithms are right{fastest}\n"
+        )
+
+    given = [p for M, N, K in sizes for dtype in _cusparselt.DTYPES for p in cusparselt_search.layer(dtype, M, N, K)]
+    for product in given:
+        if why := _cusparselt.unfit(device, *product):
+            sys.stderr.write(f"cuSPARSELt: {' x '.join(map(str, product[1:]))}: {why}\n")
+    with cusparselt_search.Search(device) as search:
+        search.run([*given, *cusparselt_search.tuned()], report=show)
+        if search.host:
+            cost = 1e6 * statistics.median(search.host)
+            _write(f"A call of cuSPARSELt costs the host {cost:.0f} us, which a CUDA graph pays once.\n")
 
 
 def _times(entries: Sequence[gpu_tuning.Entry]) -> str:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import slope_compile
 from slope_compile import cli, doctor
-from slope_compile.kernels import cpu_library, cpu_tuning, gpu_calls, gpu_ops, gpu_tuning
+from slope_compile.kernels import (
+    _cusparselt,
+    cpu_library,
+    cpu_tuning,
+    cusparselt_search,
+    gpu_calls,
+    gpu_ops,
+    gpu_tuning,
+)
 
 
 @pytest.fixture
@@ -100,6 +109,12 @@ def test_tune_of_a_device_that_is_not_there(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("sizes", ["16x16", "16x16x16x16", "0x16x16", "axbxc", "16 x 16 x 16"])
+def test_sizes_that_are_none(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune", "--device", "cuda", "--sizes", sizes]) == 2
+    assert "expected MxNxK" in capsys.readouterr().err
+
+
 def test_tune_of_a_gpu(own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """What is measured there is shown and stored; the measuring itself is tested beside its table."""
     entries = [
@@ -110,14 +125,32 @@ def test_tune_of_a_gpu(own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(gpu_ops, "missing", lambda device: None)
     monkeypatch.setattr(gpu_ops, "name", lambda device: "a GPU")
-    monkeypatch.setattr(gpu_calls, "measure", lambda device: entries)
-    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    searched: list[_cusparselt.Product] = []
+
+    def measure(device: torch.device) -> list[gpu_tuning.Entry]:
+        assert searched, "what is verified takes part in the measurement"
+        return entries
+
+    def run(self: cusparselt_search.Search, products: Iterable[_cusparselt.Product], report: Any) -> None:
+        searched.extend(products)
+        report(searched[0], [_cusparselt.Algorithm(7)])
+        report(searched[1], [])
+        self.host += [3e-5, 5e-5, 1e-3]
+
+    monkeypatch.setattr(gpu_calls, "measure", measure)
+    monkeypatch.setattr(cusparselt_search.Search, "run", run)
     gpu_tuning.load.cache_clear()
-    assert cli.main(["tune", "--device", "cuda"]) == 0
+    assert cli.main(["tune", "--device", "cuda", "--sizes", "48x32x64", "--sizes", "16x16x80"]) == 0
+    given = [(dtype, *size) for size in ((48, 32, 64), (48, 64, 32)) for dtype in _cusparselt.DTYPES]
+    assert set(given) <= set(searched[:8])
+    assert searched[8:] == list(cusparselt_search.tuned())
     table = gpu_tuning.load("a GPU")
     assert table is not None
     assert list(table.entries) == entries
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "costs the host 50 us" in out
+    assert "bfloat16 M=48 N=32 K=64: 1 of its algorithms are right, the fastest is 7" in err
+    assert "bfloat16 M=48 N=64 K=32: 0 of its algorithms are right\n" in err
     assert "2*" in out
     assert "4*" in out
     assert str(own_cache) in out
