@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -124,7 +125,7 @@ def _run(setting: Setting, options: Options, forced: Forced, given: Run) -> Iter
 def _sums_in_sequence(size: blocks.Size, tokens: int) -> float:
     """What the order of sums may make of the gradients in float32: that of the longest sum in each product on the way,
     four a block forward and four back."""
-    return in_sequence(max(size.mlp, tokens)) * (8 * size.layers) ** 0.5
+    return in_sequence(max(size.mlp, tokens)) * math.sqrt(8 * size.layers)
 
 
 def _step(
