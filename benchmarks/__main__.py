@@ -87,6 +87,7 @@ def _cases(given: argparse.Namespace, suite: str) -> tuple[torch.device, list[ca
         layers=given.layers,
         optimizer=given.optimizer,
         autotune=given.autotune,
+        tiles=given.tiles,
         tiny=given.tiny,
     )
     return device, [case for case in cases.cases(suite, options) if given.only.search(case.id)]
@@ -168,7 +169,8 @@ def _command(given: argparse.Namespace) -> str:
     for flag, default in _FLAGS:
         if (value := getattr(given, flag)) != default:
             words += ["--" + flag.replace("_", "-"), str(value)]
-    return shlex.join(words + ["--autotune"] * given.autotune + ["--tiny"] * given.tiny)
+    words += [f"--{flag}" for flag in ("autotune", "tiles", "tiny") if getattr(given, flag)]
+    return shlex.join(words)
 
 
 def _positive(text: str) -> int:
@@ -202,13 +204,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=_positive, nargs="+", default=[], metavar="N", help="numbers of CPU threads")
     run.add_argument("--dtype", nargs="+", default=[], choices=[*cases.DTYPES, cases.AUTOCAST])
     run.add_argument("--device", default="", help="default: cpu for cpu and compile, else cuda where there is one")
-    run.add_argument("--layers", type=_positive, default=0, help="blocks of the Hugging Face models; default: all")
+    run.add_argument("--layers", type=_positive, default=0, help="blocks of a model; default: 4 on a GPU, all on a CPU")
     run.add_argument("--optimizer", choices=("fused", "foreach", "forloop"), default="fused", help="kind of AdamW")
     run.add_argument("--autotune", action="store_true", help="compile blocks and layers with max_autotune, dense too")
+    run.add_argument("--tiles", action="store_true",
+                     help="suite kernels: every tile, and the products through max_autotune; several times as long")
     run.add_argument("--tiny", action="store_true", help="sizes that run in seconds, to try the cases out")
 
     profile = commands.add_parser("profile", help="which kernels the contenders of a case spend their time in")
-    profile.set_defaults(function=_profile, threads=[], dtype=[], layers=0, optimizer="fused", autotune=False)
+    profile.set_defaults(function=_profile, threads=[], dtype=[], layers=0, optimizer="fused", autotune=False,
+                         tiles=False)
     profile.add_argument("--suite", required=True, choices=list(cases.SUITES))
     profile.add_argument("--case", dest="only", type=_regex, required=True, metavar="REGEX", help="ids that match")
     profile.add_argument("--out", type=Path, default=records.ROOT / "benchmarks" / "notes", help="folder for the notes")

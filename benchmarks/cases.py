@@ -27,11 +27,13 @@ class Options:
     dtypes: tuple[str, ...] = ()
     """Names in ``DTYPES``, or ``AUTOCAST``; empty = the suite's own."""
     layers: int = 0
-    """Blocks of the Hugging Face models; 0 = as many as the model has."""
+    """Blocks of a model; 0 = as many as the suite takes, or as the model has."""
     optimizer: str = "fused"
     """AdamW's implementation: "fused", "foreach" or "forloop"."""
     autotune: bool = False
     """Whether blocks and layers are compiled with Inductor's max_autotune, on both sides."""
+    tiles: bool = False
+    """Whether every tile of every kernel takes part, and what takes long to set up: products through max-autotune."""
     tiny: bool = False
     """Sizes that run in seconds: for tests of the cases themselves."""
 

@@ -39,27 +39,33 @@ def rank(N: int, K: int, share: float) -> int:
     return max(16, round(share * min(N, K) / 16) * 16)
 
 
-def library(problem: Problem, low_rank_share: float) -> Iterator[Choice]:
-    """The Triton and Gluon kernels in every tile size, and the dense product with the expanded weight."""
-    if problem.device.type == "cuda" and gpu_ops.available(problem.device):
-        yield from _ways(problem)
+def library(problem: Problem, low_rank_share: float, tiles: bool = True) -> Iterator[Choice]:
+    """Every way of :mod:`gpu_calls`, with ``tiles`` every tile of the Triton and Gluon kernels too; where there are no
+    ways, the dense product with the expanded weight."""
+    if problem.device.type != "cuda" or not gpu_ops.available(problem.device):
+        yield Choice("forward", "expanded", "forward", _each(problem, _expanded_forward(problem.x)))
+        yield Choice("grad_input", "expanded_exact", "grad_input", _each(problem, _expanded_grad_input(problem.grad)))
+        return
+    yield from _ways(problem, low_rank_share)
+    if tiles:
         yield from _triton(problem)
         yield from _gluon(problem)
         yield from _gluon_double_pruned(problem)
-        yield _fused_low_rank(problem, low_rank_share)
         yield from _gluon(problem, low_rank_share)
-    yield Choice("forward", "expanded", "forward", _each(problem, _expanded_forward(problem.x)))
-    yield Choice("grad_input", "expanded_exact", "grad_input", _each(problem, _expanded_grad_input(problem.grad)))
 
 
-def _ways(problem: Problem) -> Iterator[Choice]:
+def _ways(problem: Problem, low_rank_share: float) -> Iterator[Choice]:
     """The ways that compiled code may take, as it calls them: each with the tile that it takes by default."""
     x, grad, dtype = problem.x, problem.grad, DTYPES[problem.dtype]
     M, N, K = problem.M, problem.N, problem.K
     y, dx, dv = x.new_empty(M, N), grad.new_empty(M, K), grad.new_empty(N, K // 2)
+    A, B = adapter(problem, low_rank_share)
 
-    def possible(op: str) -> tuple[str, ...]:
-        return gpu_calls.possible(op, M, N, K, dtype, x.device)
+    def possible(op: str, R: int = 0) -> tuple[str, ...]:
+        return gpu_calls.possible(op, M, N, K, dtype, x.device, R)
+
+    def low_rank(w: Weight, way: str) -> object:
+        return gpu_calls.linear_low_rank(x, w.values, w.pattern, x @ A.t(), B, out=y, way=way)
 
     def forward(w: Weight, way: str) -> object:
         return gpu_calls.linear(x, w.values, w.pattern, out=y, way=way)
@@ -81,6 +87,8 @@ def _ways(problem: Problem) -> Iterator[Choice]:
     ):
         for way in possible(op):
             yield Choice(product, f"way_{way}{end}", truth, _each(problem, functools.partial(call, way=way)))
+    for way in possible("forward", B.shape[1]):
+        yield Choice("low_rank", f"way_{way}", "low_rank", _each(problem, functools.partial(low_rank, way=way)))
 
 
 def autotuned(problem: Problem) -> Iterator[Choice]:
@@ -198,16 +206,6 @@ def _gluon_double_pruned(problem: Problem) -> Iterator[Choice]:
 
         name = f"{config}_double_pruned"
         yield Choice("grad_input", name, "grad_input_double_pruned", _each(problem, double_pruned))
-
-
-def _fused_low_rank(problem: Problem, share: float) -> Choice:
-    x = problem.x
-    A, B = adapter(problem, share)
-
-    def fused(w: Weight) -> object:
-        return triton_products.forward(x, w.values, w.pattern, low_rank=(x @ A.t(), B))
-
-    return Choice("low_rank", "triton_fused", "low_rank", _each(problem, fused))
 
 
 def _triton(problem: Problem) -> Iterator[Choice]:

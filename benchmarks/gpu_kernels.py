@@ -2,8 +2,10 @@
 
 Written for a GPU.  It runs on a CPU too, where only ``--tiny`` makes sense: that is how its code is tested.
 
-The order of the cases is that of what they tell: a run that is cut off has the shapes of LLaMA-3-8B and OPT-13B at one
-token and at the 16384 of a training step before anything else.
+The order of the cases is that of what they tell: a run that is cut off has the shapes of width 4096 in bfloat16, from
+the 16384 tokens of a training step to the one of decoding, before anything else.  The contenders are the library's
+operators, each way that compiled code may take, and the peers: few enough that a minute or two are enough for these.
+With ``--tiles`` all tiles that an autotuner has to choose from are measured, and what max_autotune makes of it.
 """
 
 from __future__ import annotations
@@ -25,59 +27,55 @@ from benchmarks.timing import Contender
 from slope_compile.cost import Cost, Layer
 
 HIDDEN = (4096, 5120, 768, 2048, 1024, 2560, 8192)
-TOKENS = (16384, 1, 4096, 16, 1024, 64, 256, 4)
+"""All tokens of the first come before the others."""
+TOKENS = (16384, 1, 2048, 16, 64, 256, 1024, 4)
 DTYPES = ("bfloat16", "float16")
 LOW_RANK = 0.0156
 """Rank of the adapters, as a share of the layer's smaller side: the method's middle one."""
-FIRST = ((4096,), (16384, 1))
-"""Hidden sizes and tokens of the cases that come first and also have what takes long to set up: the dense product and
-our own through ``torch.compile`` with max-autotune."""
-
-Key = tuple[str, int, int, int, bool]
-"""dtype, M, N, K, whether it is one of the first."""
+Key = tuple[str, int, int, int]
+"""dtype, M, N, K."""
 
 
 def cases(options: Options) -> list[Case]:
     threads = options.threads[0] if options.threads else 1
     dtypes = [dtype for dtype in DTYPES if options.wants(dtype)]
     found = [limits_case("kernels", dtype, options.device) for dtype in dtypes]
-    keys = list(_keys(options, dtypes))
-    columns = {(N, K, dtype): None for dtype, _, N, K, _ in keys}
-    for dtype, M, N, K, first in keys:
-        if (N, K, dtype) in columns:
-            del columns[N, K, dtype]
+    seconds, needs = (3.0, 60.0) if options.tiles else (1.0, 4.0)
+    for dtype, some_hidden in _parts(options, dtypes):
+        keys = list(_keys(some_hidden, options, dtype))
+        for dtype, M, N, K in keys:
+            measure = functools.partial(_measure, (M, N, K), dtype, options.device, options.tiles)
+            name = f"kernels/{N}x{K}/m{M}/{label(dtype, threads)}"
+            found.append(Case(name, measure, threads, seconds=seconds, limit=180.0, needs=needs))
+        for N, K in dict.fromkeys((N, K) for _, _, N, K in keys):
             found.append(column_case("kernels", (N, K), dtype, threads, options.device))
-        measure = functools.partial(_measure, (M, N, K), dtype, options.device, first)
-        name = f"kernels/{N}x{K}/m{M}/{label(dtype, threads)}"
-        seconds, needs = (3.0, 40.0) if first else (1.5, 4.0)
-        found.append(Case(name, measure, threads, seconds=seconds, limit=180.0, needs=needs))
     return found
 
 
-def _keys(options: Options, dtypes: list[str]) -> Iterator[Key]:
-    hidden, tokens = ((64,), (16, 1)) if options.tiny else (HIDDEN, TOKENS)
-
-    def all_of(some_hidden: tuple[int, ...], some_tokens: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-        for M in some_tokens:
-            for d in some_hidden:
-                yield from ((M, N, K) for N, K in ((4 * d, d), (d, 4 * d), (d, d)))
-
-    first = [] if options.tiny else list(all_of(*FIRST))
+def _parts(options: Options, dtypes: list[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Dtypes and hidden sizes that are measured one part after the other."""
+    if options.tiny:
+        yield from ((dtype, (64,)) for dtype in dtypes)
+        return
     for dtype in dtypes:
-        best = first if dtype == "bfloat16" else []
-        yield from ((dtype, *shape, True) for shape in best)
-        yield from ((dtype, *shape, False) for shape in all_of(hidden, tokens) if shape not in best)
+        yield from ((dtype, sizes) for sizes in (HIDDEN[:1], HIDDEN[1:]))
+
+
+def _keys(some_hidden: tuple[int, ...], options: Options, dtype: str) -> Iterator[Key]:
+    for M in (16, 1) if options.tiny else TOKENS:
+        for d in some_hidden:
+            yield from ((dtype, M, N, K) for N, K in ((d, d), (4 * d, d), (d, 4 * d)))
 
 
 def _measure(
-    shape: tuple[int, int, int], dtype: str, device: torch.device, first: bool, given: Run
+    shape: tuple[int, int, int], dtype: str, device: torch.device, tiles: bool, given: Run
 ) -> Iterator[Measurement]:
     with torch.no_grad():
-        yield from _measured(shape, dtype, device, first, given)
+        yield from _measured(shape, dtype, device, tiles, given)
 
 
 def _measured(
-    shape: tuple[int, int, int], dtype: str, device: torch.device, first: bool, given: Run
+    shape: tuple[int, int, int], dtype: str, device: torch.device, tiles: bool, given: Run
 ) -> Iterator[Measurement]:
     M, N, K = shape
     problem = Problem.draw(M, N, K, dtype, device)
@@ -86,13 +84,13 @@ def _measured(
     products = problem.products(compiled)
     truths = problem.truths() | {"low_rank": choices.low_rank_truth(problem, LOW_RANK)}
     errors = own_errors(products, truths, TORCH_DTYPES[dtype])
-    if not first and device.type == "cuda":
+    if not tiles:
         for contenders in products.values():
             del contenders["compiled"]
     products["low_rank"] = choices.low_rank(problem, LOW_RANK)
     errors["low_rank_slope_adapter"] = error_of(products["low_rank"]["slope_adapter"](0), truths["low_rank"])
-    offered = [*choices.library(problem, LOW_RANK), *peers.choices(problem)]
-    offered += choices.autotuned(problem) if first else []
+    offered = [*choices.library(problem, LOW_RANK, tiles), *peers.choices(problem)]
+    offered += choices.autotuned(problem) if tiles else []
     left_out: dict[str, str] = {}
     for choice in offered:
         contender, error = _tried(choice, truths, TOLERANCE[TORCH_DTYPES[dtype]])

@@ -13,6 +13,8 @@ import torch
 
 _TIMES = 4
 """The copies together hold so many times the cache."""
+_MOST = 512
+"""Copies; what takes more are the weights of tests, for which a launch is all there is to time."""
 _FALLBACK = 32 << 20
 """Where the system does not tell the size of its cache."""
 
@@ -29,13 +31,13 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def copies(smallest: int, cache: int) -> int:
-    """Number of copies, at least two.
+    """Number of copies, two to 512.
 
     Args:
         smallest: bytes that the contender with the smallest weight reads in a call.
         cache: size of the last-level cache.
     """
-    return max(2, math.ceil(_TIMES * cache / smallest))
+    return min(_MOST, max(2, math.ceil(_TIMES * cache / smallest)))
 
 
 def _bytes(text: str) -> int:

@@ -130,19 +130,25 @@ def test_models_shrink_until_they_fit() -> None:
 
     def measured(layers: int) -> Measurement:
         asked.append(layers)
-        if layers > 15:
+        if layers > 1:
             raise torch.OutOfMemoryError("too large")
         return Measurement("x", {}, {}, {"layers": layers})
 
     size = blocks.SIZES["llama-3-8b"]
-    assert gpu_model._fitting(measured, 1.0, size, Options()).facts == {"layers": 15}
-    assert asked == [32, 22, 15]
+    assert gpu_model._fitting(measured, 1.0, size, Options()).facts == {"layers": 1}
+    assert asked == [4, 2, 1]
 
     def never(layers: int) -> Measurement:
         raise torch.OutOfMemoryError("too large")
 
     with pytest.raises(torch.OutOfMemoryError):
         gpu_model._fitting(never, 1.0, size, Options(layers=2))
+
+
+def test_the_first_models_are_those_with_a_bar_of_their_own() -> None:
+    ids = [case.id.removeprefix("model/").rpartition("/bf16")[0] for case in cases.cases("model", Options())]
+    assert tuple(ids[: len(gpu_model.FIRST)]) == gpu_model.FIRST
+    assert len(set(ids)) == len(gpu_model.MEASURED) * 9
 
 
 def test_layer_cases(uncompiled: None, known_limits: limits.Limits) -> None:

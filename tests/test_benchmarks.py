@@ -119,6 +119,7 @@ def test_sums_are_taken_within_rounds() -> None:
 def test_copies_exceed_the_cache_several_times() -> None:
     assert rotation.copies(1 << 20, 32 << 20) == 128
     assert rotation.copies(1 << 30, 32 << 20) == 2
+    assert rotation.copies(1 << 14, 60 << 20) == 512
     assert rotation.cache_bytes(torch.device("cpu")) >= 1 << 20
 
 
