@@ -18,8 +18,19 @@ import slope_compile as slope
 from benchmarks.cases import DTYPES
 from benchmarks.products import KEEP_GROUP, Problem, Weight
 from benchmarks.timing import Contender
-from slope_compile.kernels import gluon_choices, gpu_calls, gpu_ops, ops, triton_configs, triton_products
+from slope_compile.kernels import (
+    cusparselt_search,
+    gluon_choices,
+    gpu_calls,
+    gpu_ops,
+    ops,
+    triton_configs,
+    triton_products,
+)
 from slope_compile.kernels.triton_configs import Config
+
+SEARCH_SECONDS = 30.0
+"""Limit of the search for algorithms of cuSPARSELt, for one layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +65,26 @@ def library(problem: Problem, low_rank_share: float, tiles: bool = True) -> Iter
         yield from _gluon(problem, low_rank_share)
 
 
+@functools.cache
+def verify(device: torch.device, dtype: str, M: int, N: int, K: int) -> None:
+    """Look for algorithms of cuSPARSELt that are right for a layer, and let the library know them.
+
+    A child process tries them, since some end in an illegal instruction; it stays for the layers to come.
+    """
+    if device.type == "cuda":
+        _search(device).run(cusparselt_search.layer(DTYPES[dtype], M, N, K), SEARCH_SECONDS)
+
+
+@functools.cache
+def _search(device: torch.device) -> cusparselt_search.Search:
+    return cusparselt_search.Search(device)
+
+
 def _ways(problem: Problem, low_rank_share: float) -> Iterator[Choice]:
     """The ways that compiled code may take, as it calls them: each with the tile that it takes by default."""
     x, grad, dtype = problem.x, problem.grad, DTYPES[problem.dtype]
     M, N, K = problem.M, problem.N, problem.K
+    verify(problem.device, problem.dtype, M, N, K)
     y, dx, dv = x.new_empty(M, N), grad.new_empty(M, K), grad.new_empty(N, K // 2)
     A, B = adapter(problem, low_rank_share)
 

@@ -22,7 +22,7 @@ import slope_compile as slope
 from benchmarks import blocks
 from benchmarks.blocks import Blocks
 from benchmarks.cases import DTYPES, Case, Measurement, Options, Run
-from benchmarks.choices import rank
+from benchmarks.choices import rank, verify
 from benchmarks.contestants import CONFIG, step
 from tolerances import in_sequence
 
@@ -106,6 +106,9 @@ def _run(setting: Setting, options: Options, forced: Forced, given: Run) -> Iter
     x, grad = (torch.randn(2, 64, size.width).to(dtype) for _ in range(2))
     truth = _step(model, x, grad, torch.float64, "cpu", backend=slope.slope, options={"compiler": "aot_eager"})
     tuned: dict[str, Any] = {"options": {"max_autotune": True}} if setting.autotune else {}
+    if setting.way == "cusparselt":
+        for N, K in {(m.out_features, m.in_features) for m in model.modules() if isinstance(m, nn.Linear)}:
+            verify(options.device, setting.dtype, x.shape[0] * x.shape[1], N, K)
     with forced(setting.way):
         result = _step(model, x, grad, dtype, options.device, backend=slope.slope, **tuned)
     dense = copy.deepcopy(model)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.choices import Choice
+from benchmarks.choices import Choice, verify
 from benchmarks.products import KEEP_GROUP, Problem, Weight
 from benchmarks.timing import Contender
 from slope_compile.kernels import _cusparselt, ops
@@ -24,9 +24,13 @@ def choices(problem: Problem) -> Iterator[Choice]:
 
     ``cusparselt_packed`` is the library's own call of cuSPARSELt, by the fastest algorithm that was found right, on an
     operand that stays packed: what a program can have that spends the memory for a second copy of its weights.
+
+    PyTorch's tensors take the algorithm with the id 0, whether it is right or not.  In float16, where some of them end
+    in an illegal instruction and with it the whole run, they take part where that one was verified by a child process.
     """
     if problem.device.type != "cuda":
         return
+    verify(problem.device, problem.dtype, problem.M, problem.N, problem.K)
     for name, kind in (("cusparselt", "CUSPARSELT"), ("cutlass", "CUTLASS")):
         yield Choice("forward", name, "forward", _semi_structured(problem, kind, problem.x, _expanded(problem)))
         yield Choice(
@@ -43,6 +47,9 @@ def choices(problem: Problem) -> Iterator[Choice]:
         _packed(problem, problem.grad, columns=True),
     )
 
+
+FIXED = _cusparselt.Algorithm(0)
+"""What PyTorch's tensors take."""
 
 Expand = Callable[[int], Tensor]
 """Number of a copy -> its weight as ``[out, in]``, with the zeros of its pattern."""
@@ -69,8 +76,12 @@ def _expanded_columns(problem: Problem) -> Expand:
 
 def _semi_structured(problem: Problem, kind: str, x: Tensor, weight: Expand) -> Callable[[], Contender]:
     def make() -> Contender:
+        first = weight(0).contiguous()
+        case = (x.dtype, x.shape[0], *first.shape)
+        if kind == "CUSPARSELT" and x.dtype is torch.float16 and FIXED not in _cusparselt.known(x.device).get(case, ()):
+            raise RuntimeError(f"{FIXED} was not verified for {case}")
         subclass: Any = getattr(torch.sparse, f"SparseSemiStructuredTensor{kind}")
-        weights = [subclass.from_dense(weight(0).contiguous())]
+        weights = [subclass.from_dense(first)]
         F.linear(x, weights[0])  # Where the product is not to be had, before all the others are compressed.
         weights += [subclass.from_dense(weight(i).contiguous()) for i in range(1, len(problem.weights))]
         return lambda i: F.linear(x, weights[i % len(weights)])

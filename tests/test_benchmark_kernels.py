@@ -29,6 +29,7 @@ from benchmarks.timing import CpuStopwatch
 from slope_compile.cost import DenseLayer, Layer
 from slope_compile.kernels import (
     _cusparselt,
+    cusparselt_search,
     gluon_choices,
     gluon_configs,
     gpu_calls,
@@ -244,6 +245,63 @@ def test_peers_keep_their_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="not here"):
         peers._packed(problem, problem.x, False)()
     assert list(peers.choices(problem)) == []
+
+
+def test_cusparselt_is_searched_once_for_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one search for all layers, whose child stays; on a GPU alone."""
+    asked: list[Any] = []
+
+    class Search:
+        def __init__(self, device: torch.device) -> None:
+            asked.append(device)
+
+        def run(self, products: Any, seconds: float) -> None:
+            asked.extend(products)
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(cusparselt_search, "Search", Search)
+    for cached in (choices.verify, choices._search):
+        cached.cache_clear()
+    half = torch.float16
+    for M in (16, 32, 16):
+        choices.verify(gpu, "float16", M, 64, 96)
+        choices.verify(CPU, "float16", M, 64, 96)
+    assert asked == [gpu, *((half, M, *shape) for M in (16, 32) for shape in ((64, 96), (96, 64)))]
+    for cached in (choices.verify, choices._search):
+        cached.cache_clear()
+
+
+def test_pytorchs_tensors_are_asked_in_float16_where_their_algorithm_was_verified(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Subclass:
+        @staticmethod
+        def from_dense(weight: Tensor) -> Tensor:
+            return weight
+
+    known: dict[Any, Any] = {}
+    monkeypatch.setattr(torch.sparse, "SparseSemiStructuredTensorCUSPARSELT", Subclass)
+    monkeypatch.setattr(torch.sparse, "SparseSemiStructuredTensorCUTLASS", Subclass)
+    monkeypatch.setattr(_cusparselt, "known", lambda device: known)
+
+    def works(dtype: str, kind: str = "CUSPARSELT") -> bool:
+        problem = Problem.draw(16, 32, 64, dtype, CPU)
+        make = peers._semi_structured(problem, kind, problem.x, peers._expanded(problem))
+        with contextlib.suppress(RuntimeError):
+            return error_of(make()(0), problem.truths()["forward"]) < 1e-2
+        with pytest.raises(RuntimeError, match="was not verified"):
+            make()
+        return False
+
+    assert works("bfloat16")
+    assert works("float16", "CUTLASS")
+    assert not works("float16")
+    other, fixed = _cusparselt.Algorithm(7), _cusparselt.Algorithm(0)
+    for product, verified in (((torch.float16, 32, 32, 64), (fixed,)), ((torch.float16, 16, 32, 64), (other,))):
+        known[product] = verified
+        assert not works("float16")
+    known[torch.float16, 16, 32, 64] = (other, fixed)
+    assert works("float16")
 
 
 def test_every_choice_computes_the_product_that_it_is_listed_under(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import types
@@ -242,3 +243,17 @@ def test_a_real_child(children: Children, caplog: pytest.LogCaptureFixture) -> N
         assert ids(product) == [FAST, SLOW]
     assert f"Algorithm(alg_id={DEADLY}, split_k=1, split_k_mode=-1) of M, N, K = 32, 48, 64 in float16" in caplog.text
     assert caplog.text.count("ended its process") == 1
+
+
+def test_the_command_finds_the_package(
+    children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever lies in the working folder; it gets as far as a GPU that no machine has."""
+    (tmp_path / "torch.py").write_text("raise AssertionError('another torch')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cusparselt_search, "USELESS", 1)
+    with Search(torch.device("cuda", 99)) as search:
+        search.run([FIRST])
+    (message,) = caplog.messages
+    assert "it ended with status 1: " in message
+    assert re.search("(?i)cuda|driver|ordinal", message), message
