@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pretrain_results
-from benchmarks import gpu_report, records, select, tables
+from benchmarks import gpu_report, records, select, tables, tile_table
 from benchmarks.records import Record
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
@@ -28,9 +28,10 @@ def updated(text: str, results: Path) -> str:
 
 
 def section(results: Path) -> str:
-    """The section's text: the demo's tables first, then those of each results file, in order of the files' names."""
+    """The section's text: the demo's tables, those of each results file in order of their names, and those of tiles."""
     parts = [_demo(path) for path in sorted(results.glob("demo-*.json"))]
     parts += [_benchmark(found) for path in sorted(results.glob("*.jsonl")) if (found := records.read(path))]
+    parts += [tile_table.section(path, _FORM) for path in sorted(results.glob("tiles-*.json"))]
     return "\n\n".join(parts) or _NOTHING
 
 

@@ -13,7 +13,7 @@ import torch
 import machine
 import pretrain_results
 from benchmarks import __main__ as command
-from benchmarks import plots, readme, records, runner, select, tables
+from benchmarks import plots, readme, records, runner, select, tables, tile_table
 from benchmarks.cases import Case, Measurement, Run, compare
 from benchmarks.timing import Samples, Summary
 from training import Curves, Kind, Settings
@@ -162,3 +162,22 @@ def test_committed_results_name_no_folders_and_hold_no_half_lines() -> None:
         assert not re.search(r"/(home|root|work|tmp|Users)/", text), path.name
         for line in text.splitlines() if path.suffix == ".jsonl" else [text]:
             json.loads(line)
+
+
+def test_the_table_of_tiles_names_the_best_of_each_way() -> None:
+    seconds = {"dense": 4e-6, "triton 16x64x128 w4 s4": 8e-6, "triton 16x32x128 w4 s4": 5e-6, "wgmma_sp_64x64_w4": 2e-6,
+               "mma_sp_8x64_w1x4 split 4": 4e-6, "expand": 1e-6}  # fmt: skip
+    sizes = {"M": 1, "N": 64, "K": 128}
+    kept = {"dense": 4e-6, "dense_and_compressed": 5e-6, "compress": 1e-6}
+    weight, forward = {"product": "grad_weight", **sizes, "seconds": kept}, {"product": "forward", **sizes}
+    text = tile_table.table([weight, forward | {"seconds": seconds}], "tsv")
+    _, first, second = ([cell.strip() for cell in line.split("\t")] for line in text.splitlines())
+    assert first == ["forward", "1", "64", "128", "4", "-", "0.80", "1.00", "2.00", "-"]
+    assert second == ["weight gradient", "1", "64", "128", "4", "0.80", "-", "-", "-", "-"]
+
+
+def test_committed_tables_of_tiles_have_every_product() -> None:
+    for path in sorted((records.ROOT / "benchmarks" / "results").glob("tiles-*.json")):
+        text = tile_table.section(path, "github")
+        assert all(title in text for title in tile_table.TITLES.values())
+        assert "commit" in text
