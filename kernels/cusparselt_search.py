@@ -80,7 +80,7 @@ class Child:
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed in end)
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, errors="replace"
             )
         except OSError as error:
             self._errors.close()
@@ -177,6 +177,7 @@ class Search:
         """
         try:
             self._run(products, seconds, report)
+            self._release()
         except BaseException:  # Such as a caller's time limit: the answer to come would be taken for another's.
             self.close()
             raise
@@ -258,6 +259,16 @@ class Search:
             return None
         self._drawn, self._useless = product, 0
         return self._child
+
+    def _release(self) -> None:
+        """Until the next run the memory is the caller's."""
+        self._drawn = None
+        try:
+            if self._child is not None:
+                self._child.ask({"release": True}, STEP_SECONDS)
+        except Gone as error:
+            self._child = None
+            log.info("cuSPARSELt: the process that tried algorithms ended: %s", error)
 
     def _started(self, limit: float) -> Child:
         child = Child(self._command, limit)

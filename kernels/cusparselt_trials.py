@@ -8,6 +8,7 @@ instruction shows at the next synchronization only.
 |---|---|
 | (at the start) | ``{"identity": [GPU, library, torch]}`` |
 | ``{"product": ["float16", M, N, K]}`` | ``{"ready": true}``; random numbers were drawn |
+| ``{"release": true}`` | ``{"ready": true}``; its memory was given back |
 | ``{"suggest": true}`` | ``{"algorithm": [id, split_k, mode], "count": number of ids}``, the library's own pick |
 | ``{"try": [id, split_k, mode]}`` | ``{"seconds": of the GPU, "host": of a call}`` if right, or ``{"wrong": why}`` |
 
@@ -56,7 +57,7 @@ class Device:
         torch.cuda.synchronize(self.device)
 
     def release(self) -> None:
-        """Give unused memory back: others use the GPU too."""
+        """Give unused memory back."""
         torch.cuda.empty_cache()
 
 
@@ -85,8 +86,11 @@ class Trials:
         return found
 
     def _answer(self, request: Answer) -> Answer:
-        if "product" in request:
-            self._draw(*request["product"])
+        if "product" in request or "release" in request:
+            self._drawn.clear()
+            self._gpu.release()
+            if "product" in request:
+                self._draw(*request["product"])
             return {"ready": True}
         x, packed, _, _ = self._drawn[0]
         if "suggest" in request:
@@ -95,8 +99,6 @@ class Trials:
         return self._tried(Algorithm(*request["try"]))
 
     def _draw(self, dtype: str, M: int, N: int, K: int) -> None:
-        self._drawn.clear()
-        self._gpu.release()
         device = self._gpu.device
         pattern = pack_mask(random_mask(N, K, Pattern(2, 4), seed=0, path="cusparselt")).to(device)
         for _ in range(TRIALS):

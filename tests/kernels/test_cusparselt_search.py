@@ -51,6 +51,9 @@ for line in sys.stdin:
     if "product" in request:
         note(*request["product"])
         say("product", {"ready": True})
+    elif "release" in request:
+        note("release")
+        say("release", {"ready": True})
     elif "suggest" in request:
         note("suggest")
         say("suggest", {"algorithm": [2, 4, 1], "count": does["count"]})
@@ -106,6 +109,7 @@ def test_one_child_for_many_products_and_the_suggestion_first(children: Children
         search.run([FIRST, SECOND, FIRST], report=lambda *found: reported.append(found))
         search.run([(OTHER, 32, 48, 64)])
     assert children.started() == 1
+    assert [i for i, line in enumerate(children.asked()) if line == "release"] == [15, 23]
     assert children.tried() == ["2 4", "0 1", "1 1", "2 1", "3 1"] * 3
     assert _cusparselt.algorithm(CPU, *FIRST) == Algorithm(0)
     assert ids(FIRST) == ids(SECOND) == [0, 1, 2, 2, 3]
@@ -197,6 +201,14 @@ def test_what_cannot_be_searched_stays_unknown(
     assert not children.tried()
     assert not _cusparselt.known(CPU)
     assert "cannot be tried" in caplog.text
+
+
+def test_a_child_that_dies_when_it_is_not_needed(children: Children) -> None:
+    with children.search(release="die") as search:
+        search.run([FIRST])
+        search.run([SECOND])
+    assert ids(FIRST) == ids(SECOND) == [0, 1, 2, 2, 3]
+    assert children.started() == 2
 
 
 def test_a_command_that_does_not_exist(children: Children, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -50,6 +51,17 @@ def test_sums_may_be_long(fake: Misbehaving, dtype: str) -> None:
     trials.answer({"product": [dtype, 16, 16, 4096]})
     assert trials.answer(tried(FAST))["seconds"] == 1.0
     assert "wrong" in trials.answer(tried(SILENT))
+
+
+def test_memory_is_given_back(fake: Misbehaving) -> None:
+    trials = Trials(Clock(CPU))
+    trials.answer(PRODUCT)
+    drawn = [weakref.ref(tensor) for tensors in trials._drawn for tensor in tensors]
+    assert trials.answer({"release": True}) == {"ready": True}
+    assert len(drawn) == 8
+    assert not any(tensor() is not None for tensor in drawn)
+    assert trials.answer(PRODUCT) == {"ready": True}
+    assert "seconds" in trials.answer(tried(FAST))
 
 
 def test_want_of_memory_is_told_apart(fake: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
