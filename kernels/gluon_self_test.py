@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slope_compile.kernels import gluon_products, reference
 from slope_compile.kernels.gluon_configs import Config, MmaSp
-from slope_compile.kernels.gpu_self_test import _numbers
+from slope_compile.kernels.gpu_self_test import _mask, _numbers
 from slope_compile.kernels.metadata import pack_mask
 from slope_compile.log import log
 
@@ -78,15 +78,6 @@ def _right(
             result = gluon_products.wgmma_sp(x, values, pattern, given, low_rank, config)
         truth = reference.forward(x.double(), values.double(), pattern, None, 2, 4) + t.double() @ b.double().t()
         return _equal(result, truth + bias[0].double() if has_bias else truth)
-
-
-def _mask(rows: int, columns: int) -> Tensor:
-    """Rows 16 apart, and groups 16 apart, have other patterns: 80 rows and 3 blocks are enough for all six."""
-    pairs = torch.combinations(torch.arange(4))  # [6, 2]
-    row, group = torch.arange(rows)[:, None], torch.arange(columns // 4)
-    code = (row + row // 16 + group + group // 16) % 6
-    mask = torch.zeros(rows, columns // 4, 4, dtype=torch.bool)
-    return mask.scatter_(-1, pairs[code], True).view(rows, columns)
 
 
 def _equal(result: Tensor, truth: Tensor) -> bool:

@@ -14,8 +14,8 @@ from slope_compile.kernels import reference, triton_products
 from slope_compile.kernels.metadata import pack_mask
 from slope_compile.log import log
 
-M, N, K = 37, 76, 140
-"""No multiple of any tile; all six patterns of a group occur in both halves of a byte."""
+M, N, K = 37, 108, 140
+"""No multiple of any tile; rows enough for all six patterns of a group in each place of a tile, see ``_mask``."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -67,10 +67,16 @@ def _checks(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
 
 
 def _mask(rows: int, columns: int) -> Tensor:
+    """Rows 16 apart, and groups 16 apart, have other patterns.
+
+    In 96 rows, or in 80 and 48 groups, each of the six comes to lie in every row of 16 and every group of 16, so in
+    every register of every lane.
+    """
     pairs = torch.combinations(torch.arange(4))  # [6, 2]
-    order = (torch.arange(rows)[:, None] + torch.arange(columns // 4)) % 6
+    row, group = torch.arange(rows)[:, None], torch.arange(columns // 4)
+    code = (row + row // 16 + group + group // 16) % 6
     mask = torch.zeros(rows, columns // 4, 4, dtype=torch.bool)
-    return mask.scatter_(-1, pairs[order], True).view(rows, columns)
+    return mask.scatter_(-1, pairs[code], True).view(rows, columns)
 
 
 def _numbers(rows: int, columns: int, count: int) -> Tensor:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from slope_compile.kernels import gluon_choices, gluon_configs, gluon_products, gluon_self_test, reference
+from slope_compile.kernels import gluon_choices, gluon_configs, gluon_products, gpu_self_test, reference
 from slope_compile.kernels.gluon_configs import Config, MmaSp, WgmmaSp
 from slope_compile.kernels.metadata import pack_mask
 
@@ -45,7 +45,7 @@ def runs(device: torch.device, capability: tuple[int, int]) -> Iterator[tuple[st
             def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
                 return torch.randint(-1, 2, shape, device=device).to(dtype)
 
-            pattern = pack_mask(gluon_self_test._mask(N, K)).to(device)
+            pattern = pack_mask(gpu_self_test._mask(N, K)).to(device)
             x, values, bias, t, b = draw(M, K), draw(N, K // 2), draw(N), draw(M, R), draw(N, R)
             truth = reference.forward(x.double(), values.double(), pattern, bias.double(), 2, 4)
             truth = (truth + t.double() @ b.double().t()).to(dtype)

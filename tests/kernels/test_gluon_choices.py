@@ -12,7 +12,14 @@ from torch import Tensor
 
 from gluon_cpu import Executor
 from problems import Shape, draw
-from slope_compile.kernels import gluon_choices, gluon_configs, gluon_products, gluon_self_test, gpu_ops
+from slope_compile.kernels import (
+    gluon_choices,
+    gluon_configs,
+    gluon_products,
+    gluon_self_test,
+    gpu_ops,
+    gpu_self_test,
+)
 from slope_compile.kernels.gluon_configs import MMA_SP, WGMMA_SP, Config, WgmmaSp
 from slope_compile.pattern import Pattern
 
@@ -120,19 +127,22 @@ def test_results_that_nobody_wrote_are_noticed(monkeypatch: pytest.MonkeyPatch) 
     assert not gluon_self_test.passes(CPU, BF16, MMA_SP[0])
 
 
+def places(rows: int, columns: int) -> set[tuple[int, int, int]]:
+    """Row of 16, group of 16 and pattern, as they meet in a self-test's mask."""
+    codes = gpu_self_test._mask(rows, columns).view(rows, columns // 4, 4).long() @ torch.tensor([1, 2, 4, 8])
+    return {(r % 16, g % 16, int(code)) for r, groups in enumerate(codes) for g, code in enumerate(groups)}
+
+
 def test_the_self_test_meets_every_pattern_in_every_lane_position() -> None:
     sizes = (*gluon_self_test.MMA_SP_SIZES, *gluon_self_test._wgmma_sp_sizes(WGMMA_SP[0], True, 0))
     for split in (False, True):
-        seen = {
-            (row % 16, group % 16, int(code))
-            for _, N, K, _, splits in sizes
-            if (splits > 1) == split
-            for row, groups in enumerate(
-                gluon_self_test._mask(N, K).view(N, K // 4, 4).long() @ torch.tensor([1, 2, 4, 8])
-            )
-            for group, code in enumerate(groups)
-        }
+        seen = set().union(*(places(N, K) for _, N, K, _, splits in sizes if (splits > 1) == split))
         assert len(seen) == 16 * 16 * 6
+
+
+def test_so_does_that_of_the_triton_kernels() -> None:
+    assert len(places(gpu_self_test.N, gpu_self_test.K)) == 16 * 16 * 6
+    assert len(places(gpu_self_test.K, gpu_self_test.N)) == 16 * 16 * 6, "of columns"
 
 
 class _Nothing:
