@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import machine
-from benchmarks import cases, records, runner
+from benchmarks import cases, records, runner, shares
 
 _INTERRUPTED = 130
 _FLAGS = (("layers", 0), ("optimizer", "fused"), ("case_seconds", None), ("device", ""))
@@ -65,6 +65,11 @@ def _run(given: argparse.Namespace) -> int:
         if given.minutes:
             left = 60 * _deadlines(given)[number] - (time.monotonic() - begun)
             job = dataclasses.replace(job, allowance=left)
+        if given.jobs > 1 and suite in shares.UNTIMED:
+            words = [*given.words, "--suite", suite, "--out", str(given.out.resolve())]
+            words += ["--minutes", f"{job.allowance / 60:.2f}"] if job.allowance is not None else []
+            total += shares.execute(words, given.out / records.FILE, found, given.jobs, given.retry)
+            continue
         try:
             total += runner.execute(job, found)
         except runner.BrokenDevice as error:
@@ -90,7 +95,9 @@ def _cases(given: argparse.Namespace, suite: str) -> tuple[torch.device, list[ca
         tiles=given.tiles,
         tiny=given.tiny,
     )
-    return device, [case for case in cases.cases(suite, options) if given.only.search(case.id)]
+    found = [case for case in cases.cases(suite, options) if given.only.search(case.id)]
+    first, step = given.share
+    return device, found[first::step]
 
 
 @functools.cache
@@ -179,6 +186,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _share(text: str) -> tuple[int, int]:
+    first, _, step = text.partition("/")
+    if not (first.isdecimal() and step.isdecimal() and int(first) < int(step)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I below N, got {text}")
+    return int(first), int(step)
+
+
 def _regex(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
@@ -198,6 +212,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--list", action="store_true", help="print the ids of the cases and end")
     run.add_argument("--minutes", type=float, nargs="+", default=[], metavar="M",
                      help="be done by then, what needs more is left for later; one number, or one for each suite")
+    run.add_argument("--jobs", type=_positive, default=1, metavar="N",
+                     help="processes for the suite correctness, which times nothing; about one for each core")
+    run.add_argument("--share", type=_share, default=(0, 1), metavar="I/N", help="every N-th case from the I-th on")
     run.add_argument("--budget", type=float, metavar="SECONDS", help="begin no case of a suite after this time")
     run.add_argument("--no-retry", dest="retry", action="store_false", help="leave cases that failed before alone")
     run.add_argument("--case-seconds", type=float, metavar="SECONDS", help="time for the samples of each case")
@@ -208,12 +225,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--optimizer", choices=("fused", "foreach", "forloop"), default="fused", help="kind of AdamW")
     run.add_argument("--autotune", action="store_true", help="compile blocks and layers with max_autotune, dense too")
     run.add_argument("--tiles", action="store_true",
-                     help="suite kernels: every tile, and the products through max_autotune; several times as long")
+                     help="kernels and correctness: every tile; kernels: the products through max_autotune; takes long")
     run.add_argument("--tiny", action="store_true", help="sizes that run in seconds, to try the cases out")
 
     profile = commands.add_parser("profile", help="which kernels the contenders of a case spend their time in")
     profile.set_defaults(function=_profile, threads=[], dtype=[], layers=0, optimizer="fused", autotune=False,
-                         tiles=False)
+                         tiles=False, share=(0, 1))
     profile.add_argument("--suite", required=True, choices=list(cases.SUITES))
     profile.add_argument("--case", dest="only", type=_regex, required=True, metavar="REGEX", help="ids that match")
     profile.add_argument("--out", type=Path, default=records.ROOT / "benchmarks" / "notes", help="folder for the notes")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -34,11 +35,9 @@ from benchmarks.timing import Contender
 from slope_compile.kernels import cpu_rules, gpu_rules, ops
 from tolerances import UNIT_ROUNDOFF, in_sequence, relative_error, rounding
 
-SHAPES = (
-    (1, 4096, 4096), (16384, 768, 3072), (37, 132, 268), (16, 4096, 1024), (5, 76, 140), (512, 1024, 4096),
-    (2048, 3072, 768), (64, 64, 64), (300, 2564, 2052),
-)  # fmt: skip
-"""``(M, N, K)``: a token, a training step's many, and sizes that no tile divides."""
+TELLING = ((512, 1024, 4096), (37, 132, 268), (16384, 768, 3072), (1, 4096, 4096))
+"""``(M, N, K)``: many tokens, sizes that no tile divides, and a single token; float32 at the first two."""
+OTHERS = ((16, 4096, 1024), (5, 76, 140), (2048, 3072, 768), (64, 64, 64), (300, 2564, 2052))
 TINY = ((5, 76, 140), (1, 64, 64))
 LOW_RANK = 0.0156
 """Rank of the adapters, as a share of the layer's smaller side."""
@@ -57,18 +56,26 @@ many terms an entry is the sum of, pruned ones included."""
 
 
 def cases(options: Options) -> list[Case]:
-    threads = options.threads[0] if options.threads else torch.get_num_threads()
-    found = []
-    for shape in TINY if options.tiny else SHAPES:
-        for dtype in (dtype for dtype in ("bfloat16", "float16", "float32") if options.wants(dtype)):
-            M, N, K = shape
+    """What tells most first: the telling shapes in 16 bits and four compiled models, float32, all other models, the
+    test-suite's own tests, the other shapes."""
+    # What takes long here takes one core: a compiler.  Several such processes share the others (``--jobs``).
+    threads = options.threads[0] if options.threads else 1
+
+    def products(shapes: Sequence[tuple[int, int, int]], *dtypes: str) -> list[Case]:
+        found = []
+        for (M, N, K), dtype in itertools.product(shapes, filter(options.wants, dtypes)):
             name = f"correctness/products/m{M}/{N}x{K}/{label(dtype, threads)}"
-            run = functools.partial(_products, shape, dtype, options.device)
+            run = functools.partial(_products, (M, N, K), dtype, options.device, options.tiles)
             found.append(Case(name, run, threads, limit=240.0, needs=6.0))
-    models = model_checks.cases(options, forced)
-    # The largest part first of what tells most: products in 16 bits, then models, then the rest.
-    found[6:6] = models
-    return [*found, suite_case(options)]
+        return found
+
+    models, half = model_checks.cases(options, forced, threads), ("bfloat16", "float16")
+    if options.tiny:
+        return [*products(TINY, *half, "float32"), *models, suite_case(options)]
+    return [
+        *models[:4], *products(TELLING, *half), *products(TELLING[:2], "float32"), *models[4:], suite_case(options),
+        *products(TELLING[2:], "float32"), *products(OTHERS, *half, "float32"),
+    ]  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -92,7 +99,9 @@ def forced(way: str | None) -> Iterator[None]:
         yield
 
 
-def _products(shape: tuple[int, int, int], dtype: str, device: torch.device, given: Run) -> Iterator[Measurement]:
+def _products(
+    shape: tuple[int, int, int], dtype: str, device: torch.device, tiles: bool, given: Run
+) -> Iterator[Measurement]:
     with torch.no_grad():
         problem = Problem.draw(*shape, dtype, device, copies=1)
         truths = _truths(problem)
@@ -104,7 +113,7 @@ def _products(shape: tuple[int, int, int], dtype: str, device: torch.device, giv
                 checks[f"low_rank: {adapted.name}"] = _checked(adapted, truths)
                 for choice in _operators(problem, way):
                     checks[f"{choice.product}: {choice.name}"] = _checked(choice, truths)
-        for choice in choices.library(problem, LOW_RANK):
+        for choice in choices.library(problem, LOW_RANK, tiles):
             checks[f"{choice.product}: {choice.name}"] = _checked(choice, truths)
     facts = problem.facts | {"checks": checks, "passed": all(check["passed"] for check in checks.values())}
     yield Measurement("correctness", {}, {}, facts)

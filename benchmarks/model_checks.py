@@ -51,6 +51,8 @@ class Setting:
     backward: str
     adapters: bool = False
     autotune: bool = False
+    tokens: int = 64
+    """Of each of two sequences."""
 
     @property
     def name(self) -> str:
@@ -60,12 +62,12 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("llama", "bfloat16", "triton", "double_pruned"),
-    Setting("gpt", "bfloat16", None, "double_pruned"),
-    Setting("llama", "bfloat16", "wgmma_sp", "double_pruned"),
-    Setting("gpt", "bfloat16", "triton", "exact"),
-    Setting("gpt", "bfloat16", "triton", "double_pruned", adapters=True),
-    Setting("gpt", "bfloat16", "expanded", "double_pruned"),
+    Setting("llama", "bfloat16", None, "double_pruned"),
+    Setting("gpt", "bfloat16", "wgmma_sp", "double_pruned", adapters=True),
+    Setting("gpt", "bfloat16", "triton", "double_pruned"),
+    Setting("llama", "bfloat16", "expanded", "double_pruned"),
+    Setting("gpt", "bfloat16", "triton", "exact", adapters=True),
+    Setting("llama", "bfloat16", "few", "double_pruned", tokens=4),
     Setting("llama", "bfloat16", "mma_sp", "double_pruned"),
     Setting("llama", "bfloat16", "cusparselt", "double_pruned"),
     Setting("gpt", "float16", "triton", "double_pruned"),
@@ -77,8 +79,7 @@ SETTINGS = (
 )
 
 
-def cases(options: Options, forced: Forced) -> list[Case]:
-    threads = options.threads[0] if options.threads else torch.get_num_threads()
+def cases(options: Options, forced: Forced, threads: int) -> list[Case]:
     chosen = [setting for setting in SETTINGS if options.wants(setting.dtype)]
     return [
         Case(
@@ -103,7 +104,7 @@ def _run(setting: Setting, options: Options, forced: Forced, given: Run) -> Iter
         for name, parameter in model.named_parameters():
             if name.endswith(".B"):  # Zero at first, which would check half of the adapter only.
                 nn.init.normal_(parameter, std=0.02)
-    x, grad = (torch.randn(2, 64, size.width).to(dtype) for _ in range(2))
+    x, grad = (torch.randn(2, setting.tokens, size.width).to(dtype) for _ in range(2))
     truth = _step(model, x, grad, torch.float64, "cpu", backend=slope.slope, options={"compiler": "aot_eager"})
     tuned: dict[str, Any] = {"options": {"max_autotune": True}} if setting.autotune else {}
     if setting.way == "cusparselt":

@@ -18,10 +18,12 @@ from benchmarks import (
     __main__ as command,
 )
 from benchmarks import (
+    cases,
     correctness,
     limits,
     model_checks,
     profiling,
+    records,
 )
 from benchmarks.cases import Options, Run
 from benchmarks.choices import Choice
@@ -72,9 +74,8 @@ def test_a_forced_way_is_taken_and_given_back() -> None:
     with correctness.forced("expanded"):
         assert cpu_rules.sparse("forward", 64, torch.float32, "avx2") is False
     assert (gpu_rules.sparse, cpu_rules.sparse, gpu_rules.way, gpu_rules.fingerprint) == before
-    # But the one for few tokens, of which a training step has more.
-    ways = {None, *gpu_rules.WAYS} - {"few"}
-    assert {setting.way for setting in model_checks.SETTINGS} == ways, "every way in a model"
+    assert {setting.way for setting in model_checks.SETTINGS} == {None, *gpu_rules.WAYS}, "every way in a model"
+    assert all(2 * setting.tokens <= 8 for setting in model_checks.SETTINGS if setting.way == "few")
 
 
 def test_a_wrong_product_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +125,29 @@ def test_models_are_compared_gradient_by_gradient(uncompiled: None) -> None:
     assert m.facts["errors"]["gradients"]["slope"] > 0
     with pytest.raises(ArithmeticError, match="some parameters only: b"):
         model_checks._error({"a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)})
+
+
+def test_cases_are_shared_out_among_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    only = "products/m5/76x140/(bf16|fp32)|products/m1/64x64/bf16"
+    words = ["run", "--suite", "correctness", "--tiny", "--only", only, "--jobs", "2", "--out", str(tmp_path)]
+    assert command.main([*words, "--minutes", "4"]) == 0
+    assert "3 done, 0 failed, 0 done before, 0 left" in capfd.readouterr().out.splitlines()[-1]
+    found = records.read(tmp_path)
+    assert {record["case"].rpartition("/t")[0] for record in found} == {
+        "correctness/products/m5/76x140/bf16", "correctness/products/m5/76x140/fp32",
+        "correctness/products/m1/64x64/bf16",
+    }  # fmt: skip
+    assert command.main(words) == 0, "nothing is left to do"
+    assert "0 done, 0 failed, 3 done before, 0 left" in capfd.readouterr().out
+
+
+def test_what_matters_is_checked_first() -> None:
+    ids = [case.id for case in cases.cases("correctness", Options())]
+    models = [name for name in ids if "/model/" in name]
+    assert {name.split("/")[4] for name in models[:4]} == {"rule", "triton", "wgmma_sp", "expanded"}
+    assert set(models[:4]) <= set(ids[:14])
+    found = [name.rsplit("/", 3)[1:3] for name in ids[:14] if "/products/" in name]
+    assert sorted(dtype for _, dtype in found) == ["bf16"] * 4 + ["fp16"] * 4 + ["fp32"] * 2
 
 
 @pytest.mark.slow
