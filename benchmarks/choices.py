@@ -84,7 +84,6 @@ def _ways(problem: Problem, low_rank_share: float) -> Iterator[Choice]:
     """The ways that compiled code may take, as it calls them: each with the tile that it takes by default."""
     x, grad, dtype = problem.x, problem.grad, DTYPES[problem.dtype]
     M, N, K = problem.M, problem.N, problem.K
-    verify(problem.device, problem.dtype, M, N, K)
     y, dx, dv = x.new_empty(M, N), grad.new_empty(M, K), grad.new_empty(N, K // 2)
     A, B = adapter(problem, low_rank_share)
 

@@ -113,6 +113,8 @@ def _products(
                 checks[f"low_rank: {adapted.name}"] = _checked(adapted, truths)
                 for choice in _operators(problem, way):
                     checks[f"{choice.product}: {choice.name}"] = _checked(choice, truths)
+        if shape == TELLING[0]:
+            choices.verify(device, dtype, *shape)
         for choice in choices.library(problem, LOW_RANK, tiles):
             checks[f"{choice.product}: {choice.name}"] = _checked(choice, truths)
     facts = problem.facts | {"checks": checks, "passed": all(check["passed"] for check in checks.values())}

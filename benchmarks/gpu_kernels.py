@@ -89,6 +89,8 @@ def _measured(
             del contenders["compiled"]
     products["low_rank"] = choices.low_rank(problem, LOW_RANK)
     errors["low_rank_slope_adapter"] = error_of(products["low_rank"]["slope_adapter"](0), truths["low_rank"])
+    if tiles or (N == K and M in TOKENS[:1]):  # A search takes seconds for each layer.
+        choices.verify(device, dtype, M, N, K)
     offered = [*choices.library(problem, LOW_RANK, tiles), *peers.choices(problem)]
     offered += choices.autotuned(problem) if tiles else []
     left_out: dict[str, str] = {}

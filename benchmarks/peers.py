@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.choices import Choice, verify
+from benchmarks.choices import Choice
 from benchmarks.products import KEEP_GROUP, Problem, Weight
 from benchmarks.timing import Contender
 from slope_compile.kernels import _cusparselt, ops
@@ -26,11 +26,11 @@ def choices(problem: Problem) -> Iterator[Choice]:
     operand that stays packed: what a program can have that spends the memory for a second copy of its weights.
 
     PyTorch's tensors take the algorithm with the id 0, whether it is right or not.  In float16, where some of them end
-    in an illegal instruction and with it the whole run, they take part where that one was verified by a child process.
+    in an illegal instruction and with it the whole run, they take part where that one was verified: see
+    ``choices.verify``.
     """
     if problem.device.type != "cuda":
         return
-    verify(problem.device, problem.dtype, problem.M, problem.N, problem.K)
     for name, kind in (("cusparselt", "CUSPARSELT"), ("cutlass", "CUTLASS")):
         yield Choice("forward", name, "forward", _semi_structured(problem, kind, problem.x, _expanded(problem)))
         yield Choice(
