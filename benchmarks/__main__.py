@@ -23,6 +23,8 @@ from benchmarks import cases, records, runner, shares
 _INTERRUPTED = 130
 _FLAGS = (("layers", 0), ("optimizer", "fused"), ("case_seconds", None), ("device", ""))
 """Flags of ``run`` that decide what is measured, with their defaults."""
+_AHEAD = 60.0
+"""Most seconds for kernels that are compiled before a suite; of a run with a deadline, a third of its time."""
 _RESULTS = records.ROOT / "benchmarks" / "results"
 
 
@@ -70,6 +72,8 @@ def _run(given: argparse.Namespace) -> int:
             words += ["--minutes", f"{job.allowance / 60:.2f}"] if job.allowance is not None else []
             total += shares.execute(words, given.out / records.FILE, found, given.jobs, given.retry)
             continue
+        if given.jobs > 1 and suite == "kernels" and device.type == "cuda":
+            job = _compiled_ahead(given, job, found)
         try:
             total += runner.execute(job, found)
         except runner.BrokenDevice as error:
@@ -79,6 +83,19 @@ def _run(given: argparse.Namespace) -> int:
     if total.left:
         print("The same command goes on where this one stopped.")
     return _INTERRUPTED if total.left else int(total.failed > 0)
+
+
+def _compiled_ahead(given: argparse.Namespace, job: runner.Job, found: list[cases.Case]) -> runner.Job:
+    """What is left of the job's time after its kernels were compiled."""
+    from benchmarks import ahead
+
+    had = records.finished(records.read(job.out / records.FILE), failed=not given.retry)
+    todo = ahead.tasks(case for case in found if case.id not in had)
+    begun, most = time.monotonic(), _AHEAD if job.allowance is None else min(_AHEAD, job.allowance / 3)
+    wrong = ahead.compile_(todo, job.device, given.jobs, most)
+    took = time.monotonic() - begun
+    print(f"{len(todo)} kernels compiled ahead in {took:.0f} s" + "".join(f"\n  {why}" for why in wrong), flush=True)
+    return job if job.allowance is None else dataclasses.replace(job, allowance=job.allowance - took)
 
 
 def _cases(given: argparse.Namespace, suite: str) -> tuple[torch.device, list[cases.Case]]:
@@ -213,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--minutes", type=float, nargs="+", default=[], metavar="M",
                      help="be done by then, what needs more is left for later; one number, or one for each suite")
     run.add_argument("--jobs", type=_positive, default=1, metavar="N",
-                     help="processes for the suite correctness, which times nothing; about one for each core")
+                     help="processes for what is not timed: cases of correctness, and what compiles for kernels")
     run.add_argument("--share", type=_share, default=(0, 1), metavar="I/N", help="every N-th case from the I-th on")
     run.add_argument("--budget", type=float, metavar="SECONDS", help="begin no case of a suite after this time")
     run.add_argument("--no-retry", dest="retry", action="store_false", help="leave cases that failed before alone")

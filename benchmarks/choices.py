@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from slope_compile.kernels import (
     gluon_choices,
     gpu_calls,
     gpu_ops,
+    gpu_rules,
     ops,
     triton_configs,
     triton_products,
@@ -80,15 +81,24 @@ def _search(device: torch.device) -> cusparselt_search.Search:
     return cusparselt_search.Search(device)
 
 
+OPS = ("forward", "grad_input_columns", "low_rank", "grad_weight", "grad_input")
+"""What a layer computes: operators of ``gpu_calls``, and the forward product with an adapter."""
+
+
 def _ways(problem: Problem, low_rank_share: float) -> Iterator[Choice]:
     """The ways that compiled code may take, as it calls them: each with the tile that it takes by default."""
+    for op in OPS:
+        yield from ways_of(op, problem, low_rank_share)
+
+
+def ways_of(
+    op: str, problem: Problem, low_rank_share: float, among: Sequence[str] = gpu_rules.WAYS
+) -> Iterator[Choice]:
+    """Those of one of ``OPS``, out of some ways."""
     x, grad, dtype = problem.x, problem.grad, DTYPES[problem.dtype]
     M, N, K = problem.M, problem.N, problem.K
     y, dx, dv = x.new_empty(M, N), grad.new_empty(M, K), grad.new_empty(N, K // 2)
     A, B = adapter(problem, low_rank_share)
-
-    def possible(op: str, R: int = 0) -> tuple[str, ...]:
-        return gpu_calls.possible(op, M, N, K, dtype, x.device, R)
 
     def low_rank(w: Weight, way: str) -> object:
         return gpu_calls.linear_low_rank(x, w.values, w.pattern, x @ A.t(), B, out=y, way=way)
@@ -105,16 +115,17 @@ def _ways(problem: Problem, low_rank_share: float) -> Iterator[Choice]:
     def grad_weight(w: Weight, way: str) -> object:
         return gpu_calls.grad_weight(grad, x, w.pattern, out=dv, way=way)
 
-    for op, product, end, truth, call in (
-        ("forward", "forward", "", "forward", forward),
-        ("grad_input", "grad_input", "_exact", "grad_input", exact),
-        ("grad_input_columns", "grad_input", "_double_pruned", "grad_input_double_pruned", double_pruned),
-        ("grad_weight", "grad_weight", "", "grad_weight_kept", grad_weight),
-    ):
-        for way in possible(op):
+    product, end, truth, call = {
+        "forward": ("forward", "", "forward", forward),
+        "grad_input": ("grad_input", "_exact", "grad_input", exact),
+        "grad_input_columns": ("grad_input", "_double_pruned", "grad_input_double_pruned", double_pruned),
+        "grad_weight": ("grad_weight", "", "grad_weight_kept", grad_weight),
+        "low_rank": ("low_rank", "", "low_rank", low_rank),
+    }[op]
+    computed, R = ("forward", B.shape[1]) if op == "low_rank" else (op, 0)
+    for way in among:
+        if gpu_calls.can(way, computed, M, N, K, dtype, x.device, R):
             yield Choice(product, f"way_{way}{end}", truth, _each(problem, functools.partial(call, way=way)))
-    for way in possible("forward", B.shape[1]):
-        yield Choice("low_rank", f"way_{way}", "low_rank", _each(problem, functools.partial(low_rank, way=way)))
 
 
 def autotuned(problem: Problem) -> Iterator[Choice]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import benchmark_tools
 from benchmark_tools import CPU, QUICK, run_cases
 from benchmarks import (
+    ahead,
     cases,
     choices,
     gpu_kernels,
@@ -34,6 +35,7 @@ from slope_compile.kernels import (
     gluon_configs,
     gpu_calls,
     gpu_ops,
+    gpu_rules,
     ops,
     reference,
     triton_configs,
@@ -179,6 +181,35 @@ def test_the_first_cases_tell_most() -> None:
     # Seven hidden sizes, three shapes, eight numbers of tokens, two dtypes; columns once a shape.
     assert len([name for name in ids if re.search(r"/m\d+/", name)]) == 7 * 3 * 8 * 2
     assert len([name for name in ids if "/columns/" in name]) == 7 * 3 * 2
+
+
+def test_kernels_are_compiled_ahead_once_for_each_number_of_tokens() -> None:
+    todo = ahead.tasks(cases.cases("kernels", Options()))
+    assert {(task.dtype, task.M) for task in todo} == {("bfloat16", M) for M in gpu_kernels.TOKENS}
+    assert {task.op for task in todo} == set(choices.OPS)
+    assert {task.way for task in todo} == set(gpu_rules.WAYS) - {"cusparselt", "expanded"}
+    assert len(set(todo)) == len(todo) == 8 * 5 * 4
+    assert ahead.tasks(cases.cases("correctness", Options())) == []
+
+
+def test_what_does_not_compile_ahead_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = ahead.Task("bfloat16", 4, 16, 32, "forward", "triton")
+    monkeypatch.setattr(gpu_ops, "available", lambda _: False)
+    assert ahead._compile("cpu", task) == [], "by the definition"
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no registers left\nand more")
+
+    monkeypatch.setattr(gpu_calls, "linear", fails)
+    (why,) = ahead._compile("cpu", task)
+    assert why.endswith("way='triton'): RuntimeError: no registers left")
+
+
+def test_processes_compile_and_end_in_time() -> None:
+    todo = [ahead.Task("bfloat16", 4, 16, 32, op, "wgmma_sp") for op in ("forward", "no such operator")]
+    (why,) = ahead.compile_(todo, CPU, jobs=1, seconds=120.0)
+    assert "KeyError: 'no such operator'" in why
+    assert ahead.compile_(todo, CPU, jobs=1, seconds=0.0) == ["0 s are over"]
 
 
 def test_choices_that_fail_or_are_wrong_are_left_out_with_the_reason(
@@ -330,7 +361,7 @@ def test_every_choice_computes_the_product_that_it_is_listed_under(monkeypatch: 
     for function in (forward, grad_input, grad_weight):
         monkeypatch.setattr(triton_products, function.__name__, function)
     monkeypatch.setattr(gpu_ops, "available", lambda _: False)  # so that the ways compute their definitions
-    monkeypatch.setattr(gpu_calls, "possible", lambda *_: ("triton", "expanded"))
+    monkeypatch.setattr(gpu_calls, "can", lambda way, *_: way in ("triton", "expanded"))
     monkeypatch.setattr(gluon_choices, "choices", lambda *_, **__: gluon_configs.MMA_SP[:2])
     monkeypatch.setattr(gluon_choices, "product", product)
     problem = Problem.draw(40, 64, 128, "bfloat16", CPU)
