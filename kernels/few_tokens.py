@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_compile.kernels.triton_products import _on
+from slope_compile.kernels.launching import Kernels, device_of
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST = 8
@@ -74,7 +74,7 @@ def configurations(M: int, K: int) -> tuple[FewTokens, ...]:
 def _kernels() -> Any:
     from slope_compile.kernels import gluon_few_tokens
 
-    return gluon_few_tokens
+    return Kernels(gluon_few_tokens)
 
 
 def forward(
@@ -103,7 +103,7 @@ def forward(
     rows = _aligned(x.reshape(M, K), 8)
     words = _aligned(values, 4).view(torch.int32)
     codes = _aligned(pattern, config.EACH // 2).view(torch.int16 if config.EACH == 4 else torch.int32)
-    with _on(x):
+    with device_of(x):
         _kernels().forward[(-(-N // config.ROWS),)](
             rows.view(torch.int64), words, codes, y if bias is None else bias.contiguous(), y,
             M, N, K // 4, rows.stride(0) // 4, codes.stride(0),

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from slope_compile.kernels import gluon_builds, gluon_configs
 from slope_compile.kernels.gluon_configs import MmaSp, WgmmaSp
-from slope_compile.kernels.triton_products import _on
+from slope_compile.kernels.launching import Kernels, device_of
 
 DTYPES = (torch.bfloat16, torch.float16)
 _LARGEST_ROW = 1 << 24
@@ -33,14 +33,14 @@ _LARGEST_ROW = 1 << 24
 def _kernels() -> Any:
     from slope_compile.kernels import gluon_mma_sp
 
-    return gluon_mma_sp
+    return Kernels(gluon_mma_sp)
 
 
 @functools.cache
 def _wgmma_kernels() -> Any:
     from slope_compile.kernels import gluon_wgmma_sp
 
-    return gluon_wgmma_sp
+    return Kernels(gluon_wgmma_sp)
 
 
 def unsupported(
@@ -116,7 +116,7 @@ def mma_sp(
     parts = y if splits == 1 else x.new_empty(splits, M, N, dtype=torch.float32)
     given = y if bias is None else bias.contiguous()
     tiles = -(-M // config.BM) * -(-N // config.BN)
-    with _on(x):
+    with device_of(x):
         _kernels().forward[(tiles, splits)](
             rows, words, pattern, t, b, given, parts,
             M, N, K, R, 2 * rows.stride(0), -(-K // 8), per_split,
@@ -177,7 +177,7 @@ def wgmma_sp(
     )  # fmt: skip
     flags = {"FP16": x.dtype is torch.float16, "HAS_BIAS": bias is not None, "HAS_LOW_RANK": R > 0, "WIDE": N % 8 == 0}
     options = {"MT": config.MT, "WN": config.WN, "NT": config.NT, "STAGES": config.stages, "num_warps": config.warps}
-    with _on(x):
+    with device_of(x):
         if _on_gpu(x):
             _check_build(x.device, config, arguments, flags | options)
         kernels.forward[(-(-M // config.BM) * -(-N // config.BN),)](*arguments, **flags, **options)

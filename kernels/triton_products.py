@@ -9,16 +9,15 @@ device and nothing is allocated but results and copies, so that a CUDA graph can
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from slope_compile.kernels import triton_configs
+from slope_compile.kernels.launching import Kernels, device_of
 from slope_compile.kernels.triton_configs import Config
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -28,14 +27,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def _kernels() -> Any:
     from slope_compile.kernels import triton_kernels
 
-    return triton_kernels
+    return Kernels(triton_kernels)
 
 
 @functools.cache
 def _conversions() -> Any:
     from slope_compile.kernels import triton_conversions
 
-    return triton_conversions
+    return Kernels(triton_conversions)
 
 
 @functools.lru_cache(maxsize=16)
@@ -82,7 +81,7 @@ def forward(
         return y if bias is None else y.add_(bias)
     config = config or triton_configs.default("forward", M, x.dtype, _aligned(N, K, rows), arch(x.device))
     values, pattern = values.contiguous(), pattern.contiguous()
-    with _on(x):
+    with device_of(x):
         _kernels().forward[(_tiles(M, config.BM) * _tiles(N, config.BN),)](
             rows, values, pattern, x if bias is None else bias.contiguous(), t, b, y,
             M, N, K, R, rows.stride(0), pattern.stride(0),
@@ -111,7 +110,7 @@ def grad_input(
     config = config or triton_configs.default("grad_input", M, grad.dtype, _aligned(N, K, rows), arch(grad.device))
     values, pattern = values.contiguous(), pattern.contiguous()
     columns = pattern if column_pattern is None else column_pattern.contiguous()
-    with _on(grad):
+    with device_of(grad):
         _kernels().grad_input[(_tiles(M, config.BM) * _tiles(K, config.BK),)](
             rows, values, pattern, columns, dx,
             M, N, K, rows.stride(0), pattern.stride(0), columns.stride(0),
@@ -136,7 +135,7 @@ def grad_weight(
     aligned = _aligned(N, K, rows, inputs)
     config = config or triton_configs.default("grad_weight", M, x.dtype, aligned, arch(x.device))
     pattern = pattern.contiguous()
-    with _on(grad):
+    with device_of(grad):
         _kernels().grad_weight[(_tiles(N, config.BN) * _tiles(K, config.BK),)](
             rows, inputs, pattern, values_grad,
             M, N, K, rows.stride(0), inputs.stride(0), pattern.stride(0),
@@ -154,7 +153,7 @@ def expand(values: Tensor, pattern: Tensor, config: Config | None = None) -> Ten
         return dense
     config = config or triton_configs.default("expand", 0, values.dtype)
     values, pattern = values.contiguous(), pattern.contiguous()
-    with _on(values):
+    with device_of(values):
         _conversions().expand[(_tiles(N, config.BN) * _tiles(K, config.BK),)](
             values, pattern, dense, N, K, pattern.stride(0),
             BN=config.BN, BK=config.BK, num_warps=config.warps, num_stages=config.stages,
@@ -170,7 +169,7 @@ def compress(weight: Tensor, pattern: Tensor, config: Config | None = None) -> T
         return values
     config = config or triton_configs.default("compress", 0, weight.dtype)
     pattern = pattern.contiguous()
-    with _on(weight):
+    with device_of(weight):
         _conversions().compress[(_tiles(N, config.BN) * _tiles(K, config.BK),)](
             weight, pattern, values, N, K, *weight.stride(), pattern.stride(0),
             BN=config.BN, BK=config.BK, num_warps=config.warps, num_stages=config.stages,
@@ -198,7 +197,7 @@ def _columns(values: Tensor, pattern: Tensor, columns: Tensor, pick: bool, confi
         return column_values
     config = config or triton_configs.default("compress_columns", 0, values.dtype)
     values, pattern = values.contiguous(), pattern.contiguous()
-    with _on(values):
+    with device_of(values):
         _conversions().compress_columns[(_tiles(N, config.BN) * _tiles(K, config.BK),)](
             values, pattern, column_values, columns, N, K, pattern.stride(0), columns.stride(0),
             BN=config.BN, BK=config.BK, PICK=pick, num_warps=config.warps, num_stages=config.stages,
@@ -225,7 +224,3 @@ def _aligned(N: int, K: int, *activations: Tensor) -> bool:
 def _tiles(length: int, block: int) -> int:
     return -(-length // block)
 
-
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
