@@ -116,13 +116,39 @@ def selectors(p, q):
 
 
 @gluon.jit
-def pattern_word(at, in_rows, left, HALVES: gl.constexpr):
-    """16 bits of the pattern from ``at``, as int32; ``left`` is how many bytes from there on the row still has."""
-    if HALVES:
+def pattern_word(at, in_rows, left, PIECE: gl.constexpr):
+    """16 bits of the pattern from ``at``, as int32; ``left`` is how many bytes from there on the row still has.
+
+    PIECE: bytes of what ``at`` points to, 2 or 1.
+    """
+    if PIECE == 2:
         return gl.load(at, mask=in_rows & (left > 0), other=0).to(gl.int32) & 0xFFFF
     low = gl.load(at, mask=in_rows & (left > 0), other=0).to(gl.int32)
     high = gl.load(at + 1, mask=in_rows & (left > 1), other=0).to(gl.int32)
     return low | (high << 8)
+
+
+@gluon.constexpr_function
+def _pattern_layout(MT, WN, WM):
+    """How a block's pattern, int64 ``[16 MT WN]``, is read from shared memory: row g, then row g + 8."""
+    return gl.DistributedLinearLayout(
+        reg_bases=_bases(1, [(0, 8, 2), (0, 16 * WN, MT)]),
+        lane_bases=[[0], [0], *_bases(1, [(0, 1, 8)])],
+        warp_bases=_bases(1, [(0, 16, WN)]) + [[0]] * (WM.bit_length() - 1),
+        block_bases=[],
+        shape=[16 * MT * WN],
+    )
+
+
+@gluon.jit
+def pattern_of_block(stage, MT: gl.constexpr, WN: gl.constexpr, WM: gl.constexpr, L: gl.constexpr):
+    """The same as :func:`pattern_word` of both rows, from a block's pattern in shared memory."""
+    shift = (16 * axis(4, 6, L)).to(gl.int64)
+    rows = stage.load(_pattern_layout(MT, WN, WM)).reshape([MT, WN, 2, 8])
+    p, q = gl.split(gl.permute(rows, (0, 1, 3, 2)))
+    p = gl.convert_layout(p.reshape([MT, WN, 1, 8, 1, 1, 1, 1]), L, assert_trivial=True)
+    q = gl.convert_layout(q.reshape([MT, WN, 1, 8, 1, 1, 1, 1]), L, assert_trivial=True)
+    return ((p >> shift) & 0xFFFF).to(gl.int32), ((q >> shift) & 0xFFFF).to(gl.int32)
 
 
 @gluon.jit

@@ -18,6 +18,7 @@ from slope_compile.kernels.gluon_fragments import (
     axis,
     bias_of_tile,
     layout,
+    pattern_of_block,
     pattern_word,
     selectors,
     store_tile,
@@ -85,14 +86,15 @@ def forward(
     X, V, P, T, B, BIAS, Y,
     M, N, K, R, stride_xm, stride_p, blocks_per_split,
     MT: gl.constexpr, WN: gl.constexpr, NT: gl.constexpr, WM: gl.constexpr, STAGES: gl.constexpr,
-    FP16: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LOW_RANK: gl.constexpr, HALVES: gl.constexpr,
+    FP16: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LOW_RANK: gl.constexpr, PIECE: gl.constexpr,
     BAND: gl.constexpr = 8,
 ):  # fmt: skip
     """``Y [M, N] = X [M, K] W^T + T B^T + BIAS [N]`` of 16-bit operands; tiles of 8 NT WM tokens and 16 MT WN outputs.
 
     X: int32, pairs of features; rows are ``stride_xm`` elements (not pairs) apart.
     V: int32 ``[N, K / 4]``, the kept values of a group each.
-    P: pattern, rows ``stride_p`` bytes apart; int16 with HALVES (``stride_p`` is even), else uint8.
+    P: pattern, rows ``stride_p`` bytes apart, in integers of PIECE bytes, of which ``stride_p`` is a multiple.  8: it
+        comes through shared memory, as early as values do.  2 or 1: each thread loads its bits, one block ahead.
     T, B: int32 ``[M, R / 2]``, ``[N, R / 2]``, with HAS_LOW_RANK.
     Y: ``[M, N]``; or float32 ``[splits, M, N]``, where program (_, s) adds up its ``blocks_per_split`` blocks only,
         and the first one T B^T.
@@ -128,12 +130,18 @@ def forward(
     t = axis(4, 6, L)
     row = 16 * (axis(MT, 0, L) * WN + axis(WN, 1, L)) + axis(8, 3, L)
     p_row = pn * BN + row
-    in_p = p_row < N
-    in_q = p_row + 8 < N
-    PER: gl.constexpr = 2 if HALVES else 1
-    P += (pn * BN).to(gl.int64) * (stride_p // PER) + first * 8 // PER
-    Q = P + 8 * (stride_p // PER)
-    p_at = row * (stride_p // PER) + 2 * t // PER
+    P += (pn * BN).to(gl.int64) * (stride_p // PIECE) + first * 8 // PIECE
+    if PIECE == 8:
+        P_FROM: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        p_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BN], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+        p_of = gl.arange(0, BN, layout=P_FROM)
+        p_at = p_of * (stride_p // 8)
+        in_p = p_of < N - pn * BN
+    else:
+        Q = P + 8 * (stride_p // PIECE)
+        p_at = row * (stride_p // PIECE) + 2 * t // PIECE
+        in_p = p_row < N
+        in_q = p_row + 8 < N
 
     # Masked elements are filled with zeros, in rows past the end and past K alike.
     for i in range(0, STAGES - 1):  # unrolled, it runs out of registers
@@ -142,12 +150,16 @@ def forward(
         of_v = in_v & (v_word < K // 4 - k * 16)[None, :] & (i < blocks)
         copy_async(x_ring.index(i), X + x_at + x_word[None, :], mask=of_x)
         copy_async(v_ring.index(i), V + v_at + v_word[None, :], mask=of_v)
+        if PIECE == 8:
+            copy_async(p_ring.index(i), P + p_at, mask=in_p & (i < blocks))
+            P += 1
         commit_copies()
         X += 32
         V += 16
-    left = stride_p - first * 8 - 2 * t
-    p = pattern_word(P + p_at, in_p, left, HALVES)
-    q = pattern_word(Q + p_at, in_q, left, HALVES)
+    if PIECE < 8:
+        left = stride_p - first * 8 - 2 * t
+        p = pattern_word(P + p_at, in_p, left, PIECE)
+        q = pattern_word(Q + p_at, in_q, left, PIECE)
 
     acc = gl.zeros([MT, WN, 2, 8, NT, WM, 4, 2], gl.float32, L)
     gl.assume(blocks > 0)
@@ -163,16 +175,22 @@ def forward(
         more_v = in_v & (v_word < K // 4 - ahead * 16)[None, :] & more
         copy_async(x_ring.index(into), X + x_at + x_word[None, :], mask=more_x)
         copy_async(v_ring.index(into), V + v_at + v_word[None, :], mask=more_v)
+        if PIECE == 8:
+            copy_async(p_ring.index(into), P + p_at, mask=in_p & more)
+            P += 1
         commit_copies()
         X += 32
         V += 16
 
+        if PIECE == 8:
+            p, q = pattern_of_block(p_ring.index(stage), MT, WN, WM, L)
         e = selectors(p, q)
-        P += 8 // PER
-        Q += 8 // PER
-        left -= 8
-        p = pattern_word(P + p_at, in_p, left, HALVES)
-        q = pattern_word(Q + p_at, in_q, left, HALVES)
+        if PIECE < 8:
+            P += 8 // PIECE
+            Q += 8 // PIECE
+            left -= 8
+            p = pattern_word(P + p_at, in_p, left, PIECE)
+            q = pattern_word(Q + p_at, in_q, left, PIECE)
 
         a0, a1 = values_of_block(v_ring.index(stage), MT, WN, WM, L)
         b = x_ring.index(stage).load(_b_layout(WN, NT, WM)).reshape([NT, WM, 8, 2, 2, 2, 4])  # nt wm g step r1 r0 t

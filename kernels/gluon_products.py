@@ -105,8 +105,8 @@ def mma_sp(
         return _without_weights(y, bias, low_rank)
     rows, words = _words(x.reshape(M, K), 4), _words(values, 4)
     t, b, R = _low_rank(low_rank, M, words, 4)
-    halves = K % 16 == 0
-    pattern = _halves(pattern) if halves else pattern.contiguous()
+    piece = 8 if K % 64 == 0 else 2 if K % 16 == 0 else 1
+    pattern = _in_pieces(pattern, piece)
     config = config or gluon_configs.default(M)
     if splits is None:
         splits = gluon_configs.splits(M, N, K, config, _processors(x.device))
@@ -122,7 +122,7 @@ def mma_sp(
             M, N, K, R, 2 * rows.stride(0), -(-K // 8), per_split,
             MT=config.MT, WN=config.WN, NT=config.NT, WM=config.WM, STAGES=config.stages,
             FP16=x.dtype is torch.float16, HAS_BIAS=bias is not None and splits == 1, HAS_LOW_RANK=R > 0,
-            HALVES=halves, num_warps=config.warps,
+            PIECE=piece, num_warps=config.warps,
         )  # fmt: skip
         if splits > 1:
             _kernels().add_up[(-(-M * N // 512),)](
@@ -172,7 +172,7 @@ def wgmma_sp(
     tile = kernels.tiles(rows, config.BM, 32)
     arguments = (
         tile, kernels.tiles(words, config.BN, 16), kernels.tiles(t, config.BM, 32) if R else tile,
-        _halves(pattern), b, y if bias is None else bias.contiguous(), y,
+        _in_pieces(pattern, 2), b, y if bias is None else bias.contiguous(), y,
         M, N, R, K // 8, 2 * -(-K // 128),
     )  # fmt: skip
     flags = {"FP16": x.dtype is torch.float16, "HAS_BIAS": bias is not None, "HAS_LOW_RANK": R > 0, "WIDE": N % 8 == 0}
@@ -240,12 +240,12 @@ def _low_rank(
     return _words(t, alignment), _words(b, 4), t.shape[1]
 
 
-def _halves(pattern: Tensor) -> Tensor:
-    """A pattern of an even number of bytes a row as int16."""
+def _in_pieces(pattern: Tensor, size: int) -> Tensor:
+    """A pattern as integers of ``size`` bytes, of which a row has a whole number."""
     pattern = pattern.contiguous()
-    if pattern.data_ptr() % 2 or pattern.storage_offset() % 2:
+    if pattern.data_ptr() % size or pattern.storage_offset() % size:
         pattern = pattern.clone()
-    return pattern.view(torch.int16)
+    return pattern.view({1: torch.uint8, 2: torch.int16, 8: torch.int64}[size])
 
 
 @functools.lru_cache(maxsize=16)

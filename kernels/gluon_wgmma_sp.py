@@ -178,10 +178,10 @@ def forward(
     q_at = p_at + 8 * (stride_p // 2)
     left = stride_p - 2 * t
     # Two blocks ahead: of the next even block, and of the next odd one.
-    p_even = pattern_word(p_at, in_p, left, True)
-    q_even = pattern_word(q_at, in_q, left, True)
-    p_odd = pattern_word(p_at + 4, in_p, left - 8, True)
-    q_odd = pattern_word(q_at + 4, in_q, left - 8, True)
+    p_even = pattern_word(p_at, in_p, left, 2)
+    q_even = pattern_word(q_at, in_q, left, 2)
+    p_odd = pattern_word(p_at + 4, in_p, left - 8, 2)
+    q_odd = pattern_word(q_at + 4, in_q, left - 8, 2)
 
     acc = gl.zeros([MT, WN, 2, 8, NT, 1, 4, 2], gl.float32, L)
     gl.assume(blocks > 0)
@@ -194,8 +194,8 @@ def forward(
 
         mbarrier.wait(ready.index(even), phase)
         acc = _multiply(acc, v_ring, p_even, q_even, even, MT, WN, NT, FP16, L)
-        p_even = pattern_word(p_at, in_p, left, True)
-        q_even = pattern_word(q_at, in_q, left, True)
+        p_even = pattern_word(p_at, in_p, left, 2)
+        q_even = pattern_word(q_at, in_q, left, 2)
         barrier()
         before = gl.where(even == 0, STAGES - 1, even - 1)
         ahead = k - 1 + STAGES
@@ -205,8 +205,8 @@ def forward(
         phase = gl.where(odd == 0, phase ^ 1, phase)
         mbarrier.wait(ready.index(odd), phase)
         acc = _multiply(acc, v_ring, p_odd, q_odd, odd, MT, WN, NT, FP16, L)
-        p_odd = pattern_word(p_at + 4, in_p, left - 8, True)
-        q_odd = pattern_word(q_at + 4, in_q, left - 8, True)
+        p_odd = pattern_word(p_at + 4, in_p, left - 8, 2)
+        q_odd = pattern_word(q_at + 4, in_q, left - 8, 2)
         barrier()
         ahead = k + STAGES
         _fill(x_desc, v_desc, ready, x_ring, v_ring, even, pm, pn, ahead, ahead < blocks, BM, BN)

@@ -123,7 +123,7 @@ class Executor:
         assert bool(condition.data), "a false assumption"
 
     def _allocate(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Ring | MbarrierArray:
-        if dtype is torch.int64:
+        if layout == Mbarriers.MBarrierLayout():
             return self.program.allocate_mbarriers(shape[0])
         return self.program.allocate(shape, layout)
 

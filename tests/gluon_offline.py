@@ -31,17 +31,25 @@ class Build:
     arch: int
     aligned: bool
     """``mma.sp``: sizes and strides are multiples of 16; else nothing is known of them, and the pattern is read by the
-    byte.  ``wgmma.sp``: N is a multiple of 8."""
+    byte (or ``halves``).  ``wgmma.sp``: N is a multiple of 8."""
     split: bool = False
     ones: bool = False
     """M, N and the number of blocks are 1, which Triton compiles in as constants; ``mma.sp`` only."""
     low_rank: bool = False
     bias: bool = True
+    halves: bool = False
+    """``mma.sp``: the pattern is read by 16 bits."""
+
+    @property
+    def piece(self) -> int:
+        """Bytes of the integers that ``mma.sp`` is given a pattern in."""
+        return 2 if self.halves else 8 if self.aligned else 1
 
     def __str__(self) -> str:
         c = self.config
         tile = "add_up" if c is None else f"{c}_s{c.stages}"
         flags = {"split": self.split, "ones": self.ones, "low_rank": self.low_rank, "no_bias": not self.bias}
+        flags["halves"] = self.halves
         kinds = ["aligned" if self.aligned else "any", *(name for name, on in flags.items() if on)]
         return f"{tile}-{NAMES[self.dtype]}-sm{self.arch}-{'-'.join(kinds)}"
 
@@ -57,7 +65,7 @@ class Build:
             return found | {"WIDE": self.aligned}
         if self.ones:
             found |= {"M": 1, "N": 1, "blocks_per_split": 1, "stride_p": 1}
-        return found | {"WM": c.WM, "HALVES": self.aligned}
+        return found | {"WM": c.WM, "PIECE": self.piece}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +115,8 @@ class Result:
             found.append(f"{self.dense} dense instructions")
         if not self.copies or self.unfilled:
             found.append(f"{self.unfilled} of {self.copies} copies fill nothing in")
-        if build.aligned and self.narrow:
+        # Those of the pattern are: one before the loop, unrolled or not, and one in it.
+        if build.aligned and self.narrow not in ((2, c.stages) if build.piece == 8 else (0,)):
             found.append(f"{self.narrow} of {self.copies} copies are short")
         # For both steps of a block: A takes two for 16 rows, B two for 8 tokens.
         if self.ldmatrix != 2 * (c.MT + c.NT):
@@ -136,6 +145,7 @@ def builds(archs: tuple[int, ...]) -> Iterator[Build]:
         for mma, aligned in itertools.product(gluon_configs.MMA_SP, both):
             for split, low_rank in ((False, False), (True, False), (False, True)):
                 yield Build(mma, dtype, arch, aligned, split, low_rank=low_rank)
+            yield Build(mma, dtype, arch, aligned, halves=True)
         yield Build(gluon_configs.MMA_SP[0], dtype, arch, aligned=False, ones=True)
         yield Build(None, dtype, arch, aligned=False)
         for wgmma, aligned, low_rank in itertools.product(gluon_configs.WGMMA_SP if arch == 90 else (), both, both):
@@ -194,7 +204,7 @@ def _signature(build: Build) -> tuple[Any, dict[str, str], dict[tuple[int, ...],
         divisible = {"Y"}
     else:
         kernel = gluon_mma_sp.add_up if c is None else gluon_mma_sp.forward
-        types["P"] = "*i16" if build.aligned else "*u8"
+        types["P"] = {1: "*u8", 2: "*i16", 8: "*i64"}[build.piece]
         known = {"X", "V", "P", "T", "B", "BIAS", "N", "K", "R", "stride_xm"} if build.aligned else set()
         divisible = known | {"Y"}
     constants = build.constants()

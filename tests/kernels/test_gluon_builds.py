@@ -46,7 +46,7 @@ def test_all_machine_code_for_sm_90(build: Build) -> None:
     assert not compile_offline(build).problems(build)
 
 
-GOOD_MMA = Result(0, 64, 1024, sparse=2, dense=0, copies=4, unfilled=0, narrow=0, ldmatrix=4, in_flight=0, loop=90)
+GOOD_MMA = Result(0, 64, 1024, sparse=2, dense=0, copies=8, unfilled=0, narrow=2, ldmatrix=4, in_flight=0, loop=90)
 GOOD_WGMMA = Result(0, 64, 1024, sparse=8, dense=8, copies=22, unfilled=0, narrow=0, ldmatrix=8, in_flight=2, loop=260)
 
 

@@ -25,7 +25,11 @@ def error(executor: Executor, monkeypatch: pytest.MonkeyPatch, groups: int = 80,
     return float((y.double() - truth).abs().nan_to_num(torch.inf).max())
 
 
-@pytest.mark.parametrize("groups", [80, 81])
+BY_THE_BYTE = 81
+"""Groups of a pattern whose rows do not begin at words, and which each thread reads for itself."""
+
+
+@pytest.mark.parametrize("groups", [80, BY_THE_BYTE])
 @pytest.mark.parametrize("splits", [1, 2])
 def test_the_kernel_as_it_is(groups: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(Executor("gluon_mma_sp"), monkeypatch, groups, splits) < 0.3
@@ -41,7 +45,10 @@ HAZARDS = {
     "shared memory reused without a barrier": ("\n    barrier()\n", "\n"),
     "tokens not masked": ("of_x = in_x & (x_word < K // 2 - k * 32)[None, :] & (i", "of_x = (i"),
     "features not masked": ("in_v & (v_word < K // 4 - ahead * 16)[None, :] & more", "in_v"),
-    "pattern not masked": ("in_q = p_row + 8 < N", "in_q = p_row < N"),
+    "pattern not masked by the byte": ("in_q = p_row + 8 < N", "in_q = p_row < N"),
+    "pattern not masked": ("mask=in_p & more", "mask=more"),
+    "pattern not masked past K": ("mask=in_p & more", "mask=in_p"),
+    "pattern of a stage that is being filled": ("p_ring.index(stage), MT", "p_ring.index(into), MT"),
     "metadata out of order": ("((both ^ 0x11111111) << 3)", "(both << 3)"),
     "adapter not masked": ("(a_word + 8 < left)", "(a_word < left)"),
 }
@@ -50,7 +57,7 @@ HAZARDS = {
 @pytest.mark.parametrize("name", HAZARDS)
 def test_the_executor_notices_what_is_right_by_chance(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Hazard):
-        error(Executor("gluon_mma_sp", (HAZARDS[name],)), monkeypatch)
+        error(Executor("gluon_mma_sp", (HAZARDS[name],)), monkeypatch, BY_THE_BYTE if "byte" in name else 80)
 
 
 MISTAKES = {
@@ -61,7 +68,10 @@ MISTAKES = {
     "values of the other step": ("[a1, b1, e, acc]", "[a0, b1, e, acc]"),
     "tokens of the other step": ("[a1, b1, e, acc]", "[a1, b0, e, acc]"),
     "the second step counts alone": ("[a1, b1, e, acc]", "[a1, b1, e, acc * 0.0]"),
-    "selectors of the block before": ("        P += 8 // PER\n", ""),
+    "selectors of the block before by the byte": ("            P += 8 // PIECE\n", ""),
+    "selectors of another block": ("            P += 1\n        commit_copies()\n        X += 32\n        V += 16\n\n", "        commit_copies()\n"),
+    "selectors of another lane": ("(16 * axis(4, 6, L))", "(16 * (axis(4, 6, L) ^ 1))"),
+    "selectors of the other rows": ("p, q = gl.split(", "q, p = gl.split("),
     "results of two lanes exchanged": ("(4, 5, 6, 7, 0, 1, 2, 3)", "(4, 5, 7, 6, 0, 1, 2, 3)"),
     "another bias": ("out = row + 8 * axis", "out = row % 32 + 8 * axis"),
     "the adapter's second half twice": ("[second, b, acc]", "[first, b, acc]"),
@@ -74,7 +84,8 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_the_executor_computes_by_lane_and_register(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
-        assert error(Executor("gluon_mma_sp", (MISTAKES[name],)), monkeypatch) > 1
+        groups = BY_THE_BYTE if "byte" in name else 80
+        assert error(Executor("gluon_mma_sp", (MISTAKES[name],)), monkeypatch, groups) > 1
     except Hazard:
         assert "lanes" in name or "registers" in name  # also metadata in the wrong lanes are not in order
 
