@@ -7,6 +7,8 @@ spills registers, needs more shared memory than the architecture has, or does no
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +53,12 @@ class WgmmaSp:
     WN: int
     """Warps, all along out_features: 4 or 8."""
     NT: int
-    """Tokens of an instruction in eights: up to 32."""
+    """Tokens of an instruction in eights: up to 32.  The tile has at least half as many tokens as outputs, so that the
+    compiler puts the larger ring, that of tokens, where the assembly looks for it (``gluon_builds``)."""
     stages: int
     """Blocks of 64 in_features in shared memory at a time; 3 or more."""
+    staged: bool = True
+    """Whether the pattern comes through shared memory as well, where K is a multiple of 64; else threads load it."""
 
     def __str__(self) -> str:
         return f"wgmma_sp_{self.BM}x{self.BN}_w{self.WN}"
@@ -81,7 +86,10 @@ class WgmmaSp:
 Config = MmaSp | WgmmaSp
 
 FEW_TOKENS = 16
-"""Up to here there are so few programs that each output's sum is split between several of them."""
+"""What the configurations of ``mma.sp`` for the fewest tokens hold."""
+
+SPLIT_TOKENS = 64
+"""Up to here there are so few programs that ``mma.sp`` splits each output's sum between several of them."""
 
 MMA_SP = (
     MmaSp(1, 4, 1, 1, 6),
@@ -89,7 +97,7 @@ MMA_SP = (
     MmaSp(1, 4, 2, 1, 6),
     MmaSp(2, 4, 2, 1, 6),
     MmaSp(2, 4, 4, 1, 4),
-    MmaSp(2, 2, 4, 2, 4),
+    MmaSp(2, 2, 4, 2, 5),
     MmaSp(2, 4, 8, 1, 4),
     MmaSp(2, 4, 8, 2, 4),
 )
@@ -97,12 +105,18 @@ MMA_SP = (
 
 
 WGMMA_SP = (
+    WgmmaSp(1, 4, 8, 8),
     WgmmaSp(2, 4, 8, 6),
     WgmmaSp(2, 4, 16, 4),
-    WgmmaSp(1, 8, 32, 4),
-    WgmmaSp(2, 8, 16, 6),
+    WgmmaSp(1, 8, 32, 4, staged=False),
 )
 """bfloat16 and float16; in the order of the tokens they are meant for."""
+
+_LAUNCH = 2.5
+"""Microseconds of the kernel that adds up parts, beside reading them: an assumption, not measured."""
+
+_PARTS = 2e6
+"""Bytes of parts that are written and read again in a microsecond: likewise."""
 
 
 def default(M: int) -> MmaSp:
@@ -110,18 +124,43 @@ def default(M: int) -> MmaSp:
     return next((config for config in MMA_SP if config.BM >= M), MMA_SP[-1])
 
 
-def default_wgmma(M: int) -> WgmmaSp:
-    """Likewise."""
-    return next((config for config in WGMMA_SP if config.BM >= M), WGMMA_SP[-1])
+def default_wgmma(M: int, N: int, K: int, processors: int) -> WgmmaSp:
+    """Likewise: the one with the lowest estimate; of equal ones that with the larger tile, which reads less."""
+    return min(reversed(WGMMA_SP), key=lambda config: _best(M, N, K, config, processors)[0])
 
 
-def splits(M: int, N: int, K: int, config: MmaSp, processors: int) -> int:
-    """Over how many programs the sum of an output is split: an assumption, not measured.
+def splits(M: int, N: int, K: int, config: Config, processors: int) -> int:
+    """Over how many programs the sum of an output is split, each with at least 8 blocks of 64 in_features.
 
-    Only where the tokens fit one tile of few, and so that two programs a processor have something to read, each
-    at least 8 blocks of 64 in_features.
+    ``mma.sp``: so that two programs a processor have something to read, where there are few tokens.  ``wgmma.sp``: as
+    many as the estimate is lowest with.
     """
-    if M > FEW_TOKENS:
+    if isinstance(config, WgmmaSp):
+        return _best(M, N, K, config, processors)[1]
+    if M > SPLIT_TOKENS:
         return 1
-    programs = -(-M // config.BM) * -(-N // config.BN)
-    return max(1, min(2 * processors // programs, -(-K // 64) // 8))
+    return max(1, min(2 * processors // _tiles(M, N, config), -(-K // 64) // 8))
+
+
+@functools.lru_cache(maxsize=1024)
+def _best(M: int, N: int, K: int, config: WgmmaSp, processors: int) -> tuple[float, int]:
+    """The lowest estimate of a product's time in microseconds, and with how many splits."""
+    most = min(2 * processors // _tiles(M, N, config), -(-K // 64) // 8)
+    return min((_estimate(M, N, K, config, splits, processors), splits) for splits in range(1, max(1, most) + 1))
+
+
+def _estimate(M: int, N: int, K: int, config: WgmmaSp, splits: int, processors: int) -> float:
+    """Programs of a processor one after the other, or all in the time of one, whichever is longer; and the parts.
+
+    What a block of 64 in_features takes a processor, alone and among others, was fitted to times in bfloat16 on an
+    H200, with 64 to 16384 tokens.
+    """
+    programs = math.ceil(_tiles(M, N, config) * splits / processors)
+    blocks = 2 * math.ceil(math.ceil(K / 128) / splits)
+    block: float = 0.00155 * (config.BM * config.BN) ** 0.57
+    time = blocks * max(block + 0.05, programs * block)
+    return time if splits == 1 else time + _LAUNCH + splits * M * N * 8 / _PARTS
+
+
+def _tiles(M: int, N: int, config: Config) -> int:
+    return -(-M // config.BM) * -(-N // config.BN)

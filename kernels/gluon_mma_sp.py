@@ -214,9 +214,7 @@ def forward(
         steps = gl.where(gl.program_id(1) == 0, gl.cdiv(R, 32), 0)
         t_tile = T + (pm * BM).to(gl.int64) * (R // 2)
         b_tile = B + (pn * BN).to(gl.int64) * (R // 2)
-        acc = _add_low_rank(
-            acc, t_tile, b_tile, row, token, N - pn * BN, M - pm * BM, R, steps, FP16, L
-        )
+        acc = _add_low_rank(acc, t_tile, b_tile, row, token, N - pn * BN, M - pm * BM, R, steps, FP16, L)
     if HAS_BIAS:
         acc += bias_of_tile(BIAS, p_row, N, L)
     store_tile(acc, Y, gl.program_id(1).to(gl.int64) * M, pm, pn, M, N, BM, BN, WARPS)

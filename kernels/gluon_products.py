@@ -109,10 +109,8 @@ def mma_sp(
     pattern = _in_pieces(pattern, piece)
     config = config or gluon_configs.default(M)
     if splits is None:
-        splits = gluon_configs.splits(M, N, K, config, _processors(x.device))
-    blocks = -(-K // 64)
-    per_split = -(-blocks // splits)
-    splits = -(-blocks // per_split)  # none without work
+        splits = gluon_configs.splits(M, N, K, config, processors(x.device))
+    per_split, splits = _divided(-(-K // 64), splits)
     parts = y if splits == 1 else x.new_empty(splits, M, N, dtype=torch.float32)
     given = y if bias is None else bias.contiguous()
     tiles = -(-M // config.BM) * -(-N // config.BN)
@@ -125,9 +123,7 @@ def mma_sp(
             PIECE=piece, num_warps=config.warps,
         )  # fmt: skip
         if splits > 1:
-            _kernels().add_up[(-(-M * N // 512),)](
-                parts, given, y, M * N, N, splits, HAS_BIAS=bias is not None, num_warps=4
-            )
+            _add_up(parts, bias, y)
     return y
 
 
@@ -138,6 +134,7 @@ def wgmma_sp(
     bias: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     config: WgmmaSp | None = None,
+    splits: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """``Y = X W^T + T B^T + bias`` by ``wgmma.sp``, sm_90: x ``[..., K]`` -> contiguous ``[..., N]``.
@@ -150,10 +147,10 @@ def wgmma_sp(
         pattern: uint8 ``[N, K / 8]``.
         low_rank: ``(T [..., R], B [N, R])``, for an adapter ``T = X A^T``; R up to the configuration's largest.
         config: tile sizes; those of :func:`gluon_configs.default_wgmma` without.
-        out: where the result goes, contiguous and of its shape and dtype.
+        splits, out: as in :func:`mma_sp`.
 
     Raises:
-        ValueError: of K or R.
+        ValueError: of K or R, or of a configuration that no build is right in.
         RuntimeError: what the compiler made of the kernel must not be used (``gluon_builds``).
     """
     N, K = values.shape[0], values.shape[1] * 2
@@ -163,25 +160,51 @@ def wgmma_sp(
         return y
     if K == 0:
         return _without_weights(y, bias, low_rank)
-    config = config or gluon_configs.default_wgmma(M)
+    config = config or gluon_configs.default_wgmma(M, N, K, processors(x.device))
+    if 2 * config.BM < config.BN:
+        raise ValueError(f"{config}: a tile of {config.BM} tokens is less than half of its {config.BN} outputs")
     rows, words = _words(x.reshape(M, K), 16), _words(values, 16)
     t, b, R = _low_rank(low_rank, M, rows, 16)
     if K % 16 or config.largest_rank < R:
         raise ValueError(f"wgmma_sp: K = {K} must be a multiple of 16, and R = {R} at most {config.largest_rank}")
+    if splits is None:
+        splits = gluon_configs.splits(M, N, K, config, processors(x.device))
+    pairs = -(-K // 128)
+    pairs_per_split, splits = _divided(pairs, splits)
+    parts = y if splits == 1 else x.new_empty(splits, M, N, dtype=torch.float32)
+    piece = 8 if config.staged and K % 64 == 0 else 2
     kernels = _wgmma_kernels()
     tile = kernels.tiles(rows, config.BM, 32)
     arguments = (
         tile, kernels.tiles(words, config.BN, 16), kernels.tiles(t, config.BM, 32) if R else tile,
-        _in_pieces(pattern, 2), b, y if bias is None else bias.contiguous(), y,
-        M, N, R, K // 8, 2 * -(-K // 128),
+        _in_pieces(pattern, piece), b, y if bias is None else bias.contiguous(), parts,
+        M, N, R, K // 8, 2 * pairs, 2 * pairs_per_split,
     )  # fmt: skip
-    flags = {"FP16": x.dtype is torch.float16, "HAS_BIAS": bias is not None, "HAS_LOW_RANK": R > 0, "WIDE": N % 8 == 0}
+    flags = {
+        "FP16": x.dtype is torch.float16, "HAS_BIAS": bias is not None and splits == 1, "HAS_LOW_RANK": R > 0,
+        "WIDE": N % 8 == 0, "PIECE": piece,
+    }  # fmt: skip
     options = {"MT": config.MT, "WN": config.WN, "NT": config.NT, "STAGES": config.stages, "num_warps": config.warps}
     with device_of(x):
         if _on_gpu(x):
             _check_build(x.device, config, arguments, flags | options)
-        kernels.forward[(-(-M // config.BM) * -(-N // config.BN),)](*arguments, **flags, **options)
+        kernels.forward[(-(-M // config.BM) * -(-N // config.BN), splits)](*arguments, **flags, **options)
+        if splits > 1:
+            _add_up(parts, bias, y)
     return y
+
+
+def _divided(blocks: int, splits: int) -> tuple[int, int]:
+    """How many blocks a split takes, and how many splits that makes: none without work."""
+    per_split = -(-blocks // splits)
+    return per_split, -(-blocks // per_split)
+
+
+def _add_up(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """``y = parts [splits, M, N] + bias``."""
+    splits, M, N = parts.shape
+    given = y if bias is None else bias.contiguous()
+    _kernels().add_up[(-(-M * N // 512),)](parts, given, y, M * N, N, splits, HAS_BIAS=bias is not None, num_warps=4)
 
 
 def _check_build(
@@ -189,8 +212,8 @@ def _check_build(
 ) -> None:
     """Compile, without a launch, and look at the result, once for each that there is."""
     wide_sizes = tuple(argument > 2**31 - 1 for argument in arguments if isinstance(argument, int))
-    # What Triton compiles in of the arguments: the width of sizes, and whether the result begins at 16 bytes.
-    key = (device, *options.values(), *wide_sizes, arguments[6].data_ptr() % 16 == 0)
+    # What Triton compiles in of the arguments: the width of sizes, the result's type, whether it begins at 16 bytes.
+    key = (device, *options.values(), *wide_sizes, arguments[6].dtype, arguments[6].data_ptr() % 16 == 0)
     if key not in _build_problems:
         built = _wgmma_kernels().forward.warmup(*arguments, grid=(1,), **options)
         ptx = built.asm["ptx"]
@@ -249,5 +272,6 @@ def _in_pieces(pattern: Tensor, size: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a device has."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

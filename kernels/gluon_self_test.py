@@ -52,12 +52,16 @@ def passes(
 
 
 def _wgmma_sp_sizes(config: Config, low_rank: bool, N: int) -> tuple[Sizes, ...]:
-    """A part of one tile; and four tiles, of which three are partial, and each stage used twice, with a rest of K."""
+    """A part of one tile; four tiles, of which three are partial, and each stage used twice, with a rest of K; and
+    sums of several programs, the pattern staged as before and not.
+    """
     narrow = 0 if N % 8 == 0 else 3
     R = 72 if low_rank else 0
     return (
         (13, 40 + narrow, 144, R, 1),
-        (config.BM + 9, config.BN + 24 + narrow, 128 * config.stages + 16, R, 1),
+        (config.BM + 9, config.BN + 24 + narrow, 128 * config.stages + 64, R, 1),
+        (13, 80 + narrow, 448, R, 2),
+        (13, 40 + narrow, 144, R, 2),
     )
 
 
@@ -75,7 +79,7 @@ def _right(
         if isinstance(config, MmaSp):
             result = gluon_products.mma_sp(x, values, pattern, given, low_rank, config, splits)
         else:
-            result = gluon_products.wgmma_sp(x, values, pattern, given, low_rank, config)
+            result = gluon_products.wgmma_sp(x, values, pattern, given, low_rank, config, splits)
         truth = reference.forward(x.double(), values.double(), pattern, None, 2, 4) + t.double() @ b.double().t()
         return _equal(result, truth + bias[0].double() if has_bias else truth)
 

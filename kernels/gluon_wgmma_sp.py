@@ -23,11 +23,21 @@ by unrolling the loop.  The number of blocks is even; one past the end is all ze
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from slope_compile.kernels._gluon import barrier, fence_async_shared, load_tile, mbarrier, tiles
+from slope_compile.kernels._gluon import (
+    barrier,
+    commit_copies,
+    copy_async,
+    fence_async_shared,
+    load_tile,
+    mbarrier,
+    tiles,
+    wait_for_copies,
+)
 from slope_compile.kernels.gluon_fragments import (
     axis,
     bias_of_tile,
     layout,
+    pattern_of_block,
     pattern_word,
     selectors,
     store_tile,
@@ -132,12 +142,16 @@ def _fill(x_desc, v_desc, ready, x_ring, v_ring, stage, pm, pn, block, wanted, B
 
 
 # Nothing is compiled in but what is a constexpr, so that a build that was checked is the one that is launched.
-@gluon.jit(do_not_specialize=["M", "N", "R", "stride_p", "blocks"], do_not_specialize_on_alignment=["P", "B", "BIAS"])
+@gluon.jit(
+    do_not_specialize=["M", "N", "R", "stride_p", "blocks", "blocks_per_split"],
+    do_not_specialize_on_alignment=["P", "B", "BIAS"],
+)
 def forward(
     x_desc, v_desc, t_desc, P, B, BIAS, Y,
-    M, N, R, stride_p, blocks,
+    M, N, R, stride_p, blocks, blocks_per_split,
     MT: gl.constexpr, WN: gl.constexpr, NT: gl.constexpr, STAGES: gl.constexpr,
     FP16: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LOW_RANK: gl.constexpr, WIDE: gl.constexpr,
+    PIECE: gl.constexpr,
     BAND: gl.constexpr = 8,
 ):  # fmt: skip
     """``Y [M, N] = X [M, K] W^T + T B^T + BIAS [N]`` of 16-bit operands; tiles of 8 NT tokens and 16 MT WN outputs.
@@ -145,9 +159,12 @@ def forward(
     x_desc: tiles ``[8 NT, 32]`` of X, int32 ``[M, K / 2]``, pairs of features.
     v_desc: tiles ``[16 MT WN, 16]`` of V, int32 ``[N, K / 4]``, the kept values of a group each.
     t_desc: tiles ``[8 NT, 32]`` of T, int32 ``[M, R / 2]``, with HAS_LOW_RANK; R at most 64 STAGES.
-    P: pattern, int16, rows ``stride_p`` bytes apart (an even number).
+    P: pattern, rows ``stride_p`` bytes apart, in integers of PIECE bytes, of which ``stride_p`` is a multiple.  8: it
+        comes through shared memory, almost as early as values do.  2: each thread loads its bits, two blocks ahead.
     B: int32 ``[N, R / 2]``.
-    blocks: of 64 features, an even number that covers K.
+    Y: ``[M, N]``; or float32 ``[splits, M, N]``, where program (_, s) adds up its ``blocks_per_split`` blocks only,
+        and the first one T B^T.
+    blocks: of 64 features, an even number that covers K; ``blocks_per_split`` is even, too.
     WIDE: N is a multiple of 8, so that a thread stores 8 outputs at a time.
     """
     if WIDE:
@@ -157,6 +174,8 @@ def forward(
     PACK: gl.constexpr = 4 * NT * MT
     L: gl.constexpr = layout(MT, WN, NT, 1)
     pn, pm = tile_of_program(M, N, BM, BN, BAND)
+    first = gl.program_id(1) * blocks_per_split
+    blocks = gl.minimum(blocks - first, blocks_per_split)
 
     # The ring of tokens comes first: the assembly takes it to begin where shared memory does.
     x_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BM, 32], x_desc.layout)
@@ -168,48 +187,78 @@ def forward(
     fence_async_shared()
     barrier()
     for i in gl.static_range(STAGES):
-        _fill(x_desc, v_desc, ready, x_ring, v_ring, i, pm, pn, i, i < blocks, BM, BN)
+        _fill(x_desc, v_desc, ready, x_ring, v_ring, i, pm, pn, first + i, i < blocks, BM, BN)
 
     t = axis(4, 6, L)
     p_row = pn * BN + 16 * (axis(MT, 0, L) * WN + axis(WN, 1, L)) + axis(8, 3, L)
-    in_p = p_row < N
-    in_q = p_row + 8 < N
-    p_at = P + p_row.to(gl.int64) * (stride_p // 2) + t
-    q_at = p_at + 8 * (stride_p // 2)
-    left = stride_p - 2 * t
-    # Two blocks ahead: of the next even block, and of the next odd one.
-    p_even = pattern_word(p_at, in_p, left, 2)
-    q_even = pattern_word(q_at, in_q, left, 2)
-    p_odd = pattern_word(p_at + 4, in_p, left - 8, 2)
-    q_odd = pattern_word(q_at + 4, in_q, left - 8, 2)
+    if PIECE == 8:
+        P_FROM: gl.constexpr = gl.BlockedLayout([1], [32], [WN], [0])
+        p_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BN], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+        p_of = pn * BN + gl.arange(0, BN, layout=P_FROM)
+        p_at = P + p_of.to(gl.int64) * (stride_p // 8) + first
+        in_p = p_of < N
+        left = gl.minimum(stride_p // 8 - first, blocks)
+        for i in gl.static_range(STAGES - 1):
+            copy_async(p_ring.index(i), p_at + i, mask=in_p & (i < left))
+            commit_copies()
+        # Of the first block; then, block after block, of the next one before the barrier.
+        wait_for_copies(STAGES - 2)
+        barrier()
+    else:
+        in_p = p_row < N
+        in_q = p_row + 8 < N
+        p_at = P + p_row.to(gl.int64) * (stride_p // 2) + first * 4 + t
+        q_at = p_at + 8 * (stride_p // 2)
+        left = stride_p - first * 8 - 2 * t
+        # Two blocks ahead: of the next even block, and of the next odd one.
+        p_even = pattern_word(p_at, in_p, left, 2)
+        q_even = pattern_word(q_at, in_q, left, 2)
+        p_odd = pattern_word(p_at + 4, in_p, left - 8, 2)
+        q_odd = pattern_word(q_at + 4, in_q, left - 8, 2)
 
     acc = gl.zeros([MT, WN, 2, 8, NT, 1, 4, 2], gl.float32, L)
     gl.assume(blocks > 0)
     even = 0
     phase = 0
     for k in range(0, blocks, 2):
-        left -= 16
-        p_at += 8
-        q_at += 8
-
         mbarrier.wait(ready.index(even), phase)
+        if PIECE == 8:
+            p_even, q_even = pattern_of_block(p_ring.index(even), MT, WN, 1, L)
         acc = _multiply(acc, v_ring, p_even, q_even, even, MT, WN, NT, FP16, L)
-        p_even = pattern_word(p_at, in_p, left, 2)
-        q_even = pattern_word(q_at, in_q, left, 2)
+        if PIECE == 8:
+            wait_for_copies(STAGES - 3)
+        else:
+            left -= 16
+            p_at += 8
+            q_at += 8
+            p_even = pattern_word(p_at, in_p, left, 2)
+            q_even = pattern_word(q_at, in_q, left, 2)
         barrier()
         before = gl.where(even == 0, STAGES - 1, even - 1)
         ahead = k - 1 + STAGES
-        _fill(x_desc, v_desc, ready, x_ring, v_ring, before, pm, pn, ahead, (k > 0) & (ahead < blocks), BM, BN)
+        more = (k > 0) & (ahead < blocks)
+        _fill(x_desc, v_desc, ready, x_ring, v_ring, before, pm, pn, first + ahead, more, BM, BN)
+        if PIECE == 8:
+            copy_async(p_ring.index(before), p_at + ahead, mask=in_p & (ahead < left))
+            commit_copies()
 
         odd = gl.where(even == STAGES - 1, 0, even + 1)
         phase = gl.where(odd == 0, phase ^ 1, phase)
         mbarrier.wait(ready.index(odd), phase)
+        if PIECE == 8:
+            p_odd, q_odd = pattern_of_block(p_ring.index(odd), MT, WN, 1, L)
         acc = _multiply(acc, v_ring, p_odd, q_odd, odd, MT, WN, NT, FP16, L)
-        p_odd = pattern_word(p_at + 4, in_p, left - 8, 2)
-        q_odd = pattern_word(q_at + 4, in_q, left - 8, 2)
+        if PIECE == 8:
+            wait_for_copies(STAGES - 3)
+        else:
+            p_odd = pattern_word(p_at + 4, in_p, left - 8, 2)
+            q_odd = pattern_word(q_at + 4, in_q, left - 8, 2)
         barrier()
         ahead = k + STAGES
-        _fill(x_desc, v_desc, ready, x_ring, v_ring, even, pm, pn, ahead, ahead < blocks, BM, BN)
+        _fill(x_desc, v_desc, ready, x_ring, v_ring, even, pm, pn, first + ahead, ahead < blocks, BM, BN)
+        if PIECE == 8:
+            copy_async(p_ring.index(even), p_at + ahead, mask=in_p & (ahead < left))
+            commit_copies()
 
         even = gl.where(odd == STAGES - 1, 0, odd + 1)
         phase = gl.where(even == 0, phase ^ 1, phase)
@@ -217,11 +266,13 @@ def forward(
     acc = gl.inline_asm_elementwise(
         "wgmma.wait_group.sync.aligned 0;", LAST, [acc], dtype=gl.float32, is_pure=False, pack=PACK
     )
+    if PIECE == 8:
+        wait_for_copies(0)  # they still write zeros
     # Nobody reads a stage any more, whose memory is used anew below.
     barrier()
 
     if HAS_LOW_RANK:
-        parts = gl.cdiv(R, 64)
+        parts = gl.where(gl.program_id(1) == 0, gl.cdiv(R, 64), 0)
         into = even
         for i in gl.static_range(STAGES):
             mbarrier.expect(ready.index(into), BM * 128, pred=i < parts)
@@ -255,4 +306,4 @@ def forward(
     barrier()
     if HAS_BIAS:
         acc += bias_of_tile(BIAS, p_row, N, L)
-    store_tile(acc, Y, 0, pm, pn, M, N, BM, BN, WN)
+    store_tile(acc, Y, gl.program_id(1).to(gl.int64) * M, pm, pn, M, N, BM, BN, WN)

@@ -57,7 +57,7 @@ def can(way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: t
         return few_tokens.unsupported(capability, dtype, M, inputs) is None and _few_is_right(device, dtype, M, inputs)
     if gluon_products.unsupported(way, capability, dtype, M, outputs, inputs, R) is not None:
         return False
-    case = (device, dtype, _gluon_config(way, M), outputs % 8, R > 0)
+    case = (device, dtype, _gluon_config(way, M, outputs, inputs, device), outputs % 8, R > 0)
     if case not in _tested and torch.cuda.is_current_stream_capturing():
         return False  # the test compiles and compares
     _tested.add(case)
@@ -83,8 +83,10 @@ _tested: set[tuple[torch.device, torch.dtype, MmaSp | WgmmaSp, int, bool]] = set
 """Gluon kernels of which it is known whether they are right."""
 
 
-def _gluon_config(way: str, M: int) -> MmaSp | WgmmaSp:
-    return gluon_configs.default(M) if way == "mma_sp" else gluon_configs.default_wgmma(M)
+def _gluon_config(way: str, M: int, N: int, K: int, device: torch.device) -> MmaSp | WgmmaSp:
+    if way == "mma_sp":
+        return gluon_configs.default(M)
+    return gluon_configs.default_wgmma(M, N, K, gluon_products.processors(device))
 
 
 def possible(
@@ -235,5 +237,5 @@ def _sparse_operand(
         few_tokens.forward(x, values, pattern, bias, out=out)
         return out if low_rank is None else out.addmm_(low_rank[0], low_rank[1].t())
     if way == "mma_sp":
-        return gluon_products.mma_sp(x, values, pattern, bias, low_rank, gluon_configs.default(M), out=out)
-    return gluon_products.wgmma_sp(x, values, pattern, bias, low_rank, gluon_configs.default_wgmma(M), out=out)
+        return gluon_products.mma_sp(x, values, pattern, bias, low_rank, out=out)
+    return gluon_products.wgmma_sp(x, values, pattern, bias, low_rank, out=out)

@@ -38,11 +38,13 @@ class Build:
     low_rank: bool = False
     bias: bool = True
     halves: bool = False
-    """``mma.sp``: the pattern is read by 16 bits."""
+    """The pattern is read by 16 bits."""
 
     @property
     def piece(self) -> int:
-        """Bytes of the integers that ``mma.sp`` is given a pattern in."""
+        """Bytes of the integers that a pattern is given in."""
+        if isinstance(self.config, WgmmaSp):
+            return 8 if self.config.staged and not self.halves else 2
         return 2 if self.halves else 8 if self.aligned else 1
 
     def __str__(self) -> str:
@@ -62,7 +64,7 @@ class Build:
         found |= {"MT": c.MT, "WN": c.WN, "NT": c.NT, "STAGES": c.stages, "BAND": 8}
         found |= {"FP16": self.dtype is torch.float16, "HAS_LOW_RANK": self.low_rank}
         if isinstance(c, WgmmaSp):
-            return found | {"WIDE": self.aligned}
+            return found | {"WIDE": self.aligned, "PIECE": self.piece}
         if self.ones:
             found |= {"M": 1, "N": 1, "blocks_per_split": 1, "stride_p": 1}
         return found | {"WM": c.WM, "PIECE": self.piece}
@@ -130,7 +132,8 @@ class Result:
             found.append(f"{self.sparse} sparse instructions")
         if self.dense != 4 * c.MT * build.low_rank:
             found.append(f"{self.dense} dense instructions")
-        if self.copies != 2 * (c.stages + 2) + c.stages * build.low_rank:
+        of_pattern = (c.stages + 1) * (build.piece == 8)
+        if self.copies != 2 * (c.stages + 2) + c.stages * build.low_rank + of_pattern or self.unfilled:
             found.append(f"{self.copies} copies")
         if self.ldmatrix != 4 * c.MT:
             found.append(f"{self.ldmatrix} ldmatrix")
@@ -151,6 +154,9 @@ def builds(archs: tuple[int, ...]) -> Iterator[Build]:
         for wgmma, aligned, low_rank in itertools.product(gluon_configs.WGMMA_SP if arch == 90 else (), both, both):
             yield Build(wgmma, dtype, arch, aligned, low_rank=low_rank)
             yield Build(wgmma, dtype, arch, aligned, low_rank=low_rank, bias=False)
+            yield Build(wgmma, dtype, arch, aligned, split=True, low_rank=low_rank)
+            if wgmma.staged:
+                yield Build(wgmma, dtype, arch, aligned, low_rank=low_rank, halves=True)
 
 
 def compile_offline(build: Build) -> Result:
@@ -200,6 +206,7 @@ def _signature(build: Build) -> tuple[Any, dict[str, str], dict[tuple[int, ...],
     types["Y"] = "*fp32" if build.split else element
     if isinstance(c, WgmmaSp):
         kernel = gluon_wgmma_sp.forward
+        types["P"] = {2: "*i16", 8: "*i64"}[build.piece]
         types |= {"x_desc": _tiles(c.BM, 32), "v_desc": _tiles(c.BN, 16), "t_desc": _tiles(c.BM, 32)}
         divisible = {"Y"}
     else:

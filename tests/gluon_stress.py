@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from slope_compile.kernels import gluon_choices, gluon_configs, gluon_products, gpu_self_test, reference
-from slope_compile.kernels.gluon_configs import Config, MmaSp, WgmmaSp
+from slope_compile.kernels.gluon_configs import Config, WgmmaSp
 from slope_compile.kernels.metadata import pack_mask
 
 TOOLS = ("racecheck", "memcheck", "synccheck")
@@ -29,8 +29,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def sizes(config: Config) -> tuple[int, int, int, int]:
-    """M, N, K and R: several tiles, all of them partial, each stage several times, a rest of a block."""
-    return 2 * config.BM + 3, 2 * config.BN + 24, 64 * (3 * config.stages + 1) + 16, 72
+    """M, N, K and R: several tiles, all of them partial, each stage several times, a rest of two blocks."""
+    return 2 * config.BM + 3, 2 * config.BN + 24, 64 * (3 * config.stages // 2 * 2 + 1), 72
 
 
 def runs(device: torch.device, capability: tuple[int, int]) -> Iterator[tuple[str, Callable[[], Tensor], Tensor]]:
@@ -51,13 +51,14 @@ def runs(device: torch.device, capability: tuple[int, int]) -> Iterator[tuple[st
             truth = (truth + t.double() @ b.double().t()).to(dtype)
             given = (x, values, pattern, bias, (t, b))
             yield f"{config} {dtype}", functools.partial(gluon_choices.product(config), *given), truth
-            if isinstance(config, MmaSp):
-                yield f"{config} {dtype} split", functools.partial(_split, config, given), truth
+            yield f"{config} {dtype} split", functools.partial(_split, config, given), truth
 
 
 def _split(
-    config: MmaSp, given: tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], splits: int = 3
+    config: Config, given: tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], splits: int = 3
 ) -> Tensor:
+    if isinstance(config, WgmmaSp):
+        return gluon_products.wgmma_sp(*given, config, splits)
     return gluon_products.mma_sp(*given, config, splits)
 
 

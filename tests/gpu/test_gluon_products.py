@@ -29,9 +29,9 @@ AWKWARD = {
     "several_tiles": Shape((70,), 132, 67),
     "whole_blocks": Shape((40,), 64, 48),
 }
-SMALLEST: dict[str, Config] = {"mma_sp": gluon_configs.MMA_SP[0], "wgmma_sp": WgmmaSp(1, 4, 2, 3)}
+SMALLEST: dict[str, Config] = {"mma_sp": gluon_configs.MMA_SP[0], "wgmma_sp": WgmmaSp(1, 4, 4, 3)}
 CONFIGS: tuple[Config, ...] = (*gluon_configs.MMA_SP, *gluon_configs.WGMMA_SP)
-FEW: tuple[Config, ...] = (*gluon_configs.MMA_SP[::3], gluon_configs.WGMMA_SP[0], gluon_configs.WGMMA_SP[3])
+FEW: tuple[Config, ...] = (*gluon_configs.MMA_SP[::3], gluon_configs.WGMMA_SP[0], gluon_configs.WGMMA_SP[-1])
 """Where all would take too long without a GPU: of each kernel the smallest and larger ones."""
 
 every_shape = pytest.mark.parametrize("shape", [pytest.param(s, id=name) for name, s in AWKWARD.items()])
@@ -66,7 +66,9 @@ def on_device(t: Tensor) -> Tensor:
 def product(config: Config, splits: int | None = None) -> Callable[..., Tensor]:
     """Of x, values, pattern, bias and (T, B)."""
     if isinstance(config, WgmmaSp):
-        return lambda x, v, p, bias=None, low_rank=None: gluon_products.wgmma_sp(x, v, p, bias, low_rank, config)
+        return lambda x, v, p, bias=None, low_rank=None: gluon_products.wgmma_sp(
+            x, v, p, bias, low_rank, config, splits
+        )
     return lambda x, v, p, bias=None, low_rank=None: gluon_products.mma_sp(x, v, p, bias, low_rank, config, splits)
 
 
@@ -105,7 +107,8 @@ def test_products(kernel: str, shape: Shape, dtype: torch.dtype) -> None:
 def test_every_configuration(config: Config, dtype: torch.dtype) -> None:
     if isinstance(config, WgmmaSp):  # each stage more than once, a rest of a block; tiles that are partial
         shape = Shape((config.BM + 4,), config.BN - 20, 16 * config.stages + 20)
-        check(draw(TWO_FOUR, shape, dtype), config, 20, biases=False)
+        check(draw(TWO_FOUR, shape, dtype), config, 20, 1, biases=False)
+        check(draw(TWO_FOUR, Shape((20,), 68, 112), dtype), config, 20, 100, biases=False)  # a pattern that is staged
         return
     for groups in (35, 48):  # 140 and 192 features: a pattern read by the byte, and by 16 bits
         p = draw(TWO_FOUR, Shape((20,), 68, groups), dtype)
@@ -259,10 +262,11 @@ def test_nothing_outside_the_tensors_is_read(before: int, kernel: str, K: int, d
 
 
 @both_dtypes
-def test_decoding_is_the_same_every_time(dtype: torch.dtype) -> None:
+@both_kernels
+def test_decoding_is_the_same_every_time(kernel: str, dtype: torch.dtype) -> None:
     """Parts of a sum are added up in a fixed order, whatever their programs' order."""
     p = draw(TWO_FOUR, Shape((7,), 48, 160), dtype)
-    config = next(c for c in gluon_configs.MMA_SP if c.BM >= 7)
+    config = SMALLEST[kernel]
     given = tuple(map(on_device, (p.x, p.values, p.pattern)))
     first = product(config, 5)(*given)
     for _ in range(20 if DEVICE.type == "cuda" else 1):

@@ -58,7 +58,7 @@ def test_each_tool_runs_and_its_findings_count(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the executor: the script's own problems, of one small configuration of each kernel."""
-    small = WgmmaSp(1, 4, 2, 3)
+    small = WgmmaSp(1, 4, 4, 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(gluon_stress, "CONFIGS", (MMA_SP[0], small))
     monkeypatch.setattr(gluon_stress, "DTYPES", (torch.bfloat16,))
@@ -69,7 +69,7 @@ def test_a_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gluon_stress.stress(torch.device("cpu"), 1) == []
     bad = Executor("gluon_wgmma_sp", (("[b0, b1, b2, b3", "[b1, b0, b2, b3"),))
     monkeypatch.setattr(gluon_products, "_wgmma_kernels", lambda: bad)
-    assert gluon_stress.stress(torch.device("cpu"), 1) == [f"{small} torch.bfloat16"]
+    assert gluon_stress.stress(torch.device("cpu"), 1) == [f"{small} torch.bfloat16", f"{small} torch.bfloat16 split"]
 
 
 def test_every_configuration_is_stressed() -> None:
@@ -78,5 +78,5 @@ def test_every_configuration_is_stressed() -> None:
         M, N, K, _ = gluon_stress.sizes(config)
         assert M % config.BM
         assert N % config.BN
-        assert K % 64 == 16
+        assert K % 128 == 64
         assert 2 * config.stages < K // 64

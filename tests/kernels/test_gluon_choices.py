@@ -43,8 +43,8 @@ def no_results_of_others() -> Iterator[None]:
         ("mma_sp", (8, 0), torch.float32, (1, 8, 16), "float32"),
         ("mma_sp", (8, 0), BF16, (1, 8, 18), "K = 18"),
         ("wgmma_sp", (9, 0), BF16, (1, 7, 16), None),
-        ("wgmma_sp", (9, 0), FP16, (1, 7, 16, 384), None),
-        ("wgmma_sp", (9, 0), FP16, (1, 7, 16, 385), "385"),
+        ("wgmma_sp", (9, 0), FP16, (1, 7, 16, 512), None),
+        ("wgmma_sp", (9, 0), FP16, (1, 7, 16, 513), "513"),
         ("wgmma_sp", (9, 0), BF16, (1, 8, 24), "K = 24"),
         ("wgmma_sp", (8, 0), BF16, (1, 8, 16), "8, 0"),
         ("wgmma_sp", (10, 0), BF16, (1, 8, 16), "10, 0"),
@@ -73,8 +73,8 @@ def test_what_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gluon_choices.choices(4096, 68, 64, 8, CUDA, FP16, bias=False) == (*MMA_SP[1:], *WGMMA_SP[1:])
     assert asked[-1] == (WGMMA_SP[-1], False, True, 4)
     assert gluon_choices.choices(4096, 64, 68, 0, CUDA, FP16) == MMA_SP[1:]
-    assert gluon_choices.choices(64, 64, 64, 0, CUDA, FP16) == (*MMA_SP[1:], WGMMA_SP[1], WGMMA_SP[3])
-    assert gluon_choices.choices(4096, 64, 64, 300, CUDA, FP16) == (*MMA_SP[1:], WGMMA_SP[3])
+    assert gluon_choices.choices(64, 64, 64, 0, CUDA, FP16) == (*MMA_SP[1:], *WGMMA_SP[1:3])
+    assert gluon_choices.choices(4096, 64, 64, 300, CUDA, FP16) == (*MMA_SP[1:], WGMMA_SP[1])
     assert gluon_choices.choices(4096, 64, 64, 0, CUDA, torch.float32) == ()
     assert gluon_choices.choices(4096, 64, 64, 0, CPU, BF16) == ()
 
@@ -88,13 +88,12 @@ def test_the_product_of_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 FAULTS = (
-    ("gluon_mma_sp", "_kernels", MMA_SP[0], ('MMA + "0x1;"', 'MMA + "0x0;"'), "is wrong"),
-    ("gluon_mma_sp", "_kernels", MMA_SP[0], ("wait_for_copies(STAGES - 2)", "pass"), "does not run"),
-    ("gluon_wgmma_sp", "_wgmma_kernels", WGMMA_SP[0], ("tile, {e}, {step}, 1", "tile, {e}, 0, 1"), "is wrong"),
-    ("gluon_wgmma_sp", "_wgmma_kernels", WGMMA_SP[0], ("[b0, b1, b2, b3", "[b0, b1, b1, b3"), "is wrong"),
+    ("gluon_mma_sp", MMA_SP[0], ('MMA + "0x1;"', 'MMA + "0x0;"'), "is wrong"),
+    ("gluon_mma_sp", MMA_SP[0], ("wait_for_copies(STAGES - 2)", "pass"), "does not run"),
+    ("gluon_wgmma_sp", WGMMA_SP[0], ("tile, {e}, {step}, 1", "tile, {e}, 0, 1"), "is wrong"),
+    ("gluon_wgmma_sp", WGMMA_SP[0], ("[b0, b1, b2, b3", "[b0, b1, b1, b3"), "is wrong"),
     (
         "gluon_wgmma_sp",
-        "_wgmma_kernels",
         WGMMA_SP[0],
         ("        barrier()\n        before", "        before"),
         "not run",
@@ -102,13 +101,15 @@ FAULTS = (
 )
 
 
-@pytest.mark.parametrize(("module", "name", "config", "fault", "said"), FAULTS)
+@pytest.mark.parametrize(("module", "config", "fault", "said"), FAULTS)
 def test_a_wrong_kernel_is_not_used_and_the_log_says_so(
-    module: str, name: str, config: Config, fault: tuple[str, str], said: str,
+    module: str, config: Config, fault: tuple[str, str], said: str,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     executor = Executor(module, (fault,))
-    monkeypatch.setattr(gluon_products, name, lambda: executor)
+    for other in ("mma_sp", "wgmma_sp"):
+        whole = executor if module == f"gluon_{other}" else Executor(f"gluon_{other}")
+        monkeypatch.setattr(gluon_products, "_kernels" if other == "mma_sp" else "_wgmma_kernels", lambda w=whole: w)
     with caplog.at_level(logging.WARNING):
         assert not gluon_self_test.passes(CPU, BF16, config)
     assert said in caplog.text
@@ -169,9 +170,16 @@ def test_the_default_configuration(M: int, config: int) -> None:
     assert gluon_configs.default(M) is MMA_SP[config]
 
 
-@pytest.mark.parametrize(("M", "config"), [(1, 0), (64, 0), (65, 1), (128, 1), (129, 2), (257, 3)])
-def test_the_default_configuration_of_wgmma(M: int, config: int) -> None:
-    assert gluon_configs.default_wgmma(M) is WGMMA_SP[config]
+@pytest.mark.parametrize(
+    ("M", "N", "K", "config"),
+    [
+        (1, 4096, 4096, 1), (64, 4096, 4096, 1), (64, 14336, 4096, 1), (64, 64, 1024, 0), (128, 4096, 4096, 0),
+        (256, 14336, 4096, 3), (512, 4096, 4096, 2), (2048, 4096, 4096, 3), (16384, 1024, 4096, 3),
+        (4096, 768, 3072, 3),
+    ],
+)  # fmt: skip
+def test_the_default_configuration_of_wgmma(M: int, N: int, K: int, config: int) -> None:
+    assert gluon_configs.default_wgmma(M, N, K, 132) is WGMMA_SP[config]
 
 
 def test_how_many_programs_share_a_sum() -> None:
@@ -179,7 +187,17 @@ def test_how_many_programs_share_a_sum() -> None:
     assert gluon_configs.splits(16, 64, 8192, MMA_SP[2], 132) == 16  # 8 blocks each
     assert gluon_configs.splits(16, 64, 64, MMA_SP[2], 132) == 1
     assert gluon_configs.splits(16, 1 << 20, 4096, MMA_SP[2], 132) == 1
-    assert gluon_configs.splits(17, 64, 8192, MMA_SP[4], 132) == 1
+    assert gluon_configs.splits(64, 4096, 4096, MMA_SP[6], 132) == 8
+    assert gluon_configs.splits(65, 64, 8192, MMA_SP[6], 132) == 1
+
+
+def test_how_many_programs_of_wgmma_share_a_sum() -> None:
+    assert gluon_configs.splits(64, 4096, 4096, WGMMA_SP[0], 132) == 2
+    assert gluon_configs.splits(64, 14336, 4096, WGMMA_SP[0], 132) == 1
+    assert gluon_configs.splits(64, 4096, 14336, WGMMA_SP[1], 132) == 4
+    assert gluon_configs.splits(16, 128, 8192, WGMMA_SP[1], 132) == 16  # 8 blocks each
+    assert gluon_configs.splits(64, 64, 64, WGMMA_SP[0], 132) == 1
+    assert gluon_configs.splits(16384, 4096, 4096, WGMMA_SP[3], 132) == 1
 
 
 def test_configurations_have_names_of_their_own() -> None:
@@ -193,4 +211,12 @@ def test_sizes_that_wgmma_does_not_take(K: int, R: int) -> None:
     p = draw(Pattern(2, 4), Shape((3,), 8, K // 4), BF16)
     low_rank = (torch.zeros(3, R, dtype=BF16), torch.zeros(8, R, dtype=BF16)) if R else None
     with pytest.raises(ValueError, match=f"K = {K} must .* R = {R} at most 192"):
-        gluon_products.wgmma_sp(p.x, p.values, p.pattern, None, low_rank, WgmmaSp(1, 4, 2, 3))
+        gluon_products.wgmma_sp(p.x, p.values, p.pattern, None, low_rank, WgmmaSp(1, 4, 4, 3))
+
+
+def test_a_tile_with_too_few_tokens_for_its_outputs() -> None:
+    p = draw(Pattern(2, 4), Shape((3,), 8, 16), BF16)
+    with pytest.raises(ValueError, match="16 tokens is less than half of its 64 outputs"):
+        gluon_products.wgmma_sp(p.x, p.values, p.pattern, None, None, WgmmaSp(1, 4, 2, 3))
+    for config in gluon_configs.WGMMA_SP:
+        assert 2 * config.BM >= config.BN

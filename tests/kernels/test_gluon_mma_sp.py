@@ -69,7 +69,10 @@ MISTAKES = {
     "tokens of the other step": ("[a1, b1, e, acc]", "[a1, b0, e, acc]"),
     "the second step counts alone": ("[a1, b1, e, acc]", "[a1, b1, e, acc * 0.0]"),
     "selectors of the block before by the byte": ("            P += 8 // PIECE\n", ""),
-    "selectors of another block": ("            P += 1\n        commit_copies()\n        X += 32\n        V += 16\n\n", "        commit_copies()\n"),
+    "selectors of another block": (
+        "            P += 1\n        commit_copies()\n        X += 32\n        V += 16\n\n",
+        "        commit_copies()\n",
+    ),
     "selectors of another lane": ("(16 * axis(4, 6, L))", "(16 * (axis(4, 6, L) ^ 1))"),
     "selectors of the other rows": ("p, q = gl.split(", "q, p = gl.split("),
     "results of two lanes exchanged": ("(4, 5, 6, 7, 0, 1, 2, 3)", "(4, 5, 7, 6, 0, 1, 2, 3)"),

@@ -15,6 +15,7 @@ from slope_compile.kernels import (
     _cusparselt,
     cpu_build,
     few_self_test,
+    gluon_products,
     gluon_self_test,
     gpu_calls,
     gpu_ops,
@@ -172,6 +173,7 @@ def test_which_ways_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cusparselt, "missing", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
+    monkeypatch.setattr(gluon_products, "processors", lambda device: 132)
     monkeypatch.setattr(gluon_self_test, "passes", lambda *case: right)
     monkeypatch.setattr(few_self_test, "passes", lambda *case: right)
     monkeypatch.setattr(gpu_calls, "_tested", set())
