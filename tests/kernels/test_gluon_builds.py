@@ -5,7 +5,6 @@ A part of all builds; ``python tests/gluon_offline.py`` looks at each.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
@@ -196,7 +195,6 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = _Kernels()
     monkeypatch.setattr(gluon_products, "_wgmma_kernels", lambda: kernels)
     monkeypatch.setattr(gluon_products, "_build_problems", {})
-    monkeypatch.setattr(gluon_products, "_on", lambda tensor: contextlib.nullcontext())
     monkeypatch.setattr(gluon_products, "_on_gpu", lambda tensor: True)
 
 
