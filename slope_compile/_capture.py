@@ -62,6 +62,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], confi
 
     Frames that Dynamo compiles on their own after a graph break still count for the code that they run.
     """
+    _dynamo.avoid_dangling_guards()
     found: list[Captured] = []
 
     def backend(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -5,8 +5,9 @@ attribute accesses by which Dynamo reached an input), ``node._dynamo_source`` an
 (which AOTAutograd expects on every input of a graph from Dynamo), the running ``OutputGraph`` with its local and
 global scope, from which the chain can be followed to the real module, ``install_guard`` with ``GuardBuilder.ID_MATCH``,
 ``_LazyGraphModule`` (as Dynamo's own graphs are),
-``OptimizedModule`` and ``Module._compiled_call_impl`` (what was handed to ``torch.compile``), and the code objects of
-``OutputGraph.call_user_compiler`` and ``Module._call_impl`` (by which frames on the stack are recognised).
+``OptimizedModule`` and ``Module._compiled_call_impl`` (what was handed to ``torch.compile``), the code objects of
+``OutputGraph.call_user_compiler`` and ``Module._call_impl`` (by which frames on the stack are recognised), and
+``config.use_recursive_dict_tags_for_guards``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
+import torch._dynamo.config
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.guards import GuardBuilder, install_guard
@@ -46,6 +49,18 @@ class Origin:
     def layer(self) -> str:
         """Path of the layer the tensor belongs to."""
         return layer_path(self.name)
+
+
+def avoid_dangling_guards() -> None:
+    """Switch off an optimization of guards that makes torch 2.11 crash, in the whole process.
+
+    Guards remember the dicts of a model's modules.  When one of those has changed (a parametrization came or went, a
+    module went into eval mode) and the guards are dropped later, Dynamo keeps their address, and the next change of a
+    dict writes into memory that is no longer theirs: the process aborts, somewhere else.  pytorch#183753 is the fix,
+    and since 2.12 the optimization is off (pytorch#181873); without it, checking guards takes a little longer.
+    """
+    if torch.__version__ < "2.12":
+        torch._dynamo.config.use_recursive_dict_tags_for_guards = False
 
 
 def origin(placeholder: Node) -> Origin | None:

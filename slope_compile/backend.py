@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from slope_compile._dynamo import working_copy
+from slope_compile._dynamo import avoid_dangling_guards, working_copy
 from slope_compile._inductor import compile_graph
 from slope_compile.columns import StoredColumns, before_training_forward
 from slope_compile.dense_weights import DynamoWeights
@@ -44,6 +44,7 @@ def slope(
     Raises:
         ConfigError: unknown or contradictory options (Dynamo shows it as the cause of a ``BackendCompilerFailed``).
     """
+    avoid_dangling_guards()  # Dynamo makes the graph's guards after this returns
     parsed = parse_options(mode, options)
     graph_module = working_copy(graph_module)
     weights = DynamoWeights(graph_module, example_inputs, parsed.config)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from slope_compile._dynamo import avoid_dangling_guards
+
 THREADS = 1
 """Tensors here are tiny.  A second thread has nothing to gain and waits for the first at every product: where the
 cores are shared that costs some ten milliseconds each time."""
@@ -53,6 +55,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
 
 def pytest_configure() -> None:
     torch.set_num_threads(THREADS)
+    avoid_dangling_guards()  # tests drop the guards of many models, of other backends' graphs too
 
 
 @pytest.fixture(autouse=True)

@@ -415,3 +415,15 @@ def test_freezing_by_option() -> None:
     with torch.no_grad():
         logits = run(ids)
     assert_same(logits, masked_copy(dense, masks_of(run._orig_mod))(ids).detach())
+
+
+@pytest.mark.parametrize("how", ["compile", "explain"])
+def test_guards_of_torch_2_11_keep_no_addresses(how: str) -> None:
+    """Its optimization of guards, which crashes, is off; where it is sound, it stays as the user has it."""
+    model = toy(torch.float32)
+    with torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True):
+        if how == "compile":
+            torch.compile(model, backend=slope.slope, options={"compiler": "eager"})(token_ids())
+        else:
+            slope.explain(model, token_ids())
+        assert torch._dynamo.config.use_recursive_dict_tags_for_guards == (torch.__version__ >= "2.12")
