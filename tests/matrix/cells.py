@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import slope_compile as slope
@@ -156,8 +157,9 @@ def count_graphs(model: Model, dense: nn.Module, recording: Recording, mode: str
         assert one.dense_linears == len(named), "a linear without a decision"
     known = _names_of_one_weight(dense)
     decisions = [d if d.weight in known else _inside(inner, d) for one in graphs for d in one.report]
-    decisions = [dataclasses.replace(d, weight=model.compiled.get(d.weight, (d.weight,))[0]) for d in decisions]
-    expected = {**model.dense, **dict(model.compiled.values())}
+    elsewhere = {d.weight: model.compiled[d.weight] for d in decisions if d.weight in model.compiled}
+    decisions = [dataclasses.replace(d, weight=elsewhere.get(d.weight, (d.weight,))[0]) for d in decisions]
+    expected = {**model.dense, **dict(elsewhere.values())}
     left, _ = model.eager.get(mode, ("(?!)", ""))
     return dataclasses.replace(count(dense, decisions, expected, left, len(graphs)), graphs=len(graphs))
 
@@ -308,8 +310,10 @@ def breaks(model: Model, recording: Recording, compiler: str) -> Cell:
     for middle in middles:
         middle.register_forward_hook(_break)
     assert middles
+    broken = counters["graph_break"].total()
     compare(module, compiled, masked_copy(dense, masks_of(module)), inputs_of(model))
-    assert len(recording) > len(middles), "the graph was not broken"
+    # Not by counting graphs: Dynamo of torch 2.11 leaves what holds the break to Python, when that is PyTorch's own.
+    assert counters["graph_break"].total() - broken >= len(middles), "the graph was not broken"
     return count_graphs(model, dense, recording, "breaks")
 
 

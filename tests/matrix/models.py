@@ -40,7 +40,8 @@ class Model:
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Mode -> why it does not apply."""
     compiled: Mapping[str, tuple[str, Reason]] = dataclasses.field(default_factory=dict)
-    """Path of a decision in Dynamo's graphs -> the linear's path and the reason it has there, where these differ."""
+    """Path of a decision in Dynamo's graphs -> the linear's path and the reason it has there, where these differ, and
+    the release of torch is one whose Dynamo takes that place into a graph."""
     eager: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     """Mode -> paths of linears, as a regular expression, that Dynamo leaves to Python there, and why."""
     partial: str = ""
@@ -213,7 +214,7 @@ MODELS = (
             "decoder.block.1.layer.2.mlp.router.classifier": ROUTER,
         },
         middle=r"(encoder|decoder)\.block\.\d+\.layer\.0", dtype=torch.float32, partial=_ROUTED,
-        compiled={  # the router casts its weight in place in each forward
+        compiled={  # the router casts its weight in place in each forward; torch 2.11 leaves that to Python
             f"{path}.mlp.router": (f"{path}.mlp.router.classifier", TIED)
             for path in ("encoder.block.1.layer.1", "decoder.block.1.layer.2")
         },
