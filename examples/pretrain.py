@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import pickle
 import shlex
 import signal
 import sys
@@ -65,6 +66,8 @@ class Place:
     def __post_init__(self) -> None:
         if self.save_every < 1:
             raise ValueError(f"save_every: expected 1 or more, got {self.save_every}")
+        if self.checkpoint.is_dir():
+            raise ValueError(f"save: expected a file for the checkpoint, and {self.checkpoint} is a folder")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -210,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings.gpt_config()  # Checks the sizes.
         settings.slope_config()
         if resume is not None:
-            saved = torch.load(resume, map_location="cpu", weights_only=True)
+            saved = _load_checkpoint(resume)
             settings = _resumed_settings(saved["settings"], given)
             if "save" not in given:
                 place = dataclasses.replace(place, save=str(resume))
@@ -273,6 +276,22 @@ def _from_flags(group: type[_Flags], given: dict[str, Any]) -> _Flags:
     """The dataclass with the flags that were given, defaults elsewhere."""
     names = {field.name for field in dataclasses.fields(group)}
     return group(**{name: value for name, value in given.items() if name in names})
+
+
+def _load_checkpoint(path: Path) -> dict[str, Any]:
+    """What :class:`Job` saved.
+
+    Raises:
+        ValueError: the file is something else.
+        OSError: there is no such file.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, LookupError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"resume: {path} is no checkpoint") from error
+    if not isinstance(saved, dict) or not {"settings", "runs", "results"} <= saved.keys():
+        raise ValueError(f"resume: {path} is no checkpoint of this program")
+    return saved
 
 
 def _resumed_settings(saved: dict[str, Any], given: dict[str, Any]) -> Settings:

@@ -255,6 +255,41 @@ def test_one_run_can_be_added_to_another(uninterrupted: Path, tmp_path: Path) ->
     assert_same_losses(tmp_path, uninterrupted)
 
 
+def test_the_checkpoint_goes_where_save_says(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the results, in a folder made for it; the command to go on names it, and goes on writing it."""
+    out, kept = tmp_path / "out", tmp_path / "new" / "kept.pt"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "slope", 5)
+        assert pretrain.main([*TINY, "--no-compile", "--out", str(out), "--save", str(kept)]) == 130
+    assert torch.load(kept, weights_only=True)["runs"]["slope"]["step"] == 5
+    assert not (out / "checkpoint.pt").exists()
+    resume = capsys.readouterr().out.splitlines()[-1].split()
+    assert resume[2:4] == ["--resume", str(kept)]
+    before = kept.read_bytes()
+    # Another name leaves the file that was resumed from as it is.
+    assert pretrain.main([*resume[2:], "--save", str(tmp_path / "end.pt")]) == 0
+    assert kept.read_bytes() == before
+    assert f"{tmp_path / 'end.pt'}" in capsys.readouterr().out
+    assert_same_losses(out, uninterrupted)
+    assert pretrain.main(resume[2:]) == 0
+    for path in (kept, tmp_path / "end.pt"):
+        assert torch.load(path, weights_only=True)["results"].keys() == set(KINDS)
+    assert {path.name for path in kept.parent.iterdir()} == {kept.name}, "nothing half written is left"
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in (("empty", b""), ("text", b"validation loss 2.5\n"), ("cut", b"PK\x03\x04")):
+        (tmp_path / name).write_bytes(content)
+    torch.save({"model": {}}, tmp_path / "foreign")
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(SystemExit, match="2"):
+            pretrain.main(["--resume", str(path)])
+        assert f"{path} is no checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -262,6 +297,7 @@ def test_one_run_can_be_added_to_another(uninterrupted: Path, tmp_path: Path) ->
         pytest.param(["--steps", "0"], "steps: expected 1 or more, got 0", id="steps"),
         pytest.param(["--lr", "-1"], "lr: expected a positive number", id="lr"),
         pytest.param(["--save-every", "0"], "save_every: expected 1 or more", id="save-every"),
+        pytest.param(["--save", str(EXAMPLES)], f"{EXAMPLES} is a folder", id="save"),
         pytest.param(["--pattern", "5:4"], "pattern", id="pattern"),
         pytest.param(["--resume", "no/such/file"], "no/such/file", id="no checkpoint"),
     ],
