@@ -71,23 +71,9 @@ def compile_(modules: Iterable[nn.Module], sparse: bool, options: Options) -> No
 
     The modules are alike, so one graph serves them all.
     """
-    modules = list(modules)
-    _share_classes(modules)
     given: dict[str, Any] = {"options": {"max_autotune": True}} if options.autotune else {}
     for module in modules:
         module.compile(backend=slope.slope if sparse else "inductor", **given)
-
-
-def _share_classes(modules: list[nn.Module]) -> None:
-    """Give parametrized layers at the same place of each module one class.
-
-    ``parametrize`` makes a class for each layer it is applied to.  Dynamo's guards tell these classes apart and compile
-    every block anew, which takes long and changes nothing about the code that runs.
-    """
-    for other in modules[1:]:
-        for ours, theirs in zip(modules[0].modules(), other.modules(), strict=True):
-            if type(ours) is not type(theirs):
-                theirs.__class__ = type(ours)
 
 
 def step(model: Callable[..., Tensor], x: Tensor, grad: Tensor, *args: Any) -> None:

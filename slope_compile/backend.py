@@ -52,7 +52,7 @@ def slope(
     graph_module = run_passes(graph_module, context)
     _check_agreement(parsed, context.report)
     columns = _prepared_columns(context, weights)
-    weights.commit()
+    weights.commit(prepared=any(decision.reason is Reason.PREPARED for decision in context.report))
     _log(context.report)
     inputs = [*example_inputs, *weights.extra]
     graph_module.recompile()

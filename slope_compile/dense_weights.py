@@ -67,6 +67,8 @@ class DynamoWeights:
         self._rulings: dict[nn.Module, dict[str, Decision]] = {}
         self._judged: list[Node] = []
         self._named: list[Node] = []
+        self._settled = True
+        """Whether ``sparsify_`` has decided on all that was judged."""
 
     def tensor(self, node: Node) -> Tensor | None:
         value = self.inputs.get(node)
@@ -81,6 +83,7 @@ class DynamoWeights:
         self._judged.append(node)
         origin = self._origin(node)
         if origin is None or origin.root is None:
+            self._settled = False
             return None
         if origin.root not in self._rulings:
             self._rulings[origin.root] = self._decide(origin.root)
@@ -107,6 +110,7 @@ class DynamoWeights:
         if any(layer.sparse for layer in linear_layers(model)):
             decisions = [_settled(decision) for decision in decisions]
         else:
+            self._settled = False
             _warn(model, self.config, decisions)
         return {decision.weight: decision for decision in decisions}
 
@@ -146,18 +150,24 @@ class DynamoWeights:
                 )  # fmt: skip
         return CompressedWeight(compressed, pattern, columns)
 
-    def commit(self) -> int:
+    def commit(self, prepared: bool) -> int:
         """Prune the weights whose pattern was chosen in this run, in place, and remember the patterns.
 
-        The graph is bound to the parameters that were judged by their place in the model.
+        The graph is bound to the parameters that were judged by their place in the model.  It is not where
+        ``sparsify_`` has decided already and the graph has prepared weights, whose class Dynamo checks: one graph does
+        for all blocks that are alike, and another model's are not.
+
+        Args:
+            prepared: whether the graph has weights that ``sparsify_`` prepared.
 
         Returns:
             How many were pruned.
         """
-        for node in self._judged:
-            _dynamo.guard_parameter(node)
-        for node in self._named:
-            _dynamo.guard_module(node)
+        if not (prepared and self._settled):
+            for node in self._judged:
+                _dynamo.guard_parameter(node)
+            for node in self._named:
+                _dynamo.guard_module(node)
         with torch.no_grad():
             for weight, state, _, transposed in self._prune:
                 weight.copy_(self._masked(weight, state, transposed))

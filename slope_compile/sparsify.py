@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from slope_compile._shared_classes import share, unshare
 from slope_compile.config import LayerConfig, SlopeConfig, checked_config
 from slope_compile.errors import ConversionError
 from slope_compile.kernels import cpu_library
@@ -100,6 +101,8 @@ def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
     for layer, decision in decisions:
         if not decision.sparse:
             _note(layer, decision)
+    for layer, _ in chosen:
+        share(layer.module)
     for rule in config.unused([layer.path for layer, _ in decisions]):
         log.warning("sparsify_: %s matched no linear layer", rule)
     log.info("sparsify_: %d of %d linear layers are sparse now", len(report.sparse), len(report))
@@ -147,6 +150,7 @@ def add_adapters_(model: nn.Module, config: SlopeConfig) -> list[str]:
         settings = config.layer(layer.path)
         if settings.adapter_rank:
             _register_adapter(layer, settings)
+            share(layer.module)
             paths.append(layer.path)
     if not paths:
         raise ConversionError(
@@ -166,6 +170,7 @@ def _pattern(layer: LinearLayer, settings: LayerConfig) -> Tensor:
 def _register(layer: LinearLayer, settings: LayerConfig, pattern: Tensor) -> None:
     requires_grad = layer.weight.requires_grad
     sparse = SparseWeight(pattern, layer.shape, settings, layer.transposed)
+    unshare(layer.module)
     parametrize.register_parametrization(layer.module, layer.name, sparse)
     _print_children(layer.module)
     layer.weight.requires_grad_(requires_grad)
@@ -182,6 +187,7 @@ def _register_adapter(layer: LinearLayer, settings: LayerConfig) -> None:
         )  # fmt: skip
     A, B = draw_adapter(layer.shape, settings, layer.path, layer.weight.detach())
     adapter = LowRank(A, B, settings.adapter_scale, layer.transposed)
+    unshare(layer.module)
     parametrize.register_parametrization(layer.module, layer.name, adapter)
 
 
@@ -197,10 +203,7 @@ def _remove(layer: LinearLayer) -> None:
 
     ``remove_parametrizations`` registers it last; an optimizer's checkpoint counts parameters in their order.
     """
-    # A deep copy of a parametrized module shares its class, from which the removal deletes `weight`: take an own one.
-    shared = type(layer.module)
-    own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-    layer.module.__class__ = type(shared.__name__, shared.__bases__, own)
+    unshare(layer.module)  # the removal deletes `weight` from the class
     parametrize.remove_parametrizations(layer.module, layer.name, leave_parametrized=True)
     weights = [name for name in ("weight", *ATTENTION_WEIGHTS) if name in layer.module._parameters]
     for name in [*weights, *(name for name in layer.module._parameters if name not in weights)]:

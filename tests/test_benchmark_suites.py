@@ -98,7 +98,6 @@ def test_blocks_alike_share_one_graph() -> None:
     for contender in found.names():
         model = found.of(contender)
         assert isinstance(model, blocks.Blocks)
-        contestants._share_classes(list(model.blocks))
         for block in model.blocks:
             block.compile(backend=backend)
         model(torch.randn(1, 4, 64, requires_grad=True))

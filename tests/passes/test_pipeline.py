@@ -71,7 +71,7 @@ def whole(function: Callable[..., Any], *inputs: Any) -> tuple[GraphModule, list
         weights = DynamoWeights(graph_module, real, config)
         within = Context(config, weights)
         run_passes(graph_module, within)
-        weights.commit()
+        weights.commit(prepared=False)
         done.append((within, weights.extra))
 
     graph_module, real = dynamo_graph(function, *inputs, work=work)

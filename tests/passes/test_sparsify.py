@@ -64,7 +64,7 @@ def in_dynamo(function: Callable[..., Any], *inputs: Any, **fields: Any) -> tupl
         weights = DynamoWeights(graph_module, real, config)
         within = selected(graph_module, Context(config, weights))
         Sparsify(within)(graph_module)
-        weights.commit()
+        weights.commit(prepared=False)
         done.append((within, weights.extra))
 
     graph_module, real = dynamo_graph(function, *inputs, work=work)

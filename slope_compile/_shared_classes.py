@@ -1,0 +1,72 @@
+"""One class for prepared layers that are alike, so that code compiled for one block serves the others.
+
+``torch.nn.utils.parametrize`` makes a class for each module, with a property in the place of the weight.  Dynamo guards
+on classes: of forty equal blocks that are compiled one by one, every one would be compiled anew.  The properties know
+the weight's name and nothing else of their module, so layers of one class with the same weights parametrized can share.
+
+When ``parametrize`` changes the class of one layer, that layer gets a class of its own first: the property is deleted
+by ``remove_parametrizations``, and registering a parametrization on another tensor adds one.  Both name the layer
+``module`` where they do it, which is how it is found (torch 2.11 to 2.13; tests fail when that changes).
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+_Classes = weakref.WeakValueDictionary[frozenset[str], type]
+_shared: weakref.WeakKeyDictionary[type, _Classes] = weakref.WeakKeyDictionary()
+"""Stock class -> names of the parametrized tensors -> the class of such layers, while there are any."""
+
+
+class _Shared(type):
+    """Of classes that several modules have: what changes them changes the class of one module."""
+
+    def __delattr__(cls, name: str) -> None:
+        delattr(_own_class(cls, name), name)
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        setattr(_own_class(cls, name), name, value)
+
+
+def _own_class(cls: type, name: str) -> type:
+    """A class of its own for the module whose class is about to be changed, found two frames further up."""
+    module = sys._getframe(2).f_locals.get("module")
+    if not isinstance(module, nn.Module) or type(module) is not cls:
+        raise RuntimeError(
+            f"cannot change {name!r} of a class that layers prepared by sparsify_ share; change it before sparsify_"
+        )
+    unshare(module)
+    return type(module)
+
+
+def share(module: nn.Module) -> None:
+    """Give a parametrized module the class of others like it."""
+    own = type(module)
+    if type(own) is not type or not parametrize.is_parametrized(module):
+        return  # shared already, or of a class with rules of its own
+    names = frozenset(name for name, value in vars(own).items() if isinstance(value, property))
+    parametrizations = module.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    if names != set(parametrizations):
+        return
+    classes = _shared.setdefault(own.__bases__[0], weakref.WeakValueDictionary())
+    found = classes.get(names)
+    if found is None:
+        found = classes[names] = _Shared(own.__name__, own.__bases__, _contents(own))
+    module.__class__ = found
+
+
+def unshare(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own, for something to change: a deep copy shares the original's too."""
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, _contents(shared))
+
+
+def _contents(cls: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
