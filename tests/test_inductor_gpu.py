@@ -127,8 +127,11 @@ def test_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert inference.products == Counter({"forward": sparse})
     assert inference.dense == dense
     assert not inference.calls
-    # What follows a product runs in its kernel: the GELU of the MLPs.
-    assert sum("tanh" in text and "def forward_sums" in text for text in inference.kernels.values()) == 1
+    # What follows a product runs in its kernel: the GELU of the MLPs.  Inductor of torch 2.11 sees "no shared data"
+    # between the rows of tokens that a product writes and the batch that the GELU reads, and gives it its own kernel.
+    fused = torch.__version__ >= "2.12"
+    (gelu,) = (text for text in inference.kernels.values() if "tanh" in text)
+    assert ("def forward_sums" in gelu) == fused
     assert inference.products.total() == sparse
     for program in (forward, backward, inference):
         assert "torch.ops.slope." not in re.sub(r"(?m)^\s*#.*$", "", program.source)
