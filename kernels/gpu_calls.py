@@ -9,7 +9,8 @@
 | ``expanded`` | PyTorch's dense product with the weight expanded in a scratch buffer |
 
 ``way=None`` has ``gpu_rules`` decide at each call, when the number of tokens is known: graphs with symbolic sizes run
-one piece of code for all ranges of token counts.  Activations are matrices: x ``[M, K]``, grad ``[M, N]``.  Scratch
+one piece of code for all ranges of token counts.  Activations are matrices: x ``[M, K]``, grad ``[M, N]``.  ``tile``
+names a configuration of a Gluon kernel, for which the autotuner measures each; without, the default one.  Scratch
 comes from PyTorch's caching allocator and nothing is read back, so that CUDA graphs can hold these calls; what may only
 happen outside of a capture (self-tests) has then happened in the warm-up, or the way is left out.
 """
@@ -25,6 +26,7 @@ from slope_compile.kernels import (
     _cusparselt,
     few_self_test,
     few_tokens,
+    gluon_choices,
     gluon_configs,
     gluon_products,
     gluon_self_test,
@@ -37,11 +39,14 @@ from slope_compile.kernels import (
 from slope_compile.kernels.gluon_configs import MmaSp, WgmmaSp
 
 
-def can(way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, R: int = 0) -> bool:
+def can(
+    way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, R: int = 0, tile: str = ""
+) -> bool:
     """Whether a way can compute a product of these sizes on a device and is right there; the first use tests it.
 
     Args:
         R: rank of a low-rank update of the forward product; 0 without.
+        tile: name of a configuration of a Gluon kernel, see :func:`tiles`; the default one without.
     """
     if way in ("triton", "expanded"):
         return True
@@ -54,10 +59,11 @@ def can(way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: t
         return False
     capability = torch.cuda.get_device_capability(device)
     if way == "few":
-        return few_tokens.unsupported(capability, dtype, M, inputs) is None and _few_is_right(device, dtype, M, inputs)
+        impossible = few_tokens.unsupported(capability, dtype, M, inputs)
+        return impossible is None and _few_is_right(device, dtype, M, _few_config(M, inputs, tile))
     if gluon_products.unsupported(way, capability, dtype, M, outputs, inputs, R) is not None:
         return False
-    case = (device, dtype, _gluon_config(way, M, outputs, inputs, device), outputs % 8, R > 0)
+    case = (device, dtype, _gluon_config(way, M, outputs, inputs, device, tile), outputs % 8, R > 0)
     if case not in _tested and torch.cuda.is_current_stream_capturing():
         return False  # the test compiles and compares
     _tested.add(case)
@@ -67,8 +73,22 @@ def can(way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: t
     return all(right)
 
 
-def _few_is_right(device: torch.device, dtype: torch.dtype, M: int, K: int) -> bool:
-    config = few_tokens.configurations(M, K)[0]
+def tiles(
+    way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, R: int = 0
+) -> tuple[str, ...]:
+    """Names of the configurations with which a way can, for something to measure; none: it has but one."""
+    outputs, inputs = (N, K) if op == "forward" else (K, N)
+    if way == "few":
+        names = [str(config) for config in few_tokens.configurations(M, inputs)]
+        return tuple(name for name in names if can(way, op, M, N, K, dtype, device, R, name))
+    if way not in ("mma_sp", "wgmma_sp"):
+        return ()
+    kind = MmaSp if way == "mma_sp" else WgmmaSp
+    found = gluon_choices.choices(M, outputs, inputs, R, device, dtype)
+    return tuple(str(config) for config in found if isinstance(config, kind))
+
+
+def _few_is_right(device: torch.device, dtype: torch.dtype, M: int, config: few_tokens.FewTokens) -> bool:
     case = (device, dtype, config, M)
     if case not in _tested_few and torch.cuda.is_current_stream_capturing():
         return False
@@ -83,15 +103,20 @@ _tested: set[tuple[torch.device, torch.dtype, MmaSp | WgmmaSp, int, bool]] = set
 """Gluon kernels of which it is known whether they are right."""
 
 
-def _gluon_config(way: str, M: int, N: int, K: int, device: torch.device) -> MmaSp | WgmmaSp:
+def _few_config(M: int, K: int, tile: str) -> few_tokens.FewTokens:
+    found = few_tokens.configurations(M, K)
+    return next(config for config in found if tile in ("", str(config)))
+
+
+def _gluon_config(way: str, M: int, N: int, K: int, device: torch.device, tile: str = "") -> MmaSp | WgmmaSp:
+    if tile:
+        return next(c for c in (*gluon_configs.MMA_SP, *gluon_configs.WGMMA_SP) if str(c) == tile)
     if way == "mma_sp":
         return gluon_configs.default(M)
     return gluon_configs.default_wgmma(M, N, K, gluon_products.processors(device))
 
 
-def possible(
-    op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, R: int = 0
-) -> tuple[str, ...]:
+def possible(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, R: int = 0) -> tuple[str, ...]:
     """All the ways that can, for something to measure."""
     return tuple(way for way in gpu_rules.WAYS if can(way, op, M, N, K, dtype, device, R))
 
@@ -122,10 +147,17 @@ def measure(device: torch.device) -> Iterator[gpu_tuning.Entry]:
 
 
 def linear(
-    x: Tensor, values: Tensor, pattern: Tensor, bias: Tensor | None = None, *, out: Tensor, way: str | None = None
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out: Tensor,
+    way: str | None = None,
+    tile: str = "",
 ) -> Tensor:
     """``out [M, N] = X W^T + bias``."""
-    return _linear(x, values, pattern, bias, None, out, way)
+    return _linear(x, values, pattern, bias, None, out, way, tile)
 
 
 def linear_low_rank(
@@ -138,9 +170,10 @@ def linear_low_rank(
     *,
     out: Tensor,
     way: str | None = None,
+    tile: str = "",
 ) -> Tensor:
     """``out [M, N] = X W^T + bias + down up^T``, down ``[M, R]``, up ``[N, R]``."""
-    return _linear(x, values, pattern, bias, (down, up), out, way)
+    return _linear(x, values, pattern, bias, (down, up), out, way, tile)
 
 
 def _linear(
@@ -151,6 +184,7 @@ def _linear(
     low_rank: tuple[Tensor, Tensor] | None,
     out: Tensor,
     way: str | None,
+    tile: str,
 ) -> Tensor:
     branch = low_rank or (None, None)
     if not gpu_ops.usable(2, 4, x, values, bias, *branch):
@@ -161,12 +195,10 @@ def _linear(
         return triton_products.forward(x, values, pattern, bias, low_rank, out=out)
     if way == "expanded":
         return _dense(x, triton_products.expand(values, pattern).t(), bias, out, low_rank)
-    return _sparse_operand(way, x, values, pattern, bias, out, low_rank)
+    return _sparse_operand(way, x, values, pattern, bias, out, low_rank, tile)
 
 
-def grad_input(
-    grad: Tensor, values: Tensor, pattern: Tensor, *, out: Tensor, way: str | None = None
-) -> Tensor:
+def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, *, out: Tensor, way: str | None = None) -> Tensor:
     """``out [M, K] = dY W``, exact: no way on sparse tensor cores, the sum runs along N and the pattern along K."""
     if not gpu_ops.usable(2, 4, grad, values):
         return out.copy_(reference.grad_input(grad, values, pattern, 2, 4))
@@ -177,7 +209,14 @@ def grad_input(
 
 
 def grad_input_columns(
-    grad: Tensor, values: Tensor, pattern: Tensor, column_pattern: Tensor, *, out: Tensor, way: str | None = None
+    grad: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    column_pattern: Tensor,
+    *,
+    out: Tensor,
+    way: str | None = None,
+    tile: str = "",
 ) -> Tensor:
     """``out [M, K] = dY W^{R,C}``, double-pruned; N is a multiple of 4."""
     if not gpu_ops.usable(2, 4, grad, values):
@@ -188,7 +227,7 @@ def grad_input_columns(
     column_values = triton_products.recompress_columns(values, pattern, column_pattern)  # [K, N / 2], of the transpose
     if way == "expanded":
         return _dense(grad, triton_products.expand(column_values, column_pattern).t(), None, out)
-    return _sparse_operand(way, grad, column_values, column_pattern, None, out)
+    return _sparse_operand(way, grad, column_values, column_pattern, None, out, tile=tile)
 
 
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, *, out: Tensor, way: str | None = None) -> Tensor:
@@ -224,18 +263,20 @@ def _sparse_operand(
     bias: Tensor | None,
     out: Tensor,
     low_rank: tuple[Tensor, Tensor] | None = None,
+    tile: str = "",
 ) -> Tensor:
     """``x W^T + bias`` by a library or kernel that multiplies on sparse tensor cores; expanded where it cannot."""
     M, N, K = x.shape[0], values.shape[0], values.shape[1] * 2
     R = 0 if low_rank is None else low_rank[1].shape[1]
-    if not can(way, "forward", M, N, K, x.dtype, x.device, R):
+    if not can(way, "forward", M, N, K, x.dtype, x.device, R, tile):
         return _dense(x, triton_products.expand(values, pattern).t(), bias, out, low_rank)
     if way == "cusparselt":  # which adds nothing to what is there
         out.copy_(_cusparselt.linear(x, values, pattern, bias))
         return out if low_rank is None else out.addmm_(low_rank[0], low_rank[1].t())
     if way == "few":
-        few_tokens.forward(x, values, pattern, bias, out=out)
+        few_tokens.forward(x, values, pattern, bias, _few_config(M, K, tile), out=out)
         return out if low_rank is None else out.addmm_(low_rank[0], low_rank[1].t())
-    if way == "mma_sp":
-        return gluon_products.mma_sp(x, values, pattern, bias, low_rank, out=out)
-    return gluon_products.wgmma_sp(x, values, pattern, bias, low_rank, out=out)
+    config = _gluon_config(way, M, N, K, x.device, tile)
+    if isinstance(config, MmaSp):
+        return gluon_products.mma_sp(x, values, pattern, bias, low_rank, config, out=out)
+    return gluon_products.wgmma_sp(x, values, pattern, bias, low_rank, config, out=out)

@@ -294,7 +294,10 @@ class Lowerings:
                     **flags, **_constants(kernel, tile, int(K), int(reduced), inputs),
                 )  # fmt: skip
         others = [way for way in ways if way != "triton"] if choices else list(ways)
-        choices += [self.calls[f"{name}.{way}"].bind(inputs, layout, way=way) for way in others]
+        for way in others:
+            bind = functools.partial(self.calls[f"{name}.{way}"].bind, inputs, layout, way=way)
+            named = gpu_calls.tiles(way, *case) if autotune else ()
+            choices += [bind(tile=tile) for tile in named] or [bind()]
         return _selected(name, choices, inputs, layout, generators)
 
 

@@ -25,7 +25,7 @@ from torch.fx import GraphModule
 
 from triton_offline import Result, compiled_with_log, result_of
 
-CHIPS = {(8, 0): ("NVIDIA A100", 108, 166912), (9, 0): ("NVIDIA H200", 132, 232448)}
+CHIPS = {(8, 0): ("NVIDIA A100", 108, 166912), (9, 0): ("a Hopper GPU", 132, 232448)}
 """Compute capability -> name, multiprocessors, shared memory of a block."""
 
 

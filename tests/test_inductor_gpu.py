@@ -33,7 +33,8 @@ from slope_compile.kernels import cpu_build, gpu_calls, gpu_tuning, triton_confi
 pytest.importorskip("triton")
 
 Backward = Literal["exact", "double_pruned"]
-NAME = "NVIDIA H200"
+NAME = "a Hopper GPU"
+"""That no table comes with."""
 WIDTH, TOKENS = 64, 32
 
 
@@ -213,17 +214,20 @@ def test_symbolic_token_counts_are_looked_up_when_they_are_known(monkeypatch: py
 
 @pytest.mark.parametrize("backward", ["exact", "double_pruned"])
 def test_max_autotune_measures_every_choice(backward: Backward, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tile configuration as a template, each way as a call; any of them can be taken."""
+    """Each tile configuration as a template, each way as a call, of Gluon kernels with each of their tiles."""
     monkeypatch.setattr(gpu_calls, "can", lambda way, op, *_: way != "wgmma_sp" and "weight" not in op)
     offered: dict[str, list[str]] = {}
+    tiles: dict[str, list[str]] = {}
     select: Callable[..., Any] = vars(_inductor_gpu)["autotune_select_algorithm"]
 
     def first(name: str, choices: list[Any], *arguments: Any, **named: Any) -> Any:
         offered[name.removeprefix("slope_gpu_")] = [choice.name for choice in choices]
+        tiles[name] = [choice.kwargs["tile"] for choice in choices if "tile" in getattr(choice, "kwargs", {})]
         return select(name, choices[:1], *arguments, **named)
 
     monkeypatch.setattr(_inductor_gpu, "autotune_select_algorithm", first)
     monkeypatch.setattr(gpu_calls, "possible", possible)
+    monkeypatch.setattr(gpu_calls, "tiles", lambda way, *_: ("small", "large") if way == "mma_sp" else ())
     model = nn.Linear(128, 64, bias=False).bfloat16()
     net = nn.Sequential(model)
     config = slope.SlopeConfig(first_dense=False, heads_dense=False, column_refresh="never", backward=backward)
@@ -235,9 +239,10 @@ def test_max_autotune_measures_every_choice(backward: Backward, monkeypatch: pyt
     for name, kernel in (("linear", "forward"), (into_input, "grad_input"), ("grad_weight", "grad_weight")):
         templates = [choice for choice in offered[name] if choice.startswith("triton_slope_")]
         assert len(templates) == len(triton_configs.configurations(kernel, torch.bfloat16, arch=90))
-        sparse = ["mma_sp", "cusparselt"] * (name in ("linear", "grad_input_columns"))
+        sparse = ["mma_sp", "mma_sp", "cusparselt"] * (name in ("linear", "grad_input_columns"))
         calls = [choice for choice in offered[name] if choice.startswith("slope_gpu_")]
         assert calls == [f"slope_gpu_{name}_2_{way}" for way in (*sparse, "expanded")]
+        assert tiles[f"slope_gpu_{name}"] == ["small", "large"] * bool(sparse)
 
 
 def possible(op: str, *case: Any) -> tuple[str, ...]:

@@ -15,6 +15,8 @@ from slope_compile.kernels import (
     _cusparselt,
     cpu_build,
     few_self_test,
+    few_tokens,
+    gluon_configs,
     gluon_products,
     gluon_self_test,
     gpu_calls,
@@ -166,6 +168,40 @@ def test_a_way_that_cannot_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> No
     asked.clear()
     assert gpu_calls.chosen("forward", 16, 4096, 4096, HALF, CPU) == "triton"
     assert asked == ["mma_sp", "triton"]
+
+
+def test_the_tiles_of_a_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Gluon kernels those that are right; a product that names one takes that one."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(gluon_products, "processors", lambda device: 132)
+    wrong = gluon_configs.MMA_SP[1]
+    monkeypatch.setattr(gluon_self_test, "passes", lambda device, dtype, config, *_: config != wrong)
+    monkeypatch.setattr(few_self_test, "passes", lambda *case: True)
+
+    def tiles(way: str, M: int, op: str = "forward") -> tuple[str, ...]:
+        return gpu_calls.tiles(way, op, M, 64, 128, HALF, device)
+
+    assert tiles("triton", 16) == tiles("cusparselt", 16) == tiles("expanded", 16) == ()
+    assert tiles("few", 1) == tuple(map(str, few_tokens.configurations(1, 128)))
+    few = tiles("mma_sp", 1)
+    assert str(gluon_configs.MMA_SP[0]) in few
+    assert str(wrong) not in few
+    every = (*tiles("mma_sp", 4096, "grad_input_columns"), *tiles("wgmma_sp", 4096))
+    assert set(every) == {str(c) for c in (*gluon_configs.MMA_SP, *gluon_configs.WGMMA_SP)} - {str(wrong)}
+    for name in every:
+        config = gpu_calls._gluon_config("", 4096, 64, 128, device, name)
+        assert str(config) == name
+    assert gpu_calls.can("mma_sp", "forward", 1, 64, 128, HALF, device, 0, few[0])
+    assert not gpu_calls.can("mma_sp", "forward", 1, 64, 128, HALF, device, 0, str(wrong))
+
+
+def test_every_tile_has_a_name_of_its_own() -> None:
+    configs = (*gluon_configs.MMA_SP, *gluon_configs.WGMMA_SP)
+    assert len({str(config) for config in configs}) == len(configs)
+    for some in few_tokens.CONFIGS.values():
+        assert len({str(config) for config in some}) == len(some)
 
 
 def test_which_ways_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
