@@ -74,6 +74,10 @@ class Compilation:
     report: slope.Report
     compiler: str
     patches: dict[str, Any]
+    inputs: tuple[Any, ...] = ()
+    """What it was compiled for."""
+    calls: list[tuple[Any, ...]] = dataclasses.field(default_factory=list)
+    """What it was called with: a graph of prepared weights serves all blocks that are alike."""
 
     @property
     def sparse(self) -> int:
@@ -138,10 +142,15 @@ def record(monkeypatch: pytest.MonkeyPatch, compile_it: bool = True) -> Recordin
         module: GraphModule, inputs: Sequence[Any], compiler: str, patches: dict[str, Any]
     ) -> Callable[..., Any]:
         before, report = pending.pop()
-        recording.append(Compilation(before, targets(module), module, report, compiler, dict(patches)))
-        if not compile_it:
-            return compile_graph(module, inputs, "eager", {})
-        return compile_graph(module, inputs, compiler, patches)
+        one = Compilation(before, targets(module), module, report, compiler, dict(patches), tuple(inputs))
+        recording.append(one)
+        call = compile_graph(module, inputs, *((compiler, patches) if compile_it else ("eager", {})))
+
+        def watched_call(*arguments: Any) -> Any:
+            one.calls.append(arguments)
+            return call(*arguments)
+
+        return watched_call
 
     monkeypatch.setattr("slope_compile.backend.run_passes", watched_passes)
     monkeypatch.setattr("slope_compile.backend.compile_graph", watched_compiler)

@@ -33,7 +33,7 @@ from masked import (
     unpacked,
 )
 from matrix.models import Model
-from recording import Recording, compiled_way, record
+from recording import Compilation, Recording, compiled_way, record
 from slope_compile.kernels import ops
 from slope_compile.report import Decision, Reason, Report
 from tolerances import assert_same
@@ -148,20 +148,41 @@ def count(
     return Cell(len(sparse), len(eligible), 0, reasons)
 
 
-def count_graphs(model: Model, dense: nn.Module, recording: Recording, mode: str = "", inner: str = "") -> Cell:
-    """Of compiled graphs: as many dense products as decisions for them, and each linear in some graph."""
+def count_graphs(
+    model: Model, dense: nn.Module, module: nn.Module, recording: Recording, mode: str = "", inner: str = ""
+) -> Cell:
+    """Of compiled graphs: as many dense products as decisions for them, and each linear in some graph that ran."""
     graphs = [one for one in recording if len(one.report)]
     for one in graphs:
         assert one.sparse >= len(one.report.sparse) > 0 or not one.report.sparse
         named = [d for d in one.report.dense if d.reason is not Reason.EXPERTS]
         assert one.dense_linears == len(named), "a linear without a decision"
     known = _names_of_one_weight(dense)
-    decisions = [d if d.weight in known else _inside(inner, d) for one in graphs for d in one.report]
+    decisions = [d if d.weight in known else _inside(inner, d) for one in graphs for d in _served(one, module)]
     elsewhere = {d.weight: model.compiled[d.weight] for d in decisions if d.weight in model.compiled}
     decisions = [dataclasses.replace(d, weight=elsewhere.get(d.weight, (d.weight,))[0]) for d in decisions]
     expected = {**model.dense, **dict(elsewhere.values())}
     left, _ = model.eager.get(mode, ("(?!)", ""))
     return dataclasses.replace(count(dense, decisions, expected, left, len(graphs)), graphs=len(graphs))
+
+
+def _served(one: Compilation, module: nn.Module) -> list[Decision]:
+    """The decisions of a graph, and again for each prepared weight that it was called with in place of the first."""
+    layers = {id(p): _layer(name) for name, p in module.named_parameters() if name.endswith(".original")}
+    decisions = {decision.weight: decision for decision in one.report}
+    found = list(one.report)
+    for call in one.calls:
+        for first, now in zip(one.inputs, call, strict=True):
+            decision = decisions.get(layers.get(id(first), ""))
+            if decision is not None and id(now) in layers and layers[id(now)] not in decisions:
+                decisions[layers[id(now)]] = again = dataclasses.replace(decision, weight=layers[id(now)])
+                found.append(again)
+    return found
+
+
+def _layer(name: str) -> str:
+    """``h.0.fc.parametrizations.weight.original`` -> ``h.0.fc``; of other tensors than "weight", with their name."""
+    return name.replace("parametrizations.", "").removesuffix(".original").removesuffix(".weight")
 
 
 def _inside(module: str, decision: Decision) -> Decision:
@@ -195,7 +216,7 @@ def train(model: Model, recording: Recording, compiler: str, way: str, backward:
     reference = masked_copy(dense, masks_of(module), picked_now if backward == "double_pruned" else every_entry)
     assert_same(result, run(reference, inputs), "output")
     assert_same_gradients(module, reference)
-    return count_graphs(model, dense, recording)
+    return count_graphs(model, dense, module, recording)
 
 
 def inference(model: Model, recording: Recording, compiler: str) -> Cell:
@@ -205,7 +226,7 @@ def inference(model: Model, recording: Recording, compiler: str) -> Cell:
         result = run(compiled, inputs := inputs_of(model), backward=False)
         reference = in_eval_mode(masked_copy(dense, masks_of(module)))
         assert_same(result, run(reference, inputs, backward=False), "output")
-    return count_graphs(model, dense, recording)
+    return count_graphs(model, dense, module, recording)
 
 
 def dynamic(model: Model, recording: Recording, compiler: str) -> Cell:
@@ -219,7 +240,7 @@ def dynamic(model: Model, recording: Recording, compiler: str) -> Cell:
             one.zero_grad()
         compare(module, compiled, reference, inputs_of(model, *shape))
     assert model.partial or len(recording) == graphs, "compiled again for another shape"
-    return count_graphs(model, dense, recording)
+    return count_graphs(model, dense, module, recording)
 
 
 def autocast(model: Model, recording: Recording, compiler: str) -> Cell:
@@ -242,7 +263,7 @@ def autocast(model: Model, recording: Recording, compiler: str) -> Cell:
             _no_further(name, ours, other, gradient)
     products = [n for one in recording for n in one.module.graph.nodes if n.target is ops.linear]
     assert {n.meta["example_value"].dtype for n in products} == {torch.bfloat16}
-    return count_graphs(model, dense, recording)
+    return count_graphs(model, dense, module, recording)
 
 
 def _gradient(module: nn.Module, truth: nn.Module, name: str) -> Tensor | None:
@@ -282,7 +303,7 @@ def checkpointing(model: Model, recording: Recording, compiler: str) -> Cell:
     compare(module, compiled, reference, inputs_of(model))
     if not model.partial:
         assert any("checkpoint" in str(t) for one in recording for t in one.after), "nothing is recomputed"
-    return count_graphs(model, dense, recording, "checkpointing")
+    return count_graphs(model, dense, module, recording, "checkpointing")
 
 
 def accumulation(model: Model, recording: Recording, compiler: str) -> Cell:
@@ -300,7 +321,7 @@ def accumulation(model: Model, recording: Recording, compiler: str) -> Cell:
         optimizer.step()
         optimizer.zero_grad()
     compare(module, compiled, reference, inputs_of(model))
-    return count_graphs(model, dense, recording)
+    return count_graphs(model, dense, module, recording)
 
 
 def breaks(model: Model, recording: Recording, compiler: str) -> Cell:
@@ -314,7 +335,7 @@ def breaks(model: Model, recording: Recording, compiler: str) -> Cell:
     compare(module, compiled, masked_copy(dense, masks_of(module)), inputs_of(model))
     # Not by counting graphs: Dynamo of torch 2.11 leaves what holds the break to Python, when that is PyTorch's own.
     assert counters["graph_break"].total() - broken >= len(middles), "the graph was not broken"
-    return count_graphs(model, dense, recording, "breaks")
+    return count_graphs(model, dense, module, recording, "breaks")
 
 
 def _break(*_: Any) -> None:
@@ -343,7 +364,7 @@ def generate(model: Model, recording: Recording, compiler: str) -> Cell:
     for ours, theirs in zip(result.logits, expected.logits, strict=True):
         assert_same(ours, theirs, "logits")
     encoder = next((path for path, m in module.named_modules() if len(parts) > 1 and m is parts[1]), "")
-    return count_graphs(model, dense, recording, inner=encoder)
+    return count_graphs(model, dense, module, recording, inner=encoder)
 
 
 def export(model: Model, recording: Recording, compiler: str) -> Cell:
