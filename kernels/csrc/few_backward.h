@@ -2,6 +2,7 @@
 // nothing is packed and no lists are made: weights are expanded, or activations closed up, eight at a time in registers.
 #pragma once
 
+#include <optional>
 #include <utility>
 
 #include "gemv.h"
@@ -17,13 +18,8 @@ constexpr int SPREAD = 4;
 constexpr int STRETCH = SPREAD * LANES;  // columns of dX in registers
 constexpr int DEPTH = 32;                // rows of W expanded at a time: bits of a word of the column pattern
 constexpr int AHEAD = 3;                 // stretches
-// Tokens up to which grad_input_few is used: fewer where pairs (pairs.h) are there for what comes next.
-template <class T> constexpr int64_t few_gradients() {
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-  if (std::is_same_v<T, BFloat16>) return 16;
-#endif
-  return 32;
-}
+// Tokens up to which grad_input_few is used.
+constexpr int64_t FEW_GRADIENTS = 32;
 // And those up to which grad_weight_few is: fewer where kept_lanes.h is there for what comes next.
 #if defined(__AVX512F__)
 constexpr int64_t FEW_OUTER = 2;
@@ -69,69 +65,94 @@ inline void add_rows(int64_t R, float* sums, int64_t stride, const float* g, int
   }
 }
 
+// The column pattern by rows, as the forward storage is read: rows [n0, n0 + count) of the mask, `columns` from k0 on in
+// words of 64.  Its own rows are the weight's columns: four bytes at a time of each would touch a cache line a column.
+class RowMasks {
+ public:
+  static constexpr int64_t ROWS = 512;  // of the weight at a time: a cache line of each column
+
+  // Floats of memory for so many columns.
+  static int64_t floats(int64_t columns) { return ROWS * ceil_div(columns, 64) * 2; }
+
+  RowMasks(float* memory, const uint8_t* column_pattern, int64_t n0, int64_t count, int64_t k0, int64_t columns, int64_t N,
+           int64_t K)
+      : words_(reinterpret_cast<uint64_t*>(memory)), stride_(ceil_div(columns, 64)), n0_(n0), k0_(k0) {
+    const int64_t column_width = (N + 7) / 8;
+    for (int64_t w = 0; w < stride_; w++)
+      for (int64_t r0 = 0; r0 < count; r0 += 64) {
+        const int64_t rows = std::min<int64_t>(64, count - r0), first = k0 + 64 * w;
+        const int there = int(std::clamp<int64_t>(K - first, 0, 64));
+        uint64_t bits[64] = {};
+        const uint8_t* from = column_pattern + first * column_width + (n0 + r0) / 8;
+        // An eighth of the next 64 columns.
+        for (int64_t c = 64 + r0 / 8; c < std::min<int64_t>(72 + r0 / 8, K - first); c++)
+          __builtin_prefetch(column_pattern + (first + c) * column_width + n0 / 8);
+        for (int c = 0; c < there; c++, from += column_width)
+          if (rows == 64)
+            std::memcpy(&bits[c], from, 8);
+          else
+            std::memcpy(&bits[c], from, (rows + 7) / 8);
+        transpose_bits(bits);
+        for (int64_t r = 0; r < rows; r++) words_[(r0 + r) * stride_ + w] = bits[r];
+      }
+  }
+
+  const uint8_t* at(int64_t n, int64_t k) const {
+    return reinterpret_cast<const uint8_t*>(words_ + (n - n0_) * stride_) + (k - k0_) / 8;
+  }
+  int64_t bytes() const { return stride_ * 8; }  // from row to row
+
+ private:
+  uint64_t* words_;
+  int64_t stride_, n0_, k0_;
+};
+
+// v where the byte has a bit, 0 elsewhere.
+inline Vec8 keep8(Vec8 v, uint8_t byte) {
+  constexpr Int8 bits{1, 2, 4, 8, 16, 32, 64, 128};
+  return (Vec8)((Int8)v & (Int8)((bits & uint32_t(byte)) != 0));
+}
+
+// w [depth][STRETCH] = rows [n0, n0 + depth) of W, columns [k0, k0 + STRETCH), zeros past K.  With masks, entries that
+// they do not keep are zero too.
+template <class T>
+inline void expand_tile(float* w, const T* values, const uint8_t* pattern, const RowMasks* masks, int64_t n0, int depth,
+                        int64_t k0, int64_t K) {
+  const int64_t width = (K + 7) / 8;
+  for (int n = 0; n < depth; n++, w += STRETCH) {
+    const T* v = values + (n0 + n) * (K / 2) + k0 / 2;
+    const uint8_t* p = pattern + (n0 + n) * width + k0 / 8;
+    const uint8_t* also = masks != nullptr ? masks->at(n0 + n, k0) : nullptr;
 #if defined(__AVX512F__)
-// expand_tile (below) for whole tiles: DEPTH rows, STRETCH columns, all there.
-template <bool DOUBLE, class T>
-inline void expand_whole_tile(float* w, const T* values, const uint8_t* pattern, const uint8_t* column_pattern,
-                              int64_t n0, int64_t k0, int64_t N, int64_t K) {
-  const int64_t width = (K + 7) / 8, column_width = (N + 7) / 8;
-  for (int c = 0; c < STRETCH; c += 16) {
-    __m512i kept = _mm512_setzero_si512();  // bit n of lane i: column k0 + c + i keeps row n0 + n
-    if constexpr (DOUBLE) {
-      alignas(64) uint32_t words[16];
-      for (int i = 0; i < 16; i++) std::memcpy(&words[i], column_pattern + (k0 + c + i) * column_width + n0 / 8, 4);
-      kept = _mm512_load_si512(words);
+    if (k0 + STRETCH <= K) {
+      for (int c = 0; c < STRETCH; c += 16) {
+        uint16_t kept = 0xffff;
+        if (also != nullptr) std::memcpy(&kept, also + c / 8, 2);
+        _mm512_store_ps(w + c, _mm512_maskz_mov_ps(kept, (__m512)expand_step(v + c / 2, p + c / 8)));
+      }
+      continue;
     }
-    for (int n = 0; n < DEPTH; n++) {
-      const Vec row = expand_step(values + (n0 + n) * (K / 2) + (k0 + c) / 2, pattern + (n0 + n) * width + (k0 + c) / 8);
-      const __mmask16 also = DOUBLE ? _mm512_test_epi32_mask(kept, _mm512_set1_epi32(int(1u << n))) : __mmask16(0xffff);
-      _mm512_store_ps(w + n * STRETCH + c, _mm512_maskz_mov_ps(also, (__m512)row));
+#endif
+    for (int c = 0; c < STRETCH; c += 8) {
+      const int64_t k = k0 + c;
+      Vec8 row{};
+      if (k < K) row = expand8(k + 8 <= K ? load_values(v + c / 2) : load_values(v + c / 2, 2), p[c / 8]);
+      store8(w + c, also != nullptr ? keep8(row, also[c / 8]) : row);
     }
   }
 }
-#endif
 
-// w [depth][STRETCH] = rows [n0, n0 + depth) of W, columns [k0, k0 + STRETCH), zeros past K; n0 is a multiple of 8.  With
-// a column pattern entries that it does not keep are zero too.
-template <bool DOUBLE, class T>
-inline void expand_tile(float* w, const T* values, const uint8_t* pattern, const uint8_t* column_pattern, int64_t n0,
-                        int depth, int64_t k0, int64_t N, int64_t K) {
-#if defined(__AVX512F__)
-  if (depth == DEPTH && k0 + STRETCH <= K)
-    return expand_whole_tile<DOUBLE>(w, values, pattern, column_pattern, n0, k0, N, K);
-#endif
-  typedef int32_t Signed8 __attribute__((vector_size(32)));
-  const int64_t width = (K + 7) / 8, column_width = (N + 7) / 8;
-  for (int c = 0; c < STRETCH; c += 8) {
-    const int64_t k = k0 + c;
-    if (k >= K) {
-      for (int n = 0; n < depth; n++) store8(w + n * STRETCH + c, Vec8{});
-      continue;
-    }
-    const bool whole = k + 8 <= K;
-    Int8 bits{};  // lane i: column k + i keeps the row whose bit is the sign
-    if constexpr (DOUBLE) {
-      uint32_t words[8] = {};
-      for (int i = 0; i < (whole ? 8 : 4); i++) {
-        const uint8_t* from = column_pattern + (k + i) * column_width + n0 / 8;
-        if (depth == DEPTH)
-          std::memcpy(&words[i], from, 4);
-        else
-          std::memcpy(&words[i], from, (depth + 7) / 8);
-      }
-      std::memcpy(&bits, words, sizeof bits);
-      bits <<= 32 - depth;
-    }
-    const T* v = values + (n0 + depth - 1) * (K / 2) + k / 2;
-    const uint8_t* p = pattern + (n0 + depth - 1) * width + k / 8;
-    for (int n = depth - 1; n >= 0; n--, v -= K / 2, p -= width) {  // downwards: the first sign is the last row's
-      Vec8 row = expand8(whole ? load_values(v) : load_values(v, 2), *p);
-      if constexpr (DOUBLE) {
-        row = (Vec8)((Signed8)row & ((Signed8)bits >> 31));
-        bits += bits;
-      }
-      store8(w + n * STRETCH + c, row);
-    }
+// The cache lines of the tile of `depth` rows from n0 on that lies AHEAD stretches of `stretch` columns after column k of
+// [k0, k1), or at the start of the next rows.  The rows are far apart, so no hardware sees what comes in each.
+template <class T>
+inline void prefetch_tile(const T* values, const uint8_t* pattern, int64_t n0, int depth, int rows, int64_t k, int64_t k0,
+                          int64_t k1, int64_t stretch, int64_t N, int64_t K) {
+  const bool here = k + AHEAD * stretch < k1;
+  const int64_t column = std::min(K - 1, here ? k + AHEAD * stretch : k0 + k + AHEAD * stretch - k1);
+  for (int n = 0; n < depth; n++) {
+    const int64_t row = here ? n0 + n : std::min(N - 1, n0 + rows + n);
+    __builtin_prefetch(values + row * (K / 2) + column / 2);
+    if (column % 512 < stretch) __builtin_prefetch(pattern + row * ((K + 7) / 8) + column / 8);
   }
 }
 
@@ -144,25 +165,24 @@ int grad_input_few(int threads, Matrix<T> a, const T* values, const uint8_t* pat
   float* sums = shared_b.floats(M * padded);  // [M, K rounded up to STRETCH]
   if (g == nullptr || sums == nullptr) return 1;
   const int64_t size = block_size(padded, threads, 1 << 20, STRETCH);
+  bool failed = false;
   parallel(threads, ceil_div(padded, size), [&](int64_t begin, int64_t end) {
     const int64_t k0 = begin * size, k1 = std::min(padded, end * size);
+    float* memory = column_pattern != nullptr ? own.floats(RowMasks::floats(k1 - k0)) : nullptr;
+    if (column_pattern != nullptr && memory == nullptr) {
+      failed = true;
+      return;
+    }
+    std::optional<RowMasks> masks;
     alignas(64) float w[DEPTH * STRETCH];
     for (int64_t m = 0; m < M; m++) std::fill(sums + m * padded + k0, sums + m * padded + k1, 0.0f);
     for (int64_t n0 = 0; n0 < N; n0 += DEPTH) {
       const int depth = int(std::min<int64_t>(DEPTH, N - n0));
+      if (column_pattern != nullptr && n0 % RowMasks::ROWS == 0)
+        masks.emplace(memory, column_pattern, n0, std::min(RowMasks::ROWS, N - n0), k0, k1 - k0, N, K);
       for (int64_t k = k0; k < k1; k += STRETCH) {
-        // The rows are far apart, so no hardware sees what comes AHEAD in each: it is asked for now.
-        const bool here = k + AHEAD * STRETCH < k1;
-        const int64_t column = std::min(K - 1, here ? k + AHEAD * STRETCH : k0 + k + AHEAD * STRETCH - k1);
-        for (int n = 0; n < depth; n++) {
-          const int64_t row = here ? n0 + n : std::min(N - 1, n0 + DEPTH + n);
-          __builtin_prefetch(values + row * (K / 2) + column / 2);
-          if (column % 512 < STRETCH) __builtin_prefetch(pattern + row * ((K + 7) / 8) + column / 8);
-        }
-        if (column_pattern != nullptr)
-          expand_tile<true>(w, values, pattern, column_pattern, n0, depth, k, N, K);
-        else
-          expand_tile<false>(w, values, pattern, column_pattern, n0, depth, k, N, K);
+        prefetch_tile(values, pattern, n0, depth, DEPTH, k, k0, k1, STRETCH, N, K);
+        expand_tile(w, values, pattern, masks ? &*masks : nullptr, n0, depth, k, K);
         for (int64_t m = 0; m < M; m += TOKENS)
           add_rows(std::min<int64_t>(TOKENS, M - m), sums + m * padded + k, padded, g + m * N + n0, N, w, depth);
       }
@@ -173,7 +193,7 @@ int grad_input_few(int threads, Matrix<T> a, const T* values, const uint8_t* pat
       for (; k < std::min(K, k1); k++) dx[m * K + k] = from_float<T>(sums[m * padded + k]);
     }
   });
-  return 0;
+  return failed ? 1 : 0;
 }
 
 // The kept ones of some neighbouring activations, in order.

@@ -13,6 +13,7 @@
 //   chunk   CHUNK of the reduction: a tile's part of it stays in L1
 #pragma once
 
+#include "bits.h"
 #include "parallel.h"
 #include "pattern.h"
 
@@ -281,17 +282,6 @@ template <class T> struct ForwardLists {
     }
   }
 };
-
-// Bit c of row n -> bit n of row c, for 64 x 64 bits (Warren, Hacker's Delight, section 7-3, widened).
-inline void transpose_bits(uint64_t (&rows)[64]) {
-  uint64_t mask = 0x00000000ffffffff;
-  for (int step = 32; step != 0; step >>= 1, mask ^= mask << step)
-    for (int k = 0; k < 64; k = ((k | step) + 1) & ~step) {
-      const uint64_t swap = ((rows[k] >> step) ^ rows[k | step]) & mask;
-      rows[k] ^= swap << step;
-      rows[k | step] ^= swap;
-    }
-}
 
 // Lists of the input gradient: column o of W, rows [r0, r1).  With a column pattern (uint8 [K, ceil(N / 8)]) only the
 // entries that it keeps too count: W^{R,C}, double-pruned.

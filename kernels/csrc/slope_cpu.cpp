@@ -12,6 +12,7 @@
 #include "gemv.h"
 #include "product.h"
 #include "few_backward.h"
+#include "few_pairs.h"
 #include "kept_lanes.h"
 #include "pairs.h"
 #include "weight_gradient.h"
@@ -116,16 +117,18 @@ EXPORT int slope_cpu_grad_input(int dtype, int threads, const void* grad, int64_
     using T = std::remove_pointer_t<decltype(type)>;
     const Matrix<T> a{static_cast<const T*>(grad), g_stride_m, g_stride_n};
     const T* v = static_cast<const T*>(values);
-    if (M <= few_gradients<T>())
-      return grad_input_few(threads, a, v, pattern, column_pattern, static_cast<T*>(dx), M, N, K);
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
     if constexpr (std::is_same_v<T, BFloat16>)
-      return pair_product(threads, a, M, N, Matrix<T>{}, static_cast<const T*>(nullptr), 0,
+      return M <= FEW_PAIR_GRADIENTS
+          ? grad_input_pairs(threads, a, v, pattern, column_pattern, static_cast<T*>(dx), M, N, K)
+          : pair_product(threads, a, M, N, Matrix<T>{}, static_cast<const T*>(nullptr), 0,
                           static_cast<const T*>(nullptr), static_cast<T*>(dx), K,
                           ColumnSlots{v, pattern, column_pattern, N, K});
     else
 #endif
-    return product(threads, a, M, N, Matrix<T>{}, static_cast<const T*>(nullptr), 0, static_cast<const T*>(nullptr),
+    return M <= FEW_GRADIENTS
+        ? grad_input_few(threads, a, v, pattern, column_pattern, static_cast<T*>(dx), M, N, K)
+        : product(threads, a, M, N, Matrix<T>{}, static_cast<const T*>(nullptr), 0, static_cast<const T*>(nullptr),
                    static_cast<T*>(dx), K, ColumnLists<T>{v, pattern, column_pattern, N, K});
   });
 }

@@ -1,0 +1,151 @@
+// The input gradient for few tokens with bfloat16 instructions (AVX512_BF16, VBMI2): weights are expanded to pairs of
+// neighbouring rows, which vdpbf16ps multiplies and adds up, twice as many multiplications an instruction as in float.
+//
+//   sums [M][64 columns] += dot2(gradient words [M][PAIR_DEPTH / 2], expanded [PAIR_DEPTH / 2][64 columns])
+//
+// Every zero is multiplied too, but nothing is made that a panel of tokens would have to pay off, as the slots of pairs.h.
+// Interleaving two rows of 32 columns leaves their columns in the order 0-3, 8-11, .. and 4-7, 12-15, ..: the sums are in
+// that order until they are stored.
+#pragma once
+
+#include "few_backward.h"
+#include "pairs.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+
+namespace slope {
+
+constexpr int PAIR_DEPTH = 64;  // rows of W expanded at a time
+constexpr int64_t FEW_PAIR_GRADIENTS = 64;  // tokens up to which this is used
+
+// expanded [PAIR_DEPTH / 2][64] words of rows [n0, n0 + depth), columns [k0, k0 + 64); zeros past either.
+template <bool WHOLE>
+inline void expand_pairs(uint32_t* to, const BFloat16* values, const uint8_t* pattern, const RowMasks* masks, int64_t n0,
+                         int depth, int64_t k0, int64_t K) {
+  const int64_t width = (K + 7) / 8, columns = std::min<int64_t>(64, K - k0);
+  auto row = [&](int n, int half) {
+    if (!WHOLE && (n >= depth || 32 * half >= columns)) return _mm512_setzero_si512();
+    const uint8_t* p = pattern + (n0 + n) * width + k0 / 8 + 4 * half;
+    const BFloat16* v = values + (n0 + n) * (K / 2) + k0 / 2 + 16 * half;
+    uint32_t bits = 0, kept = ~0u;
+    __m256i compressed;
+    if (WHOLE) {
+      std::memcpy(&bits, p, 4);
+      compressed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v));
+    } else {
+      const int there = int(std::min<int64_t>(32, columns - 32 * half));
+      std::memcpy(&bits, p, (there + 7) / 8);
+      compressed = _mm256_maskz_loadu_epi16(__mmask16((1u << there / 2) - 1), v);
+    }
+    if (masks != nullptr) std::memcpy(&kept, masks->at(n0 + n, k0) + 4 * half, 4);
+    return _mm512_maskz_mov_epi16(kept, _mm512_maskz_expand_epi16(bits, _mm512_zextsi256_si512(compressed)));
+  };
+  for (int n = 0; n < depth; n += 2, to += 64)
+    for (int half = 0; half < 2; half++) {
+      const __m512i first = row(n, half), second = row(n + 1, half);
+      _mm512_store_si512(to + 32 * half, _mm512_unpacklo_epi16(first, second));
+      _mm512_store_si512(to + 32 * half + 16, _mm512_unpackhi_epi16(first, second));
+    }
+}
+
+// sums [R tokens, `stride` apart][64] += words [R][PAIR_DEPTH / 2] of the gradient times the expanded pairs.
+template <int R>
+inline void add_pairs(float* sums, int64_t stride, const uint32_t* words, const uint32_t* expanded, int pairs) {
+  __m512 s[R][4];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < 4; v++) s[r][v] = _mm512_load_ps(sums + r * stride + 16 * v);
+  for (int i = 0; i < pairs; i++) {
+    __m512bh w[4];
+#pragma GCC unroll 8
+    for (int v = 0; v < 4; v++) w[v] = (__m512bh)_mm512_load_si512(expanded + 64 * i + 16 * v);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const __m512bh factor = (__m512bh)_mm512_set1_epi32(int(words[r * (PAIR_DEPTH / 2) + i]));
+#pragma GCC unroll 8
+      for (int v = 0; v < 4; v++) s[r][v] = _mm512_dpbf16_ps(s[r][v], factor, w[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < 4; v++) _mm512_store_ps(sums + r * stride + 16 * v, s[r][v]);
+}
+
+using AddPairs = void (*)(float*, int64_t, const uint32_t*, const uint32_t*, int);
+inline constexpr AddPairs add_pairs_of[6] = {add_pairs<1>, add_pairs<2>, add_pairs<3>,
+                                             add_pairs<4>, add_pairs<5>, add_pairs<6>};
+
+// words [PAIR_DEPTH / 2] = pairs of a[m, n0 .. n0 + depth), zeros past them.
+inline void gradient_words(uint32_t* to, Matrix<BFloat16> a, int64_t m, int64_t n0, int depth) {
+  for (int half = 0; half < 2; half++, to += 16) {
+    const int there = std::clamp(depth - 32 * half, 0, 32);
+    if (a.columns == 1) {
+      const __mmask32 mask = there == 32 ? ~__mmask32(0) : (__mmask32(1) << there) - 1;
+      _mm512_store_si512(to, _mm512_maskz_loadu_epi16(mask, a.at(m, n0 + 32 * half)));
+    } else {
+      alignas(64) BFloat16 row[32] = {};
+      for (int n = 0; n < there; n++) row[n] = *a.at(m, n0 + 32 * half + n);
+      _mm512_store_si512(to, _mm512_load_si512(row));
+    }
+  }
+}
+
+// dX [M, K] = dY [M, N] W, or dY W^{R,C} with a column pattern.  Threads share out columns.
+inline int grad_input_pairs(int threads, Matrix<BFloat16> a, const BFloat16* values, const uint8_t* pattern,
+                            const uint8_t* column_pattern, BFloat16* dx, int64_t M, int64_t N, int64_t K) {
+  const int64_t padded = ceil_div(K, 64) * 64, size = block_size(padded, threads, 1 << 20, 64);
+  float* sums = shared_a.floats(M * padded);  // [M, K rounded up to 64]
+  if (sums == nullptr) return 1;
+  const int64_t tiles = ceil_div(M, 6);
+  bool failed = false;
+  parallel(threads, ceil_div(padded, size), [&](int64_t begin, int64_t end) {
+    const int64_t k0 = begin * size, k1 = std::min(padded, end * size);
+    const int64_t words_floats = M * (PAIR_DEPTH / 2);
+    float* memory = own.floats(words_floats + (column_pattern != nullptr ? RowMasks::floats(k1 - k0) : 0));
+    if (memory == nullptr) {
+      failed = true;
+      return;
+    }
+    uint32_t* words = reinterpret_cast<uint32_t*>(memory);  // [M][PAIR_DEPTH / 2]
+    std::optional<RowMasks> masks;
+    alignas(64) uint32_t expanded[PAIR_DEPTH / 2 * 64];
+    for (int64_t m = 0; m < M; m++) std::fill(sums + m * padded + k0, sums + m * padded + k1, 0.0f);
+    for (int64_t n0 = 0; n0 < N; n0 += PAIR_DEPTH) {
+      const int depth = int(std::min<int64_t>(PAIR_DEPTH, N - n0));
+      if (column_pattern != nullptr && n0 % RowMasks::ROWS == 0)
+        masks.emplace(memory + words_floats, column_pattern, n0, std::min(RowMasks::ROWS, N - n0), k0, k1 - k0, N, K);
+      for (int64_t m = 0; m < M; m++) gradient_words(words + m * (PAIR_DEPTH / 2), a, m, n0, depth);
+      for (int64_t k = k0; k < k1; k += 64) {
+        prefetch_tile(values, pattern, n0, depth, PAIR_DEPTH, k, k0, k1, 64, N, K);
+        if (depth == PAIR_DEPTH && k + 64 <= K)
+          expand_pairs<true>(expanded, values, pattern, masks ? &*masks : nullptr, n0, depth, k, K);
+        else
+          expand_pairs<false>(expanded, values, pattern, masks ? &*masks : nullptr, n0, depth, k, K);
+        for (int64_t t = 0; t < tiles; t++) {
+          const int64_t m = M * t / tiles;  // as many tokens in each tile
+          add_pairs_of[M * (t + 1) / tiles - m - 1](sums + m * padded + k, padded, words + m * (PAIR_DEPTH / 2), expanded,
+                                                    (depth + 1) / 2);
+        }
+      }
+    }
+    // Columns 0-3, 8-11, .. | 4-7, 12-15, .. of 32, back in order.
+    alignas(64) uint16_t order[32];
+    for (int c = 0; c < 32; c++) order[c] = uint16_t(c / 8 * 4 + c % 4 + (c % 8 < 4 ? 0 : 16));
+    const __m512i in_order = _mm512_load_si512(order);
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t k = k0; k < std::min(K, k1); k += 32) {
+        const float* from = sums + m * padded + k;
+        const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(from + 16), _mm512_load_ps(from));
+        const int64_t there = std::min<int64_t>(32, K - k);
+        const __mmask32 mask = there == 32 ? ~__mmask32(0) : (__mmask32(1) << there) - 1;
+        _mm512_mask_storeu_epi16(dx + m * K + k, mask, _mm512_permutexvar_epi16(in_order, rounded));
+      }
+  });
+  return failed ? 1 : 0;
+}
+
+}  // namespace slope
+
+#endif
