@@ -15,9 +15,6 @@ AVX2_OUTER, AVX2_PACKED = 8, 32
 """Weight gradients without AVX-512: up to the one, sums of outer products; from the other on, tiles.  In between
 neither wins."""
 
-PAIRS_WEIGHT = 16
-"""bfloat16 with AVX512_BF16: tokens from which on the weight gradient wins."""
-
 
 def sparse(op: str, M: int, dtype: torch.dtype, isa: str) -> bool:
     """Whether the 2:4 kernel computes ``op`` for M tokens.
@@ -34,6 +31,4 @@ def sparse(op: str, M: int, dtype: torch.dtype, isa: str) -> bool:
         return measured
     if op != "grad_weight":
         return True
-    if dtype is torch.bfloat16 and isa == "avx512_bf16":
-        return M >= PAIRS_WEIGHT
     return isa.startswith("avx512") or M <= AVX2_OUTER or M >= AVX2_PACKED

@@ -22,12 +22,12 @@ template <class U> inline void compress_wide(U* values, const U* dense, const ui
   if constexpr (sizeof(U) == 4) {
     uint16_t bits;
     std::memcpy(&bits, pattern, sizeof bits);
-    kept = _mm512_maskz_compress_epi32(bits, row);
+    kept = _mm512_mask_compress_epi32(fresh_zero(), bits, row);
   } else {
 #if defined(__AVX512VBMI2__)
     uint32_t bits;
     std::memcpy(&bits, pattern, sizeof bits);
-    kept = _mm512_maskz_compress_epi16(bits, row);
+    kept = _mm512_mask_compress_epi16(fresh_zero(), bits, row);
 #endif
   }
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), _mm512_castsi512_si256(kept));
@@ -40,12 +40,12 @@ template <class U> inline void expand_wide(U* dense, const U* values, const uint
   if constexpr (sizeof(U) == 4) {
     uint16_t bits;
     std::memcpy(&bits, pattern, sizeof bits);
-    row = _mm512_maskz_expand_epi32(bits, kept);
+    row = _mm512_mask_expand_epi32(fresh_zero(), bits, kept);
   } else {
 #if defined(__AVX512VBMI2__)
     uint32_t bits;
     std::memcpy(&bits, pattern, sizeof bits);
-    row = _mm512_maskz_expand_epi16(bits, kept);
+    row = _mm512_mask_expand_epi16(fresh_zero(), bits, kept);
 #endif
   }
   _mm512_storeu_si512(dense, row);
@@ -158,12 +158,12 @@ inline void expand_both_wide(const U* values, const uint8_t* pattern, const uint
     std::memcpy(&bits, pattern + (n0 + r) * width + k0 / 8, sizeof bits);
     if constexpr (sizeof(U) == 4) {
       const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v));
-      const __m512i row = _mm512_maskz_expand_epi32(bits, _mm512_zextsi256_si512(half));
+      const __m512i row = _mm512_mask_expand_epi32(fresh_zero(), bits, _mm512_zextsi256_si512(half));
       _mm512_storeu_si512(to, _mm512_maskz_mov_epi32(also, row));
     } else {
 #if defined(__AVX512VBMI2__)
       const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(v));
-      const __m256i row = _mm256_maskz_expand_epi16(bits, _mm256_zextsi128_si256(half));
+      const __m256i row = _mm256_mask_expand_epi16(_mm512_castsi512_si256(fresh_zero()), bits, _mm256_zextsi128_si256(half));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_mov_epi16(also, row));
 #endif
     }

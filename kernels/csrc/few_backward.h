@@ -202,8 +202,8 @@ constexpr int OUTER_STEP = 32;
 inline Vec kept_of_step(const float* x, const uint8_t* p) {
   uint32_t bits;
   std::memcpy(&bits, p, sizeof bits);
-  const __m512 low = _mm512_maskz_compress_ps(__mmask16(bits), _mm512_loadu_ps(x));
-  const __m512 high = _mm512_maskz_compress_ps(__mmask16(bits >> 16), _mm512_loadu_ps(x + 16));
+  const __m512 low = _mm512_mask_compress_ps(_mm512_castsi512_ps(fresh_zero()), __mmask16(bits), _mm512_loadu_ps(x));
+  const __m512 high = _mm512_mask_compress_ps(_mm512_castsi512_ps(fresh_zero()), __mmask16(bits >> 16), _mm512_loadu_ps(x + 16));
   return (Vec)_mm512_insertf32x8(low, _mm512_castps512_ps256(high), 1);
 }
 #else

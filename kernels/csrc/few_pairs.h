@@ -1,11 +1,17 @@
-// The input gradient for few tokens with bfloat16 instructions (AVX512_BF16, VBMI2): weights are expanded to pairs of
-// neighbouring rows, which vdpbf16ps multiplies and adds up, twice as many multiplications an instruction as in float.
+// Both gradients for few tokens with bfloat16 instructions (AVX512_BF16, VBMI2): vdpbf16ps multiplies pairs of neighbours of
+// the sum and adds up, twice as many multiplications an instruction as in float.
+//
+// The input gradient expands the weight to pairs of neighbouring rows:
 //
 //   sums [M][64 columns] += dot2(gradient words [M][PAIR_DEPTH / 2], expanded [PAIR_DEPTH / 2][64 columns])
 //
 // Every zero is multiplied too, but nothing is made that a panel of tokens would have to pay off, as the slots of pairs.h.
 // Interleaving two rows of 32 columns leaves their columns in the order 0-3, 8-11, .. and 4-7, 12-15, ..: the sums are in
 // that order until they are stored.
+//
+// The weight gradient picks, by one two-source permutation, the 16 kept of 32 columns of two tokens:
+//
+//   sums [16 kept] += dot2(permute(words of X [32 columns], index [16 kept]), the gradient of the row)
 #pragma once
 
 #include "few_backward.h"
@@ -38,7 +44,7 @@ inline void expand_pairs(uint32_t* to, const BFloat16* values, const uint8_t* pa
       compressed = _mm256_maskz_loadu_epi16(__mmask16((1u << there / 2) - 1), v);
     }
     if (masks != nullptr) std::memcpy(&kept, masks->at(n0 + n, k0) + 4 * half, 4);
-    return _mm512_maskz_mov_epi16(kept, _mm512_maskz_expand_epi16(bits, _mm512_zextsi256_si512(compressed)));
+    return _mm512_maskz_mov_epi16(kept, _mm512_mask_expand_epi16(fresh_zero(), bits, _mm512_zextsi256_si512(compressed)));
   };
   for (int n = 0; n < depth; n += 2, to += 64)
     for (int half = 0; half < 2; half++) {
@@ -144,6 +150,91 @@ inline int grad_input_pairs(int threads, Matrix<BFloat16> a, const BFloat16* val
       }
   });
   return failed ? 1 : 0;
+}
+
+constexpr int64_t FEW_PAIR_OUTER = 12;      // tokens up to which grad_weight_pairs is used
+constexpr int64_t OUTER_COLUMNS = 1024;     // columns of X at a time: they stay in L1
+
+// 16 entries of dV: words [P][OUTER_COLUMNS] of 32 columns of X at the kept ones, times the words of the row's gradient.
+template <int P> inline __m512 outer_pairs(const __m512bh (&factors)[P], const uint32_t* words, uint32_t bits) {
+  const __m512i kept = _mm512_mask_compress_epi16(fresh_zero(), bits, _mm512_load_si512(NUMBERS.data()));
+  const __m512i index = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(kept));
+  __m512 s = _mm512_setzero_ps();
+#pragma GCC unroll 8
+  for (int i = 0; i < P; i++, words += OUTER_COLUMNS) {
+    const __m512i picked = _mm512_permutex2var_epi32(_mm512_load_si512(words), index, _mm512_load_si512(words + 16));
+    s = _mm512_dpbf16_ps(s, (__m512bh)picked, factors[i]);
+  }
+  return s;
+}
+
+// to [count] = or += s, rounded; count <= 16.
+inline void store_entries(BFloat16* to, __m512 s, bool add, int count) {
+  const __mmask16 there = __mmask16((1u << count) - 1);
+  if (add) {
+    const __m512i before = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, to));
+    s = _mm512_add_ps(s, _mm512_castsi512_ps(_mm512_slli_epi32(before, 16)));
+  }
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(s);
+  if (count == 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
+  else
+    _mm256_mask_storeu_epi16(to, there, rounded);
+}
+
+// One row of dV, columns [0, columns) of X.
+template <int P>
+void outer_pairs_row(BFloat16* to, const uint32_t* gradient, const uint32_t* words, const uint8_t* p, bool add,
+                     int64_t columns) {
+  __m512bh factors[P];
+  for (int i = 0; i < P; i++) factors[i] = (__m512bh)_mm512_set1_epi32(int(gradient[i]));
+  int64_t k = 0;
+  uint32_t bits = 0;
+  for (; k + 32 <= columns; k += 32) {
+    std::memcpy(&bits, p + k / 8, 4);
+    store_entries(to + k / 2, outer_pairs<P>(factors, words + k, bits), add, 16);
+  }
+  if (k < columns) {
+    bits = 0;
+    std::memcpy(&bits, p + k / 8, size_t(columns - k + 7) / 8);
+    store_entries(to + k / 2, outer_pairs<P>(factors, words + k, bits), add, int(columns - k) / 2);
+  }
+}
+
+using OuterPairsRow = void (*)(BFloat16*, const uint32_t*, const uint32_t*, const uint8_t*, bool, int64_t);
+
+// dV [N, K / 2] = dY^T X at the kept positions.
+inline int grad_weight_pairs(int threads, Matrix<BFloat16> grad, Matrix<BFloat16> x, const uint8_t* pattern, BFloat16* dv,
+                             bool accumulate, int64_t M, int64_t N, int64_t K) {
+  static constexpr auto row_of = []<int... p>(std::integer_sequence<int, p...>) {
+    return std::array<OuterPairsRow, FEW_PAIR_OUTER / 2>{outer_pairs_row<p + 1>...};
+  }(std::make_integer_sequence<int, FEW_PAIR_OUTER / 2>());
+  const int64_t pairs = ceil_div(M, 2), stretches = ceil_div(K, OUTER_COLUMNS);
+  uint32_t* gradient = reinterpret_cast<uint32_t*>(shared_a.floats(N * pairs));  // [N][pairs]
+  // [stretches][pairs][OUTER_COLUMNS]
+  uint32_t* words = reinterpret_cast<uint32_t*>(shared_b.floats(stretches * pairs * OUTER_COLUMNS));
+  if (gradient == nullptr || words == nullptr) return 1;
+  auto word = [M](Matrix<BFloat16> a, int64_t pair, int64_t j) {
+    return PairWord::word(a.at(2 * pair, j), 2 * pair + 1 < M ? a.at(2 * pair + 1, j) : nullptr);
+  };
+  for (int64_t n = 0; n < N; n++)
+    for (int64_t i = 0; i < pairs; i++) gradient[n * pairs + i] = word(grad, i, n);
+  for (int64_t s = 0; s < stretches; s++)
+    for (int64_t i = 0; i < pairs; i++)
+      for (int64_t j = 0; j < OUTER_COLUMNS; j++) {
+        const int64_t k = s * OUTER_COLUMNS + j;
+        words[(s * pairs + i) * OUTER_COLUMNS + j] = k < K ? word(x, i, k) : 0;
+      }
+  const int64_t size = block_size(N, threads, 1 << 20, 16), width = (K + 7) / 8;
+  parallel(threads, ceil_div(N, size), [&](int64_t begin, int64_t end) {
+    for (int64_t s = 0; s < stretches; s++) {
+      const int64_t k = s * OUTER_COLUMNS, columns = std::min(OUTER_COLUMNS, K - k);
+      for (int64_t n = begin * size; n < std::min(N, end * size); n++)
+        row_of[pairs - 1](dv + n * (K / 2) + k / 2, gradient + n * pairs, words + s * pairs * OUTER_COLUMNS,
+                          pattern + n * width + k / 8, accumulate, columns);
+    }
+  });
+  return 0;
 }
 
 }  // namespace slope

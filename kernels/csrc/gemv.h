@@ -32,12 +32,12 @@ typedef Vec Lane;  // 16 columns a step: two bytes of metadata
 inline Vec expand_step(const float* v, const uint8_t* p) {
   uint16_t mask;
   std::memcpy(&mask, p, 2);
-  return (Vec)_mm512_maskz_expand_ps(mask, _mm512_zextps256_ps512(_mm256_loadu_ps(v)));
+  return (Vec)_mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zero()), mask, _mm512_zextps256_ps512(_mm256_loadu_ps(v)));
 }
 template <class T> inline Vec expand_step(const T* v, const uint8_t* p) {
   uint16_t mask;
   std::memcpy(&mask, p, 2);
-  return (Vec)_mm512_maskz_expand_ps(mask, _mm512_zextps256_ps512((__m256)load8(v)));
+  return (Vec)_mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zero()), mask, _mm512_zextps256_ps512((__m256)load8(v)));
 }
 #else
 typedef Vec8 Lane;  // 8 columns a step
@@ -64,7 +64,7 @@ struct PairStep {
     uint32_t mask;
     std::memcpy(&mask, p, 4);
     const __m256i kept = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v));
-    return _mm512_maskz_expand_epi16(mask, _mm512_zextsi256_si512(kept));
+    return _mm512_mask_expand_epi16(fresh_zero(), mask, _mm512_zextsi256_si512(kept));
   }
   static void add(Lane& sums, __m512i w, const BFloat16* x) {
     sums = (Lane)_mm512_dpbf16_ps((__m512)sums, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));

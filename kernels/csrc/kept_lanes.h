@@ -115,6 +115,38 @@ inline void store_rows(T* to, int64_t stride, const __m512 (&s)[8], int count, i
   }
 }
 
+#if defined(__AVX512BF16__)
+// The same without adding: rounded first, so that half as much is transposed.
+inline void store_rows(BFloat16* to, int64_t stride, const __m512 (&s)[8], int count, int kept) {
+  // Two vectors of 16 rows in one of 16 pairs.
+  alignas(64) static constexpr uint16_t PAIRS[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i pairs = _mm512_load_si512(PAIRS);
+  __m512i d[4];
+  for (int i = 0; i < 4; i++)
+    d[i] = _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(s[2 * i + 1], s[2 * i]));
+  const __m512i low01 = _mm512_unpacklo_epi32(d[0], d[1]), high01 = _mm512_unpackhi_epi32(d[0], d[1]);
+  const __m512i low23 = _mm512_unpacklo_epi32(d[2], d[3]), high23 = _mm512_unpackhi_epi32(d[2], d[3]);
+  // Lane q of 128 bits of rows[j] is row 4 q + j.
+  const __m512i rows[4] = {_mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23),
+                           _mm512_unpacklo_epi64(high01, high23), _mm512_unpackhi_epi64(high01, high23)};
+  if (count == 16 && kept == 8) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      auto* row = to + j * stride;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(row), _mm512_castsi512_si128(rows[j]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(row + 4 * stride), _mm512_extracti32x4_epi32(rows[j], 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(row + 8 * stride), _mm512_extracti32x4_epi32(rows[j], 2));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(row + 12 * stride), _mm512_extracti32x4_epi32(rows[j], 3));
+    }
+    return;
+  }
+  alignas(64) BFloat16 all[4][4][8];
+  for (int j = 0; j < 4; j++) _mm512_store_si512(all[j], rows[j]);
+  for (int r = 0; r < count; r++) std::memcpy(to + r * stride, all[r % 4][r / 4], size_t(kept) * sizeof(BFloat16));
+}
+#endif
+
 template <class T>
 int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* pattern, T* dv, bool accumulate,
                       int64_t M, int64_t N, int64_t K) {
@@ -160,11 +192,12 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
               kept_indices(index, bits.columns(int(t)));
               // The rows are far apart: where the next ones will be stored is asked for now, a cache line each.
               if (t % 2 == 0)
-                for (int r = 16; r < 32; r++)
+                for (int r = 16; r < 32; r++) {
                   if (in_place)
                     __builtin_prefetch(dv + n0 * kept + at + r * kept, 1);
                   else
                     __builtin_prefetch(scratch + at + r * kept, 1);
+                }
               __m512 s[8];
               for (int e = 0; e < 8; e++) s[e] = _mm512_setzero_ps();
               const uint32_t* panel = panels + t * steps * 16;
@@ -174,6 +207,11 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
                 for (int e = 0; e < 8; e++)
                   s[e] = W::multiply_add(s[e], _mm512_permutexvar_epi32(index[e], inputs), gradient);
               }
+              if constexpr (W::TERMS == 2)
+                if (in_place && !add) {
+                  store_rows(dv + n0 * kept + at, kept, s, count, values);
+                  continue;
+                }
               if (in_place)
                 store_rows(dv + n0 * kept + at, kept, s, count, values, add);
               else

@@ -191,7 +191,7 @@ struct ColumnSlots {
         std::memcpy(&bits[n], p, (count + 7) / 8);
         std::memcpy(&kept, v, count);
       }
-      dense[n] = _mm256_maskz_expand_epi16(bits[n], _mm256_castsi128_si256(kept));
+      dense[n] = _mm256_mask_expand_epi16(_mm512_castsi512_si256(fresh_zero()), bits[n], _mm256_castsi128_si256(kept));
     }
     // Rows n and 16 + n of W, side by side.
     __m512i r[16];
@@ -213,8 +213,8 @@ struct ColumnSlots {
         kept &= also;
       }
       most = std::max(most, __builtin_popcount(kept));
-      index[c] = _mm512_maskz_compress_epi16(kept, numbers);
-      r[c] = _mm512_maskz_compress_epi16(kept, r[c]);
+      index[c] = _mm512_mask_compress_epi16(fresh_zero(), kept, numbers);
+      r[c] = _mm512_mask_compress_epi16(fresh_zero(), kept, r[c]);
     }
     transpose16(index);
     transpose16(r);
@@ -288,8 +288,10 @@ int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, 
                  const Fill& fill) {
   const int64_t main_blocks = ceil_div(reduction, LANE_BLOCK), extra_blocks = ceil_div(extra_size, LANE_BLOCK);
   const int64_t blocks = main_blocks + extra_blocks, depth = std::max<int64_t>(1, blocks * LANE_BLOCK);
-  const int64_t fitting_rows = std::max<int64_t>(8, PANEL_BYTES / (depth * 2 * LANE_ROWS)) * LANE_ROWS;
-  const int64_t panel_rows = std::min({LANE_PANEL, fitting_rows, M});
+  const int64_t fitting = std::min(LANE_PANEL, std::max<int64_t>(8, PANEL_BYTES / (depth * 2 * LANE_ROWS)) * LANE_ROWS);
+  // As many panels as fit best, all of a size: a small last one would have lists of its own for little.
+  const int64_t panels = std::max<int64_t>(1, (M + fitting / 2) / fitting);
+  const int64_t panel_rows = ceil_div(ceil_div(M, panels), LANE_ROWS) * LANE_ROWS;
   BFloat16* panel = reinterpret_cast<BFloat16*>(shared_a.floats(ceil_div(panel_rows * depth, 2)));
   if (panel == nullptr) return 1;
   const int64_t most_slots = main_blocks * Fill::MOST + extra_blocks * 16;
@@ -297,8 +299,8 @@ int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, 
   const int64_t list_floats = most_slots * slot_floats + ceil_div(blocks + 1, 16) * 16;
   // Outputs that share a pass: as many as fit the cache, the same for every thread.
   const int64_t lanes = ceil_div(outputs, 16);
-  const int64_t fitting = std::clamp<int64_t>(LISTS_BYTES / (list_floats * int64_t(sizeof(float))), 1, 16);
-  const int64_t group = block_size(lanes, threads, fitting, 1);
+  const int64_t most_lanes = std::clamp<int64_t>(LISTS_BYTES / (list_floats * int64_t(sizeof(float))), 1, 16);
+  const int64_t group = block_size(lanes, threads, most_lanes, 1);
   bool failed = false;
 
   for (int64_t m0 = 0; m0 < M; m0 += panel_rows) {

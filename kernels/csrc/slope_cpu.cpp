@@ -142,6 +142,11 @@ EXPORT int slope_cpu_grad_weight(int dtype, int threads, const void* grad, int64
     using T = std::remove_pointer_t<decltype(type)>;
     const Matrix<T> g{static_cast<const T*>(grad), g_stride_m, g_stride_n};
     const Matrix<T> a{static_cast<const T*>(x), x_stride_m, x_stride_k};
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (0 < M && M <= FEW_PAIR_OUTER)
+        return grad_weight_pairs(threads, g, a, pattern, static_cast<T*>(dv), accumulate != 0, M, N, K);
+#endif
     if (0 < M && M <= FEW_OUTER)
       return grad_weight_few(threads, g, a, pattern, static_cast<T*>(dv), accumulate != 0, M, N, K);
 #if defined(__AVX512F__)

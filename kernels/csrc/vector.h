@@ -19,6 +19,16 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;  // SSE2, NEON
 #endif
 
+#if defined(__AVX512F__)
+// A zero that nothing computes.  Expanding and compressing into a register waits for what it held before, on Zen 4 even
+// where the rest is zeroed (_mm512_maskz_expand_ps): merged into this one, nothing has to be waited for.
+inline __m512i fresh_zero() {
+  __m512i zero;
+  __asm__("vpxor %x0, %x0, %x0" : "=x"(zero));
+  return zero;
+}
+#endif
+
 typedef float Vec __attribute__((vector_size(LANES * 4), may_alias));
 typedef float Vec8 __attribute__((vector_size(32), may_alias));
 typedef float Vec4 __attribute__((vector_size(16), may_alias));
