@@ -36,7 +36,7 @@ LEVELS = ("avx512_bf16", "avx512", "avx2", "portable")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 FLAGS: dict[str, tuple[str, ...]] = {
-    "avx512_bf16": (*_AVX512, "-mavx512vbmi2", "-mavx512bf16"),
+    "avx512_bf16": (*_AVX512, "-mavx512vbmi2", "-mavx512bf16", "-mbmi2"),
     "avx512": _AVX512,
     "avx2": _AVX2,
     "portable": (),

@@ -6,12 +6,18 @@
 //   sums [16 outputs] += dot2(permute(A[m, block], index [16]), weights [16])      for every slot, for every m
 //
 // The permutation (vpermw) picks from a register, so A is not transposed and half of the multiplications of a dense
-// product are never issued.  A forward product has one slot for each group of four columns: 8 a block.  An input gradient
-// has as many as its fullest column needs: 8 at most if it is double-pruned, about 11 if not.
+// product are never issued.  A forward product has one slot for each group of four columns: 8 a block.
+//
+// An input gradient has as many slots as its fullest column needs.  In blocks of their own that would be 10.6 on average,
+// 8 if it is double-pruned.  But its blocks overlap by half, so that every number of the reduction is in two of them (all
+// but the first 16): what a column has too many of in one half it may take earlier, while other columns fill the slots.
+// What is left is 8.9, or 6.9.
 //
 //   LANE_ROWS   rows of A at once: as many sums and as many blocks of A in registers
 //   lists       [blocks of the reduction][slots](index [16], weights [16]) for 16 outputs, made once for a panel of A
 #pragma once
+
+#include <array>
 
 #include "kept_lanes.h"
 
@@ -30,14 +36,27 @@ struct Slot {
   uint32_t weights[16];            // two bfloat16
 };
 
-// Slots of 16 outputs: those of block b are slots[starts[b]] to slots[starts[b + 1]].
+// Slots of 16 outputs: those of block b are slots[starts[b]] to slots[starts[b + 1]].  Where blocks overlap, 2 b is block
+// b and 2 b + 1 is the second half of it with the first half of the next.
 struct SlotLists {
   Slot* slots;
   int32_t* starts;
 };
 
-// y [ROWS, 16], `stride` apart, of ROWS rows of a packed tile [blocks][ROWS][32]; `stored` of the 16 outputs exist.
+// s [ROWS] += the slots of one block, a [ROWS][32].
 template <int ROWS>
+inline const Slot* add_slots(__m512 (&s)[ROWS], const __m512i (&a)[ROWS], const Slot* slot, const Slot* end) {
+  for (; slot < end; slot++) {
+    const __m512i index = _mm512_load_si512(slot->index), weights = _mm512_load_si512(slot->weights);
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++)
+      s[r] = _mm512_dpbf16_ps(s[r], (__m512bh)_mm512_permutexvar_epi16(index, a[r]), (__m512bh)weights);
+  }
+  return slot;
+}
+
+// y [ROWS, 16], `stride` apart, of ROWS rows of a packed tile [blocks][ROWS][32]; `stored` of the 16 outputs exist.
+template <bool OVERLAP, int ROWS>
 void pair_tile(BFloat16* y, int64_t stride, __mmask16 stored, const BFloat16* tile, const SlotLists& lists,
                int64_t blocks, __m512 bias) {
   __m512 s[ROWS];
@@ -48,30 +67,31 @@ void pair_tile(BFloat16* y, int64_t stride, __mmask16 stored, const BFloat16* ti
     __m512i a[ROWS];
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; r++) a[r] = _mm512_load_si512(tile + r * LANE_BLOCK);
-    for (const Slot* end = lists.slots + lists.starts[b + 1]; slot < end; slot++) {
-      const __m512i index = _mm512_load_si512(slot->index), weights = _mm512_load_si512(slot->weights);
+    slot = add_slots(s, a, slot, lists.slots + lists.starts[OVERLAP ? 2 * b + 1 : b + 1]);
+    if (OVERLAP && b + 1 < blocks) {
 #pragma GCC unroll 12
-      for (int r = 0; r < ROWS; r++)
-        s[r] = _mm512_dpbf16_ps(s[r], (__m512bh)_mm512_permutexvar_epi16(index, a[r]), (__m512bh)weights);
+      for (int r = 0; r < ROWS; r++) {
+        const auto* half = reinterpret_cast<const __m256i*>(tile + r * LANE_BLOCK) + 1;
+        const auto* next = reinterpret_cast<const __m256i*>(tile + (ROWS + r) * LANE_BLOCK);
+        a[r] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_load_si256(half)), _mm256_load_si256(next), 1);
+      }
+      slot = add_slots(s, a, slot, lists.slots + lists.starts[2 * b + 2]);
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; r++) {
-    alignas(64) float sums[16];
-    alignas(32) BFloat16 rounded[16];
-    _mm512_store_ps(sums, s[r]);
-    store8(rounded, load8(sums));
-    store8(rounded + 8, load8(sums + 8));
-    _mm256_mask_storeu_epi16(y + r * stride, stored, _mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(s[r]);
+    _mm256_mask_storeu_epi16(y + r * stride, stored, rounded);
   }
 }
 
 using PairTile = void (*)(BFloat16*, int64_t, __mmask16, const BFloat16*, const SlotLists&, int64_t, __m512);
 
-inline PairTile pair_tile_of(int rows) {
-  static constexpr PairTile tiles[LANE_ROWS] = {pair_tile<1>, pair_tile<2>, pair_tile<3>,  pair_tile<4>,
-                                                pair_tile<5>, pair_tile<6>, pair_tile<7>,  pair_tile<8>,
-                                                pair_tile<9>, pair_tile<10>, pair_tile<11>, pair_tile<12>};
+template <bool OVERLAP> inline PairTile pair_tile_of(int rows) {
+  static constexpr PairTile tiles[LANE_ROWS] = {
+      pair_tile<OVERLAP, 1>, pair_tile<OVERLAP, 2>, pair_tile<OVERLAP, 3>,  pair_tile<OVERLAP, 4>,
+      pair_tile<OVERLAP, 5>, pair_tile<OVERLAP, 6>, pair_tile<OVERLAP, 7>,  pair_tile<OVERLAP, 8>,
+      pair_tile<OVERLAP, 9>, pair_tile<OVERLAP, 10>, pair_tile<OVERLAP, 11>, pair_tile<OVERLAP, 12>};
   return tiles[rows - 1];
 }
 
@@ -102,6 +122,28 @@ inline void transpose16(__m512i (&r)[16]) {
   }
 }
 
+// words [16 columns][8] -> 8 slots of 16 columns.
+inline void transpose16x8(uint32_t* to, int64_t stride, const __m256i (&columns)[16]) {
+  __m512i t[8], u[8];
+  // Columns i and 4 + i side by side, then 8 + i and 12 + i.
+  for (int h = 0; h < 8; h += 4) {
+    for (int i = 0; i < 4; i++)
+      t[h + i] = _mm512_inserti64x4(_mm512_castsi256_si512(columns[2 * h + i]), columns[2 * h + 4 + i], 1);
+    for (int i = 0; i < 4; i += 2) {
+      u[h + i] = _mm512_unpacklo_epi32(t[h + i], t[h + i + 1]);
+      u[h + i + 1] = _mm512_unpackhi_epi32(t[h + i], t[h + i + 1]);
+    }
+    for (int j = 0; j < 2; j++) {
+      t[h + 2 * j] = _mm512_unpacklo_epi64(u[h + j], u[h + j + 2]);
+      t[h + 2 * j + 1] = _mm512_unpackhi_epi64(u[h + j], u[h + j + 2]);
+    }
+  }
+  for (int j = 0; j < 4; j++) {
+    _mm512_store_si512(to + j * stride, _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88));
+    _mm512_store_si512(to + (4 + j) * stride, _mm512_shuffle_i32x4(t[j], t[4 + j], 0xdd));
+  }
+}
+
 // Slots of the forward product: outputs are rows of W, the reduction runs along its columns.
 struct ForwardSlots {
   const BFloat16* values;  // [N, K / 2]
@@ -109,8 +151,20 @@ struct ForwardSlots {
   int64_t N, K;
 
   static constexpr int MOST = 8;
+  static constexpr bool OVERLAP = false;
 
-  int operator()(Slot* slots, int64_t o0, int64_t count, int64_t r0) const {
+  // Makes the slots of outputs [o0, o0 + count) and says how many there are.
+  int operator()(Slot* slots, int32_t* starts, int64_t o0, int64_t count, int64_t blocks) const {
+    int at = 0;
+    for (int64_t b = 0; b < blocks; b++) {
+      starts[b] = at;
+      at += block(slots + at, o0, count, b * LANE_BLOCK);
+    }
+    return at;
+  }
+
+ private:
+  int block(Slot* slots, int64_t o0, int64_t count, int64_t r0) const {
     const int64_t width = (K + 7) / 8, columns = std::min(LANE_BLOCK, K - r0);
     // The two columns that a nibble names; see kept_indices for one that has not two bits.
     const __m512i named = _mm512_setr_epi32(0, 0, 0x10001, 0x10000, 0x20002, 0x20000, 0x20001, 0x20000, 0x30003, 0x30000,
@@ -164,14 +218,75 @@ struct ColumnSlots {
   int64_t N, K;
 
   static constexpr int MOST = 16;
+  static constexpr bool OVERLAP = true;
 
-  int operator()(Slot* slots, int64_t o0, int64_t count, int64_t r0) const {
-    return count == 16 && r0 + LANE_BLOCK <= N ? fill<true>(slots, o0, 16, r0) : fill<false>(slots, o0, count, r0);
+  int operator()(Slot* slots, int32_t* starts, int64_t o0, int64_t count, int64_t blocks) const {
+    int at = 0;
+    Columns now, next, middle;
+    for (int64_t b = 0; b < blocks; b++) {
+      const bool last = b + 1 == blocks;
+      if (b == 0) load(now, o0, count, 0);
+      starts[2 * b] = at;
+      at += take(slots + at, now, last ? ~0u : 0xffffu);
+      if (last) break;
+      load(next, o0, count, (b + 1) * LANE_BLOCK);
+      for (int c = 0; c < 16; c++) {
+        middle.kept[c] = now.kept[c] >> 16 | next.kept[c] << 16;
+        middle.weights[c] = _mm512_shuffle_i64x2(now.weights[c], next.weights[c], 0x4e);
+      }
+      starts[2 * b + 1] = at;
+      at += take(slots + at, middle, 0xffffu);
+      for (int c = 0; c < 16; c++) next.kept[c] = (next.kept[c] & 0xffff0000u) | middle.kept[c] >> 16;
+      now = next;
+    }
+    return at;
   }
 
  private:
+  // 16 columns of a block of 32 rows: what is kept and in no slot yet, and all weights.
+  struct Columns {
+    uint32_t kept[16];
+    __m512i weights[16];
+  };
+
+  // Slots for what is kept in the rows `due`, and in what is free of them for the rows that follow.
+  static int take(Slot* slots, Columns& columns, uint32_t due) {
+    int most = 0;
+    for (int c = 0; c < 16; c++) most = std::max(most, __builtin_popcount(columns.kept[c] & due));
+    const int used = (most + 1) / 2;
+    const uint32_t first = uint32_t((uint64_t(1) << 2 * used) - 1);
+    const __m512i numbers = _mm512_load_si512(NUMBERS.data());
+    const int64_t stride = sizeof(Slot) / sizeof(uint32_t);
+    __m512i index[16], weights[16];
+    for (int c = 0; c < 16; c++) {
+      const uint32_t taken = _pdep_u32(first, columns.kept[c]);
+      columns.kept[c] &= ~taken;
+      index[c] = _mm512_mask_compress_epi16(fresh_zero(), taken, numbers);
+      weights[c] = _mm512_mask_compress_epi16(fresh_zero(), taken, columns.weights[c]);
+    }
+    if (used <= 8) {
+      __m256i low[16];
+      for (int c = 0; c < 16; c++) low[c] = _mm512_castsi512_si256(index[c]);
+      transpose16x8(slots->index, stride, low);
+      for (int c = 0; c < 16; c++) low[c] = _mm512_castsi512_si256(weights[c]);
+      transpose16x8(slots->weights, stride, low);
+      return used;
+    }
+    transpose16(index);
+    transpose16(weights);
+    for (int i = 0; i < used; i++) {
+      _mm512_store_si512(slots[i].index, index[i]);
+      _mm512_store_si512(slots[i].weights, weights[i]);
+    }
+    return used;
+  }
+
+  void load(Columns& columns, int64_t o0, int64_t count, int64_t r0) const {
+    count == 16 && r0 + LANE_BLOCK <= N ? fill<true>(columns, o0, 16, r0) : fill<false>(columns, o0, count, r0);
+  }
+
   // WHOLE: 16 columns and 32 rows are there, so that every copy has a fixed size.
-  template <bool WHOLE> int fill(Slot* slots, int64_t o0, int64_t count, int64_t r0) const {
+  template <bool WHOLE> void fill(Columns& columns, int64_t o0, int64_t count, int64_t r0) const {
     const int64_t width = (K + 7) / 8, column_width = (N + 7) / 8;
     const int rows = WHOLE ? 32 : int(std::min(LANE_BLOCK, N - r0));
     alignas(64) uint16_t bits[32] = {};
@@ -194,15 +309,12 @@ struct ColumnSlots {
       dense[n] = _mm256_mask_expand_epi16(_mm512_castsi512_si256(fresh_zero()), bits[n], _mm256_castsi128_si256(kept));
     }
     // Rows n and 16 + n of W, side by side.
-    __m512i r[16];
+    __m512i (&r)[16] = columns.weights;
     for (int n = 0; n < 16; n++) r[n] = _mm512_inserti64x4(_mm512_castsi256_si512(dense[n]), dense[16 + n], 1);
     columns_of_rows(r);
     const __m512i row_bits = _mm512_load_si512(bits);
-    const __m512i numbers = _mm512_load_si512(NUMBERS.data());
-    __m512i index[16];
-    int most = 0;
     for (int c = 0; c < 16; c++) {
-      __mmask32 kept = _mm512_test_epi16_mask(row_bits, _mm512_set1_epi16(int16_t(1 << c)));
+      uint32_t kept = _mm512_test_epi16_mask(row_bits, _mm512_set1_epi16(int16_t(1 << c)));
       if (column_pattern != nullptr) {
         uint32_t also = 0;
         const uint8_t* from = column_pattern + (o0 + c) * column_width + r0 / 8;
@@ -212,18 +324,8 @@ struct ColumnSlots {
           std::memcpy(&also, from, (rows + 7) / 8);
         kept &= also;
       }
-      most = std::max(most, __builtin_popcount(kept));
-      index[c] = _mm512_mask_compress_epi16(fresh_zero(), kept, numbers);
-      r[c] = _mm512_mask_compress_epi16(fresh_zero(), kept, r[c]);
+      columns.kept[c] = kept;
     }
-    transpose16(index);
-    transpose16(r);
-    const int used = (most + 1) / 2;
-    for (int i = 0; i < used; i++) {
-      _mm512_store_si512(slots[i].index, index[i]);
-      _mm512_store_si512(slots[i].weights, r[i]);
-    }
-    return used;
   }
 
   // 16 vectors of (row r, row 16 + r), each of 16 columns -> 16 columns of 32 rows.
@@ -280,8 +382,8 @@ inline void pack_blocks(BFloat16* to, Matrix<BFloat16> a, int64_t i0, int rows, 
     }
 }
 
-// The product; arguments as in product() (product.h).  `fill(slots, o0, count, r0)` makes the slots of outputs
-// [o0, o0 + count) for the block of the reduction that starts at r0 and says how many there are.
+// The product; arguments as in product() (product.h).  `fill(slots, starts, o0, count, blocks)` makes the slots of outputs
+// [o0, o0 + count), in so many blocks of the reduction, and says how many there are.
 template <class Fill>
 int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, Matrix<BFloat16> extra,
                  const BFloat16* extra_weights, int64_t extra_size, const BFloat16* bias, BFloat16* y, int64_t outputs,
@@ -296,7 +398,8 @@ int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, 
   if (panel == nullptr) return 1;
   const int64_t most_slots = main_blocks * Fill::MOST + extra_blocks * 16;
   const int64_t slot_floats = sizeof(Slot) / sizeof(float);
-  const int64_t list_floats = most_slots * slot_floats + ceil_div(blocks + 1, 16) * 16;
+  const int64_t spans = Fill::OVERLAP ? std::max<int64_t>(0, 2 * blocks - 1) : blocks;
+  const int64_t list_floats = most_slots * slot_floats + ceil_div(spans + 1, 16) * 16;
   // Outputs that share a pass: as many as fit the cache, the same for every thread.
   const int64_t lanes = ceil_div(outputs, 16);
   const int64_t most_lanes = std::clamp<int64_t>(LISTS_BYTES / (list_floats * int64_t(sizeof(float))), 1, 16);
@@ -330,18 +433,16 @@ int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, 
         for (int64_t i = 0; i < count; i++) {
           const SlotLists lists = lists_of(i);
           const int64_t o0 = (first + i) * 16, there = std::min<int64_t>(16, outputs - o0);
-          int32_t at = 0;
-          for (int64_t b = 0; b < blocks; b++) {
-            lists.starts[b] = at;
-            at += b < main_blocks ? fill(lists.slots + at, o0, there, b * LANE_BLOCK)
-                                  : dense_slots(lists.slots + at, extra_weights, extra_size, o0, there,
-                                                (b - main_blocks) * LANE_BLOCK);
+          int32_t at = fill(lists.slots, lists.starts, o0, there, main_blocks);
+          for (int64_t b = 0; b < extra_blocks; b++) {
+            lists.starts[main_blocks + b] = at;
+            at += dense_slots(lists.slots + at, extra_weights, extra_size, o0, there, b * LANE_BLOCK);
           }
-          lists.starts[blocks] = at;
+          lists.starts[spans] = at;
         }
         for (int64_t t = 0; t < tiles; t++) {
           if (rows_of(t) == 0) continue;
-          const PairTile tile = pair_tile_of(rows_of(t));
+          const PairTile tile = pair_tile_of<Fill::OVERLAP>(rows_of(t));
           for (int64_t i = 0; i < count; i++) {
             const int64_t o0 = (first + i) * 16, there = std::min<int64_t>(16, outputs - o0);
             alignas(64) float start[16] = {};

@@ -68,7 +68,7 @@ __attribute__((target("arch=x86-64")))
 #endif
 int slope_cpu_supported(void) {
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-  return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") &&
+  return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("bmi2") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 #elif defined(__AVX512F__)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
