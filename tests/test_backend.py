@@ -51,6 +51,26 @@ def test_one_graph_for_every_shape(way: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_compiled_with_the_exact_backward_equals_eager(adapters: bool, compiler: str) -> None:
+    """Outputs and every gradient of the prepared model itself, adapters on and off."""
+    eager, ids = toy(), token_ids()
+    slope.sparsify_(eager, slope.SlopeConfig(backward="exact", adapter_rank=2))
+    for name, parameter in eager.named_parameters():
+        if name.endswith(".B"):
+            nn.init.normal_(parameter)
+    slope.set_adapters(eager, adapters)
+    model = copy.deepcopy(eager)
+    assert_same(step(compiled(model, compiler), ids), step(eager, ids), "logits")
+    expected = dict(eager.named_parameters())
+    for name, parameter in model.named_parameters():
+        theirs = expected[name].grad
+        assert (parameter.grad is None) == (theirs is None) == (name.endswith((".A", ".B")) and not adapters), name
+        if parameter.grad is not None and theirs is not None:
+            assert_same(parameter.grad, theirs, name)
+
+
 def test_a_shape_that_changes_is_compiled_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo's default: static at first, dynamic from the second length on."""
     recording = record(monkeypatch)
@@ -374,9 +394,7 @@ def test_dynamic_training_through_inductor() -> None:
         assert_same_gradients(model, reference)
 
 
-def test_freezing_a_prepared_model(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_freezing_a_prepared_model(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Constants in place of parameters: products stay sparse, and nobody complains about columns that none will train.
 
     What is folded into the code is of this compilation; the next one starts from the values of its time.
