@@ -29,16 +29,6 @@ template <class T> const float* float_rows(Scratch& scratch, Matrix<T> a, int64_
 
 #if defined(__AVX512F__)
 typedef Vec Lane;  // 16 columns a step: two bytes of metadata
-inline Vec expand_step(const float* v, const uint8_t* p) {
-  uint16_t mask;
-  std::memcpy(&mask, p, 2);
-  return (Vec)_mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zero()), mask, _mm512_zextps256_ps512(_mm256_loadu_ps(v)));
-}
-template <class T> inline Vec expand_step(const T* v, const uint8_t* p) {
-  uint16_t mask;
-  std::memcpy(&mask, p, 2);
-  return (Vec)_mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zero()), mask, _mm512_zextps256_ps512((__m256)load8(v)));
-}
 #else
 typedef Vec8 Lane;  // 8 columns a step
 template <class T> inline Vec8 expand_step(const T* v, const uint8_t* p) { return expand8(load_values(v), *p); }

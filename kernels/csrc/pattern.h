@@ -81,6 +81,20 @@ inline Vec8 expand8(Vec4 values, uint8_t byte) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// The sixteen dense elements of two bytes of metadata.
+inline Vec expand_step(const float* v, const uint8_t* p) {
+  uint16_t mask;
+  std::memcpy(&mask, p, 2);
+  return (Vec)_mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zero()), mask, _mm512_zextps256_ps512(_mm256_loadu_ps(v)));
+}
+template <class T> inline Vec expand_step(const T* v, const uint8_t* p) {
+  uint16_t mask;
+  std::memcpy(&mask, p, 2);
+  return (Vec)_mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zero()), mask, _mm512_zextps256_ps512((__m256)load8(v)));
+}
+#endif
+
 // The elements of v at the set bits of a byte, closed up.
 inline Vec8 gather8(Vec8 v, uint8_t byte) {
 #if defined(__AVX2__)

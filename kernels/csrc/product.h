@@ -304,42 +304,79 @@ template <class T> struct ColumnLists {
         prefetch(v + CHUNK * (K / 2), BLOCK / 2 * sizeof(T));
         prefetch(p + CHUNK * width, 8);
       }
-      uint64_t bits = 0;
-      std::memcpy(&bits, p, bytes);
-      kept[n] = bits;
+      kept[n] = eight(p, bytes);
+#if defined(__AVX512F__)
+      if (o0 + BLOCK <= K) {
+        for (int c = 0; c < BLOCK; c += 16)
+          _mm512_store_ps(&dense[n][c], (__m512)expand_step(v + c / 2, p + c / 8));
+        continue;
+      }
+#endif
       for (int j = 0; j < bytes; j++) {
         const bool whole = o0 + 8 * j + 8 <= K;
         store8(&dense[n][8 * j], expand8(whole ? load_values(v + 4 * j) : load_values(v + 4 * j, 2), p[j]));
       }
     }
     transpose_bits(kept);
-    for (int64_t o = 0; o < block; o += 8) {
-      const int outputs = int(std::min<int64_t>(8, block - o));
-      uint64_t bits[8];
-      int counts[8] = {};
+    if (column_pattern != nullptr)
+      for (int64_t o = 0; o < block; o++)
+        kept[o] &= eight(column_pattern + (o0 + o) * column_width + r0 / 8, (rows + 7) / 8);
+    for (int64_t o = 0; o < block; o += WIDTH) collect(lists, &dense[0][o], kept + o, o, std::min(WIDTH, block - o), rows);
+  }
+
+ private:
+  // Columns that are collected at a time, from as many rows.
+#if defined(__AVX512F__)
+  static constexpr int64_t WIDTH = 16;
+#else
+  static constexpr int64_t WIDTH = 8;
+#endif
+
+  // Up to eight bytes, as a number.
+  static uint64_t eight(const uint8_t* p, int bytes) {
+    uint64_t number = 0;
+    if (bytes == 8)
+      std::memcpy(&number, p, 8);
+    else
+      std::memcpy(&number, p, bytes);
+    return number;
+  }
+
+  // Lists of outputs [o, o + outputs): the kept of columns dense [rows][64].  WIDTH entries are written at a time, those of
+  // them that are kept count.
+  static void collect(Lists& lists, const float* dense, const uint64_t* kept, int64_t o, int64_t outputs, int rows) {
+    int counts[WIDTH] = {};
+    for (int n = 0; n < rows; n += int(WIDTH)) {
+#if defined(__AVX512F__)
+      __m512i column[16];
+      for (int i = 0; i < 16; i++) column[i] = _mm512_load_si512(dense + (n + i) * 64);
+      transpose16(column);
+      const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      const __m512i offsets = _mm512_mullo_epi32(_mm512_add_epi32(numbers, _mm512_set1_epi32(n)),
+                                                 _mm512_set1_epi32(TILE * sizeof(float)));
       for (int i = 0; i < outputs; i++) {
-        bits[i] = kept[o + i];
-        if (column_pattern != nullptr) {
-          uint64_t also = 0;
-          std::memcpy(&also, column_pattern + (o0 + o + i) * column_width + r0 / 8, (rows + 7) / 8);
-          bits[i] &= also;
-        }
+        const __mmask16 bits = __mmask16(kept[i] >> n);
+        const int64_t at = (o + i) * CHUNK + counts[i];
+        _mm512_storeu_si512(lists.weights + at, _mm512_mask_compress_epi32(fresh_zero(), bits, column[i]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(lists.offsets + at),
+                            _mm512_cvtepi32_epi16(_mm512_mask_compress_epi32(fresh_zero(), bits, offsets)));
+        counts[i] += __builtin_popcount(bits);
       }
-      for (int n = 0; n < rows; n += 8) {
-        Vec8 column[8];
-        for (int i = 0; i < 8; i++) column[i] = load8(&dense[n + i][o]);
-        transpose8(column);
-        for (int i = 0; i < outputs; i++) {
-          const uint8_t byte = uint8_t(bits[i] >> n);
-          // Eight are written, the first popcount(byte) of them count.
-          store8(lists.weights + (o + i) * CHUNK + counts[i], gather8(column[i], byte));
-          const Half8 offsets = (set_bits(byte) + uint16_t(n)) * uint16_t(TILE * sizeof(float));
-          std::memcpy(lists.offsets + (o + i) * CHUNK + counts[i], &offsets, sizeof offsets);
-          counts[i] += __builtin_popcount(byte);
-        }
+#else
+      Vec8 column[8];
+      for (int i = 0; i < 8; i++) column[i] = load8(dense + (n + i) * 64);
+      transpose8(column);
+      for (int i = 0; i < outputs; i++) {
+        const uint8_t byte = uint8_t(kept[i] >> n);
+        const int64_t at = (o + i) * CHUNK + counts[i];
+        store8(lists.weights + at, gather8(column[i], byte));
+        const Half8 offsets = (set_bits(byte) + uint16_t(n)) * uint16_t(TILE * sizeof(float));
+        std::memcpy(lists.offsets + at, &offsets, sizeof offsets);
+        counts[i] += __builtin_popcount(byte);
       }
-      for (int i = 0; i < outputs; i++) lists.counts[o + i] = counts[i];
+#endif
     }
+    for (int i = 0; i < outputs; i++) lists.counts[o + i] = counts[i];
   }
 };
 
