@@ -181,7 +181,8 @@ def _find(requested: str | None) -> CpuLibrary | None:
     compiler = cpu_build.find_compiler()
     if compiler is None:
         log.warning(
-            "CPU kernels: no C++ compiler found, so 2:4 layers on the CPU are expanded and run dense. Install one "
+            "CPU kernels: no C++ compiler found, so 2:4 layers on the CPU are expanded and run dense, "
+            "on copies that are kept while weights are constant. Install one "
             "(Debian, Ubuntu: apt install g++; macOS: xcode-select --install; conda: conda install cxx-compiler) "
             "or name it in CXX. %s=0 silences this.",
             VARIABLE,

@@ -2,6 +2,8 @@
 
 Registered for the CPU over the definitions in ``reference``.  A call goes to the definition when the pattern is not
 2:4, the dtype is not one of the kernels', or no library could be built; the values agree to rounding in every case.
+Where there is no library the forward product reads a dense copy, which ``dense_copies`` keeps while the weight is
+constant.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import math
 
 from torch import Tensor
 
-from slope_compile.kernels import cpu_library, cpu_products, cpu_rules, reference
+from slope_compile.kernels import cpu_library, cpu_products, cpu_rules, dense_copies, reference
 from slope_compile.kernels.cpu_library import CpuLibrary
 
 
@@ -67,6 +69,9 @@ def linear(
     up: Tensor | None = None,
 ) -> Tensor:
     """See :func:`reference.forward`."""
+    if cpu_library.load() is None:
+        weight = dense_copies.expanded(values, pattern, keep, group)
+        return reference.forward_dense(x, weight, bias, down, up)
     library = library_for(keep, group, x, values, bias, down, up)
     if library is None or x.shape[-1] != 2 * values.shape[1]:
         return reference.forward(x, values, pattern, bias, keep, group, down, up)
@@ -78,6 +83,7 @@ def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: 
     """See :func:`reference.grad_input`."""
     library = library_for(keep, group, grad, values)
     if library is None or grad.shape[-1] != values.shape[0]:
+        dense_copies.gradient(pattern)
         return reference.grad_input(grad, values, pattern, keep, group)
     sparse = cpu_rules.sparse("grad_input", tokens(grad), grad.dtype, library.isa)
     return cpu_products.grad_input(library, sparse, grad, values, pattern, None)
@@ -89,6 +95,7 @@ def grad_input_columns(
     """See :func:`reference.grad_input_columns`: the entries that both patterns keep, read from the forward storage."""
     library = library_for(keep, group, grad, values)
     if library is None or grad.shape[-1] != values.shape[0] or values.shape[0] % 4:
+        dense_copies.gradient(pattern)
         return reference.grad_input_columns(grad, values, pattern, column_pattern, keep, group)
     sparse = cpu_rules.sparse("grad_input_columns", tokens(grad), grad.dtype, library.isa)
     return cpu_products.grad_input(library, sparse, grad, values, pattern, column_pattern)
@@ -98,6 +105,7 @@ def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int)
     """See :func:`reference.grad_weight`."""
     library = library_for(keep, group, grad, x)
     if library is None or x.shape[-1] % 4 or grad.shape[:-1] != x.shape[:-1]:
+        dense_copies.gradient(pattern)
         return reference.grad_weight(grad, x, pattern, keep, group)
     sparse = cpu_rules.sparse("grad_weight", tokens(x), x.dtype, library.isa)
     return cpu_products.grad_weight(library, sparse, grad, x, pattern)

@@ -59,7 +59,12 @@ def forward(
 
     ``down [..., R]`` and ``up [N, R]``, or neither: the low-rank branch of an adapter, its scale in ``down``.
     """
-    y = torch.nn.functional.linear(x, expand(values, pattern, keep, group), bias)
+    return forward_dense(x, expand(values, pattern, keep, group), bias, down, up)
+
+
+def forward_dense(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None) -> Tensor:
+    """The same with the expanded weight ``[N, K]``."""
+    y = torch.nn.functional.linear(x, weight, bias)
     return (y if down is None or up is None else y + torch.nn.functional.linear(down, up)).contiguous()
 
 

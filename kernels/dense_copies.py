@@ -1,0 +1,58 @@
+"""Dense copies of 2:4 weights, for CPUs where no kernel reads them compressed: no C++ compiler, or kernels off.
+
+There a product expands its weight, which takes longer than the product itself.  While a weight does not change its
+expanded form is kept instead: memory of a dense weight for each, as long as its pattern lives.  It is made at the
+second forward product in a row that finds the values as the first one did, and given up when they have changed or a
+gradient is asked for: training, where every forward product is followed by gradients, keeps none.
+
+What changes the values is told by their version counter and address.  Writing through ``values.data`` raises no
+counter: what is kept would be stale until :func:`forget` is called, or a gradient computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from slope_compile.kernels import reference
+
+
+@dataclasses.dataclass
+class _Use:
+    """The last forward product of a weight."""
+
+    values: weakref.ref[Tensor]
+    state: tuple[int, int]
+    """Version and address of the values."""
+    dense: Tensor | None = None
+
+
+_uses = WeakTensorKeyDictionary()
+"""Pattern -> its last use.  The pattern, because every product has it, the weight gradient too."""
+
+
+def expanded(values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
+    """The dense weight ``[N, K]`` for a forward product; it must not be written to."""
+    if values.is_inference():  # has no version counter
+        return reference.expand(values, pattern, keep, group)
+    state, use = (values._version, values.data_ptr()), _uses.get(pattern)
+    if use is None or use.values() is not values or use.state != state:
+        _uses[pattern] = _Use(weakref.ref(values), state)
+        return reference.expand(values, pattern, keep, group)
+    if use.dense is None:
+        use.dense = reference.expand(values, pattern, keep, group)
+    dense: Tensor = use.dense
+    return dense
+
+
+def gradient(pattern: Tensor) -> None:
+    """Note that a gradient of a product with this weight is computed: it is being trained."""
+    _uses.pop(pattern, None)
+
+
+def forget() -> None:
+    """Give up every copy."""
+    _uses.clear()
