@@ -112,7 +112,7 @@ def test_training_keeps_nothing(problem: Problem, expansions: list[int]) -> None
 def test_each_gradient_gives_the_copy_up(problem: Problem) -> None:
     p, nm = problem, (problem.nm.keep, problem.nm.group)
     columns = packed(column_mask(p.weight, p.nm).t())
-    gradients = (
+    gradients: tuple[Callable[[], Tensor], ...] = (
         lambda: ops.grad_input(p.grad, p.values, p.pattern, *nm),
         lambda: ops.grad_input_columns(p.grad, p.values, p.pattern, columns, *nm),
         lambda: ops.grad_weight(p.grad, p.x, p.pattern, *nm),
