@@ -53,6 +53,7 @@ HALF = {
         Config(64, 64, 128, 8, 3),
         Config(32, 128, 128, 8, 3),
         Config(64, 128, 128, 8, 3, aligned_only=True),
+        Config(64, 128, 256, 8, 3, aligned_only=True, archs=(90, 100)),
     ),
     "expand": (Config(0, 32, 128, 4, 1),),
     "compress": (Config(0, 32, 128, 4, 1),),
