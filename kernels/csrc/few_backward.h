@@ -16,8 +16,8 @@ constexpr int TOKENS = 3;
 #endif
 constexpr int SPREAD = 4;
 constexpr int STRETCH = SPREAD * LANES;  // columns of dX in registers
-constexpr int DEPTH = 32;                // rows of W expanded at a time: bits of a word of the column pattern
-constexpr int AHEAD = 3;                 // stretches
+constexpr int DEPTH = 32;                // rows of W expanded at a time, at most
+constexpr int64_t AHEAD = 6 << 10;       // bytes of values that are asked for before their turn
 // Tokens up to which grad_input_few is used.
 constexpr int64_t FEW_GRADIENTS = 32;
 // And those up to which grad_weight_few is: fewer where kept_lanes.h is there for what comes next.
@@ -77,24 +77,26 @@ class RowMasks {
   RowMasks(float* memory, const uint8_t* column_pattern, int64_t n0, int64_t count, int64_t k0, int64_t columns, int64_t N,
            int64_t K)
       : words_(reinterpret_cast<uint64_t*>(memory)), stride_(ceil_div(columns, 64)), n0_(n0), k0_(k0) {
-    const int64_t column_width = (N + 7) / 8;
-    for (int64_t w = 0; w < stride_; w++)
+    const int64_t column_width = (N + 7) / 8, bytes = (count + 7) / 8;
+    alignas(64) uint8_t lines[64][ROWS / 8] = {};  // copied, since columns a power of two apart share few sets of a cache
+    for (int64_t w = 0; w < stride_; w++) {
+      const int64_t first = k0 + 64 * w, there = std::clamp<int64_t>(K - first, 0, 64);
+      const uint8_t* from = column_pattern + first * column_width + n0 / 8;
+      for (int64_t c = 0; c < there; c++)
+        if (bytes == ROWS / 8)
+          std::memcpy(lines[c], from + c * column_width, ROWS / 8);
+        else
+          std::memcpy(lines[c], from + c * column_width, bytes);
       for (int64_t r0 = 0; r0 < count; r0 += 64) {
-        const int64_t rows = std::min<int64_t>(64, count - r0), first = k0 + 64 * w;
-        const int there = int(std::clamp<int64_t>(K - first, 0, 64));
-        uint64_t bits[64] = {};
-        const uint8_t* from = column_pattern + first * column_width + (n0 + r0) / 8;
         // An eighth of the next 64 columns.
         for (int64_t c = 64 + r0 / 8; c < std::min<int64_t>(72 + r0 / 8, K - first); c++)
-          __builtin_prefetch(column_pattern + (first + c) * column_width + n0 / 8);
-        for (int c = 0; c < there; c++, from += column_width)
-          if (rows == 64)
-            std::memcpy(&bits[c], from, 8);
-          else
-            std::memcpy(&bits[c], from, (rows + 7) / 8);
+          __builtin_prefetch(from + c * column_width, 0, 2);
+        uint64_t bits[64] = {};
+        for (int64_t c = 0; c < there; c++) std::memcpy(&bits[c], &lines[c][r0 / 8], 8);
         transpose_bits(bits);
-        for (int64_t r = 0; r < rows; r++) words_[(r0 + r) * stride_ + w] = bits[r];
+        for (int64_t r = 0; r < std::min<int64_t>(64, count - r0); r++) words_[(r0 + r) * stride_ + w] = bits[r];
       }
+    }
   }
 
   const uint8_t* at(int64_t n, int64_t k) const {
@@ -142,17 +144,23 @@ inline void expand_tile(float* w, const T* values, const uint8_t* pattern, const
   }
 }
 
-// The cache lines of the tile of `depth` rows from n0 on that lies AHEAD stretches of `stretch` columns after column k of
-// [k0, k1), or at the start of the next rows.  The rows are far apart, so no hardware sees what comes in each.
+// Rows of W that are expanded at a time, `most` or fewer: few tokens wait for memory, which hardware brings in time for a
+// few rows, and more tokens for the sums of a tile, which are loaded and stored once for all its rows.
+inline int rows_at_once(int64_t M, int most) { return M <= 4 ? 8 : M <= 8 ? 16 : most; }
+
+// Asks for what a tile of `rows` rows from n0 on, columns from k on, of [k0, k1), will need some `bytes` of values later:
+// further on in the same rows, or at the start of the next ones.
 template <class T>
-inline void prefetch_tile(const T* values, const uint8_t* pattern, int64_t n0, int depth, int rows, int64_t k, int64_t k0,
-                          int64_t k1, int64_t stretch, int64_t N, int64_t K) {
-  const bool here = k + AHEAD * stretch < k1;
-  const int64_t column = std::min(K - 1, here ? k + AHEAD * stretch : k0 + k + AHEAD * stretch - k1);
-  for (int n = 0; n < depth; n++) {
-    const int64_t row = here ? n0 + n : std::min(N - 1, n0 + rows + n);
-    __builtin_prefetch(values + row * (K / 2) + column / 2);
-    if (column % 512 < stretch) __builtin_prefetch(pattern + row * ((K + 7) / 8) + column / 8);
+inline void prefetch_tile(const T* values, const uint8_t* pattern, int64_t n0, int rows, int64_t k, int64_t k0, int64_t k1,
+                          int64_t stretch, int64_t bytes, int64_t N, int64_t K) {
+  const int64_t line = 64, each = stretch / 2 * int64_t(sizeof(T));
+  int64_t column = k + bytes / (rows * each) * stretch;
+  for (; column >= k1; column -= k1 - k0) n0 += rows;
+  column = std::min(K - 1, column);
+  for (int64_t n = n0; n < std::min(N, n0 + rows); n++) {
+    const char* from = reinterpret_cast<const char*>(values + n * (K / 2) + column / 2);
+    for (int64_t i = 0; i < each; i += line) __builtin_prefetch(from + i);
+    if (column % 512 < stretch) __builtin_prefetch(pattern + n * ((K + 7) / 8) + column / 8);
   }
 }
 
@@ -176,12 +184,13 @@ int grad_input_few(int threads, Matrix<T> a, const T* values, const uint8_t* pat
     std::optional<RowMasks> masks;
     alignas(64) float w[DEPTH * STRETCH];
     for (int64_t m = 0; m < M; m++) std::fill(sums + m * padded + k0, sums + m * padded + k1, 0.0f);
-    for (int64_t n0 = 0; n0 < N; n0 += DEPTH) {
-      const int depth = int(std::min<int64_t>(DEPTH, N - n0));
+    const int rows = rows_at_once(M, DEPTH);
+    for (int64_t n0 = 0; n0 < N; n0 += rows) {
+      const int depth = int(std::min<int64_t>(rows, N - n0));
       if (column_pattern != nullptr && n0 % RowMasks::ROWS == 0)
         masks.emplace(memory, column_pattern, n0, std::min(RowMasks::ROWS, N - n0), k0, k1 - k0, N, K);
       for (int64_t k = k0; k < k1; k += STRETCH) {
-        prefetch_tile(values, pattern, n0, depth, DEPTH, k, k0, k1, STRETCH, N, K);
+        prefetch_tile(values, pattern, n0, rows, k, k0, k1, STRETCH, AHEAD, N, K);
         expand_tile(w, values, pattern, masks ? &*masks : nullptr, n0, depth, k, K);
         for (int64_t m = 0; m < M; m += TOKENS)
           add_rows(std::min<int64_t>(TOKENS, M - m), sums + m * padded + k, padded, g + m * N + n0, N, w, depth);

@@ -21,7 +21,7 @@
 
 namespace slope {
 
-constexpr int PAIR_DEPTH = 64;  // rows of W expanded at a time
+constexpr int PAIR_DEPTH = 64;               // rows of W expanded at a time, at most
 constexpr int64_t FEW_PAIR_GRADIENTS = 64;  // tokens up to which this is used
 
 // expanded [PAIR_DEPTH / 2][64] words of rows [n0, n0 + depth), columns [k0, k0 + 64); zeros past either.
@@ -118,14 +118,15 @@ inline int grad_input_pairs(int threads, Matrix<BFloat16> a, const BFloat16* val
     std::optional<RowMasks> masks;
     alignas(64) uint32_t expanded[PAIR_DEPTH / 2 * 64];
     for (int64_t m = 0; m < M; m++) std::fill(sums + m * padded + k0, sums + m * padded + k1, 0.0f);
-    for (int64_t n0 = 0; n0 < N; n0 += PAIR_DEPTH) {
-      const int depth = int(std::min<int64_t>(PAIR_DEPTH, N - n0));
+    const int rows = rows_at_once(M, PAIR_DEPTH);
+    for (int64_t n0 = 0; n0 < N; n0 += rows) {
+      const int depth = int(std::min<int64_t>(rows, N - n0));
       if (column_pattern != nullptr && n0 % RowMasks::ROWS == 0)
         masks.emplace(memory + words_floats, column_pattern, n0, std::min(RowMasks::ROWS, N - n0), k0, k1 - k0, N, K);
       for (int64_t m = 0; m < M; m++) gradient_words(words + m * (PAIR_DEPTH / 2), a, m, n0, depth);
       for (int64_t k = k0; k < k1; k += 64) {
-        prefetch_tile(values, pattern, n0, depth, PAIR_DEPTH, k, k0, k1, 64, N, K);
-        if (depth == PAIR_DEPTH && k + 64 <= K)
+        prefetch_tile(values, pattern, n0, rows, k, k0, k1, 64, AHEAD, N, K);
+        if (depth == rows && k + 64 <= K)
           expand_pairs<true>(expanded, values, pattern, masks ? &*masks : nullptr, n0, depth, k, K);
         else
           expand_pairs<false>(expanded, values, pattern, masks ? &*masks : nullptr, n0, depth, k, K);
