@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slope_compile.kernels.gluon_products import DTYPES, in_pieces, words
 from slope_compile.kernels.launching import Kernels, device_of
 
-DTYPES = (torch.bfloat16, torch.float16)
 MOST = 8
 """Tokens."""
 OLDEST = (8, 0)
@@ -100,13 +100,12 @@ def forward(
     if M * N == 0:
         return y
     config = config or configurations(M, K)[0]
-    rows = _aligned(x.reshape(M, K), 8)
-    words = _aligned(values, 4).view(torch.int32)
-    codes = _aligned(pattern, config.EACH // 2).view(torch.int16 if config.EACH == 4 else torch.int32)
+    groups, kept = words(x.reshape(M, K), torch.int64), words(values, torch.int32)
+    codes = in_pieces(pattern, config.EACH // 2)
     with device_of(x):
         _kernels().forward[(-(-N // config.ROWS),)](
-            rows.view(torch.int64), words, codes, y if bias is None else bias.contiguous(), y,
-            M, N, K // 4, rows.stride(0) // 4, codes.stride(0),
+            groups, kept, codes, y if bias is None else bias.contiguous(), y,
+            M, N, K // 4, groups.stride(0), codes.stride(0),
             TOKENS=_tokens(M), ROWS=config.ROWS, EACH=config.EACH, WN=config.WN, WK=config.WK,
             FP16=x.dtype is torch.float16, HAS_BIAS=bias is not None, num_warps=config.warps,
         )  # fmt: skip
@@ -115,11 +114,3 @@ def forward(
 
 def _tokens(M: int) -> int:
     return 1 << (M - 1).bit_length()
-
-
-def _aligned(matrix: Tensor, alignment: int) -> Tensor:
-    """Rows whose entries lie side by side and begin at multiples of ``alignment`` bytes; copied where they do not."""
-    step = matrix.stride(0) * matrix.itemsize
-    fits = matrix.stride(1) == 1 and step % alignment == 0 and matrix.data_ptr() % alignment == 0
-    odd = matrix.storage_offset() * matrix.itemsize % alignment
-    return matrix if fits and not odd else matrix.clone(memory_format=torch.contiguous_format)

@@ -99,7 +99,7 @@ MMA_SP = (
     MmaSp(2, 4, 4, 1, 4),
     MmaSp(2, 2, 4, 2, 5),
     MmaSp(2, 4, 8, 1, 4),
-    MmaSp(2, 4, 8, 2, 4),
+    MmaSp(2, 4, 8, 2, 3),  # 4 stages are more shared memory than sm_120 has
 )
 """bfloat16 and float16; in the order of the tokens they are meant for."""
 
@@ -124,6 +124,7 @@ def default(M: int) -> MmaSp:
     return next((config for config in MMA_SP if config.BM >= M), MMA_SP[-1])
 
 
+@functools.lru_cache(maxsize=1024)
 def default_wgmma(M: int, N: int, K: int, processors: int) -> WgmmaSp:
     """Likewise: the one with the lowest estimate; of equal ones that with the larger tile, which reads less."""
     return min(reversed(WGMMA_SP), key=lambda config: _best(M, N, K, config, processors)[0])

@@ -103,10 +103,10 @@ def mma_sp(
         return y
     if K == 0:
         return _without_weights(y, bias, low_rank)
-    rows, words = _words(x.reshape(M, K), 4), _words(values, 4)
-    t, b, R = _low_rank(low_rank, M, words, 4)
+    rows, kept = words(x.reshape(M, K), torch.int32), words(values, torch.int32)
+    t, b, R = _low_rank(low_rank, M, kept, 4)
     piece = 8 if K % 64 == 0 else 2 if K % 16 == 0 else 1
-    pattern = _in_pieces(pattern, piece)
+    pattern = in_pieces(pattern, piece)
     config = config or gluon_configs.default(M)
     if splits is None:
         splits = gluon_configs.splits(M, N, K, config, processors(x.device))
@@ -116,7 +116,7 @@ def mma_sp(
     tiles = -(-M // config.BM) * -(-N // config.BN)
     with device_of(x):
         _kernels().forward[(tiles, splits)](
-            rows, words, pattern, t, b, given, parts,
+            rows, kept, pattern, t, b, given, parts,
             M, N, K, R, 2 * rows.stride(0), -(-K // 8), per_split,
             MT=config.MT, WN=config.WN, NT=config.NT, WM=config.WM, STAGES=config.stages,
             FP16=x.dtype is torch.float16, HAS_BIAS=bias is not None and splits == 1, HAS_LOW_RANK=R > 0,
@@ -163,7 +163,7 @@ def wgmma_sp(
     config = config or gluon_configs.default_wgmma(M, N, K, processors(x.device))
     if 2 * config.BM < config.BN:
         raise ValueError(f"{config}: a tile of {config.BM} tokens is less than half of its {config.BN} outputs")
-    rows, words = _words(x.reshape(M, K), 16), _words(values, 16)
+    rows, kept = words(x.reshape(M, K), torch.int32, 16), words(values, torch.int32, 16)
     t, b, R = _low_rank(low_rank, M, rows, 16)
     if K % 16 or config.largest_rank < R:
         raise ValueError(f"wgmma_sp: K = {K} must be a multiple of 16, and R = {R} at most {config.largest_rank}")
@@ -176,8 +176,8 @@ def wgmma_sp(
     kernels = _wgmma_kernels()
     tile = kernels.tiles(rows, config.BM, 32)
     arguments = (
-        tile, kernels.tiles(words, config.BN, 16), kernels.tiles(t, config.BM, 32) if R else tile,
-        _in_pieces(pattern, piece), b, y if bias is None else bias.contiguous(), parts,
+        tile, kernels.tiles(kept, config.BN, 16), kernels.tiles(t, config.BM, 32) if R else tile,
+        in_pieces(pattern, piece), b, y if bias is None else bias.contiguous(), parts,
         M, N, R, K // 8, 2 * pairs, 2 * pairs_per_split,
     )  # fmt: skip
     flags = {
@@ -241,14 +241,18 @@ def _without_weights(y: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Ten
     return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
 
 
-def _words(matrix: Tensor, alignment: int) -> Tensor:
-    """16-bit ``[rows, even columns]`` as int32 ``[rows, columns / 2]``; copied where rows begin off the alignment."""
+def words(matrix: Tensor, dtype: torch.dtype, alignment: int = 0) -> Tensor:
+    """16-bit ``[rows, columns]`` as integers of ``dtype``, of which a row has a whole number.
+
+    Copied where rows do not begin at multiples of a word or of ``alignment`` bytes; for the TMA, where they overlap.
+    """
+    per, alignment = dtype.itemsize // 2, max(alignment, dtype.itemsize)
     columns, stride = matrix.shape[1], matrix.stride(0)
     aligned = matrix.stride(1) == 1 and 2 * stride % alignment == 0 and matrix.data_ptr() % alignment == 0
-    overlapping, far = alignment > 4 and stride < columns, stride >= _LARGEST_ROW
-    if not aligned or matrix.storage_offset() % 2 or overlapping or far:
+    overlapping, far = alignment > 8 and stride < columns, stride >= _LARGEST_ROW
+    if not aligned or matrix.storage_offset() % per or overlapping or far:
         matrix = matrix.clone(memory_format=torch.contiguous_format)
-    return matrix.view(torch.int32)
+    return matrix.view(dtype)
 
 
 def _low_rank(
@@ -260,15 +264,15 @@ def _low_rank(
     t, b = low_rank[0].reshape(M, -1), low_rank[1]
     missing = -t.shape[1] % (alignment // 2)
     t, b = (F.pad(m, (0, missing)) if missing else m.contiguous() for m in (t, b))
-    return _words(t, alignment), _words(b, 4), t.shape[1]
+    return words(t, torch.int32, alignment), words(b, torch.int32), t.shape[1]
 
 
-def _in_pieces(pattern: Tensor, size: int) -> Tensor:
+def in_pieces(pattern: Tensor, size: int) -> Tensor:
     """A pattern as integers of ``size`` bytes, of which a row has a whole number."""
     pattern = pattern.contiguous()
     if pattern.data_ptr() % size or pattern.storage_offset() % size:
         pattern = pattern.clone()
-    return pattern.view({1: torch.uint8, 2: torch.int16, 8: torch.int64}[size])
+    return pattern.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
 
 
 @functools.lru_cache(maxsize=16)

@@ -18,6 +18,7 @@ happen outside of a capture (self-tests) has then happened in the warm-up, or th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,15 +60,15 @@ def can(
         return False
     capability = torch.cuda.get_device_capability(device)
     if way == "few":
-        impossible = few_tokens.unsupported(capability, dtype, M, inputs)
-        return impossible is None and _few_is_right(device, dtype, M, _few_config(M, inputs, tile))
+        if few_tokens.unsupported(capability, dtype, M, inputs) is not None:
+            return False
+        few = (device, dtype, _few_config(M, inputs, tile), M)
+        return _known(few) and few_self_test.passes(*few)
     if gluon_products.unsupported(way, capability, dtype, M, outputs, inputs, R) is not None:
         return False
-    case = (device, dtype, _gluon_config(way, M, outputs, inputs, device, tile), outputs % 8, R > 0)
-    if case not in _tested and torch.cuda.is_current_stream_capturing():
-        return False  # the test compiles and compares
-    _tested.add(case)
-    if isinstance(case[2], WgmmaSp) and case[2].largest_rank < R:
+    config = _gluon_config(way, M, outputs, inputs, device, tile)
+    case = (device, dtype, config, outputs % 8, R > 0)
+    if not _known(case) or (isinstance(config, WgmmaSp) and config.largest_rank < R):
         return False
     right = (gluon_self_test.passes(*case[:3], bias, R > 0, outputs % 8) for bias in (True, False))
     return all(right)
@@ -88,19 +89,16 @@ def tiles(
     return tuple(str(config) for config in found if isinstance(config, kind))
 
 
-def _few_is_right(device: torch.device, dtype: torch.dtype, M: int, config: few_tokens.FewTokens) -> bool:
-    case = (device, dtype, config, M)
-    if case not in _tested_few and torch.cuda.is_current_stream_capturing():
+def _known(case: tuple[Any, ...]) -> bool:
+    """Whether a Gluon kernel may be tested now, or was: a test compiles and compares, which no capture can hold."""
+    if case not in _tested and torch.cuda.is_current_stream_capturing():
         return False
-    _tested_few.add(case)
-    return few_self_test.passes(*case)
+    _tested.add(case)
+    return True
 
 
-_tested_few: set[tuple[torch.device, torch.dtype, few_tokens.FewTokens, int]] = set()
-"""Likewise, of the kernel for few tokens."""
-
-_tested: set[tuple[torch.device, torch.dtype, MmaSp | WgmmaSp, int, bool]] = set()
-"""Gluon kernels of which it is known whether they are right."""
+_tested: set[tuple[Any, ...]] = set()
+"""Gluon kernels, as their self-tests are given them, of which it is known whether they are right."""
 
 
 def _few_config(M: int, K: int, tile: str) -> few_tokens.FewTokens:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from slope_compile.kernels import few_tokens
+from slope_compile.kernels import few_tokens, gluon_products
 from slope_compile.kernels.few_tokens import FewTokens
-from triton_offline import NAMES, SHARED_MEMORY, _disassembled
+from triton_offline import NAMES, SHARED_MEMORY, _disassembled, script
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Result:
 
 def builds(archs: tuple[int, ...]) -> Iterator[Build]:
     both = (True, False)
-    for arch, dtype, aligned, bias in itertools.product(archs, few_tokens.DTYPES, both, both):
+    for arch, dtype, aligned, bias in itertools.product(archs, gluon_products.DTYPES, both, both):
         for tokens, configs in few_tokens.CONFIGS.items():
             for config in configs:
                 yield Build(tokens, config, dtype, arch, aligned, bias)
@@ -110,17 +110,10 @@ def compile_offline(build: Build) -> Result:
     )
 
 
-def main(archs: tuple[int, ...]) -> int:
-    failed = 0
-    for build in builds(archs):
-        result = compile_offline(build)
-        problems = result.problems(build)
-        failed += bool(problems)
-        loads = f"{result.wide} loads of 16 bytes, {result.narrow} others"
-        print(f"{build}: {result.registers} registers, {result.shared} B, {loads} {problems}", flush=True)
-    print(f"{failed} not acceptable")
-    return failed
+def describe(result: Result) -> str:
+    loads = f"{result.wide} loads of 16 bytes, {result.narrow} others"
+    return f"{result.registers} registers, {result.shared} B, {loads}"
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(tuple(map(int, sys.argv[1:])) or tuple(SHARED_MEMORY))))
+    sys.exit(script(builds, compile_offline, describe))

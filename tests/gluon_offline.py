@@ -19,7 +19,7 @@ import torch
 
 from slope_compile.kernels import gluon_builds, gluon_configs
 from slope_compile.kernels.gluon_configs import MmaSp, WgmmaSp
-from triton_offline import NAMES, SHARED_MEMORY, _disassembled
+from triton_offline import NAMES, SHARED_MEMORY, _disassembled, script
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,17 +247,9 @@ def _loop(code: str) -> int:
     return min(found)[1] if found else 0
 
 
-def main(archs: tuple[int, ...]) -> int:
-    failed = 0
-    for build in builds(archs):
-        result = compile_offline(build)
-        problems = result.problems(build)
-        failed += bool(problems)
-        found = f"{result.registers} registers, {result.shared} B, loop {result.loop} with {result.sparse} sparse"
-        print(f"{build}: {found} {problems}", flush=True)
-    print(f"{failed} not acceptable")
-    return failed
+def describe(result: Result) -> str:
+    return f"{result.registers} registers, {result.shared} B, loop {result.loop} with {result.sparse} sparse"
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(tuple(map(int, sys.argv[1:])) or tuple(SHARED_MEMORY))))
+    sys.exit(script(builds, compile_offline, describe))

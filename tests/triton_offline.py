@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,17 +216,32 @@ def _disassembled(cubin: bytes, tools: Path) -> tuple[str, str]:
     return outputs[0].stdout, outputs[1].stdout + outputs[1].stderr
 
 
-def main(archs: tuple[int, ...]) -> int:
+def script(
+    builds: Callable[[tuple[int, ...]], Iterable[Any]],
+    compile_one: Callable[[Any], Any],
+    describe: Callable[[Any], str],
+    arguments: Sequence[str] = sys.argv[1:],
+) -> int:
+    """Compile all that there is for the named architectures, or for every one; a line for each.
+
+    Returns:
+        The exit status: 1 if a build is not acceptable.
+    """
+    archs = tuple(map(int, arguments)) or tuple(SHARED_MEMORY)
     failed = 0
-    for build in builds(archs, tuple(NAMES)):
-        result = compile_offline(build)
+    for build in builds(archs):
+        result = compile_one(build)
         problems = result.problems(build)
         failed += bool(problems)
-        cost = f"{result.registers} registers, {result.shared} B, loop of {result.loop}, {result.copies} copies"
-        print(f"{build}: {cost}, {sorted(result.tensor_core)} {problems}", flush=True)
+        print(f"{build}: {describe(result)} {problems}", flush=True)
     print(f"{failed} not acceptable")
-    return failed
+    return int(bool(failed))
+
+
+def describe(result: Result) -> str:
+    cost = f"{result.registers} registers, {result.shared} B, loop of {result.loop}, {result.copies} copies"
+    return f"{cost}, {sorted(result.tensor_core)}"
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(tuple(map(int, sys.argv[1:])) or tuple(SHARED_MEMORY))))
+    sys.exit(script(lambda archs: builds(archs, tuple(NAMES)), compile_offline, describe))

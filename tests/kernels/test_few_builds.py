@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from few_offline import Build, Result, builds, compile_offline
+from few_offline import Build, Result, builds, compile_offline, describe
 from slope_compile.kernels import few_tokens
 from triton_interpreter import interpreting
-from triton_offline import SHARED_MEMORY
+from triton_offline import SHARED_MEMORY, script
 
 BF16, FP16 = torch.bfloat16, torch.float16
 pytestmark = pytest.mark.skipif(interpreting(), reason="interpreted kernels are not compiled")
@@ -45,3 +45,15 @@ def test_problems_are_named(change: dict[str, int], problem: str) -> None:
     good = Result(spills=0, registers=100, shared=64, wide=12, narrow=4)
     assert not good.problems(EACH[0])
     assert problem in dataclasses.replace(good, **change).problems(EACH[0])[0]
+
+
+def test_the_script_names_what_is_not_acceptable(capsys: pytest.CaptureFixture[str]) -> None:
+    good = Result(spills=0, registers=100, shared=64, wide=12, narrow=4)
+    results = {EACH[0]: good, EACH[1]: dataclasses.replace(good, spills=3)}
+    assert script(lambda archs: results, results.__getitem__, describe, ["90"]) == 1
+    fine, spilled, last = capsys.readouterr().out.splitlines()
+    assert fine.endswith("[]")
+    assert spilled.startswith(str(EACH[1]))
+    assert "3 spills" in spilled
+    assert last == "1 not acceptable"
+    assert script(lambda archs: [EACH[0]], results.__getitem__, describe, []) == 0

@@ -213,7 +213,6 @@ def test_which_ways_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gluon_self_test, "passes", lambda *case: right)
     monkeypatch.setattr(few_self_test, "passes", lambda *case: right)
     monkeypatch.setattr(gpu_calls, "_tested", set())
-    monkeypatch.setattr(gpu_calls, "_tested_few", set())
 
     def ways(op: str, M: int, dtype: torch.dtype = HALF) -> tuple[str, ...]:
         return gpu_calls.possible(op, M, 64, 64, dtype, torch.device("cuda", 0))
