@@ -41,8 +41,8 @@ def table(products: list[dict[str, Any]], form: str) -> str:
     for entry in sorted(products, key=lambda e: (order.index(e["product"]), e["N"] * e["K"], e["N"], e["K"], e["M"])):
         dense, best = entry["seconds"]["dense"], _best(entry["seconds"])
         # The dense weight gradient is compressed afterwards; other products have the weight expanded before.
-        ways = [min(best.get("expanded", 1e9), best.get("dense_and_compressed", 1e9)), *(best.get(w) for w in WAYS[2:])]
-        cells = [f"{dense / seconds:.2f}" if seconds and seconds < 1e9 else "-" for seconds in ways]
+        ways = [best.get("expanded", best.get("dense_and_compressed")), *(best.get(way) for way in WAYS[2:])]
+        cells = ["-" if seconds is None else f"{dense / seconds:.2f}" for seconds in ways]
         sizes = (entry["M"], entry["N"], entry["K"])
         rows.append((TITLES[entry["product"]], *sizes, f"{1e6 * dense:.0f}", *cells))
     return tabulate.tabulate(rows, headers=HEADERS, tablefmt=form, disable_numparse=True)
