@@ -100,7 +100,7 @@ def forward(
     if M * N == 0:
         return y
     config = config or configurations(M, K)[0]
-    groups, kept = words(x.reshape(M, K), torch.int64), words(values, torch.int32)
+    groups, kept = words(x.reshape(M, K), torch.int64), words(values.contiguous(), torch.int32)
     codes = in_pieces(pattern, config.EACH // 2)
     with device_of(x):
         _kernels().forward[(-(-N // config.ROWS),)](

@@ -103,7 +103,7 @@ def mma_sp(
         return y
     if K == 0:
         return _without_weights(y, bias, low_rank)
-    rows, kept = words(x.reshape(M, K), torch.int32), words(values, torch.int32)
+    rows, kept = words(x.reshape(M, K), torch.int32), words(values.contiguous(), torch.int32)
     t, b, R = _low_rank(low_rank, M, kept, 4)
     piece = 8 if K % 64 == 0 else 2 if K % 16 == 0 else 1
     pattern = in_pieces(pattern, piece)

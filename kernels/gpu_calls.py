@@ -18,7 +18,6 @@ happen outside of a capture (self-tests) has then happened in the warm-up, or th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +37,7 @@ from slope_compile.kernels import (
     triton_products,
 )
 from slope_compile.kernels.gluon_configs import MmaSp, WgmmaSp
+from slope_compile.kernels.self_tests import trusted
 
 
 def can(
@@ -62,16 +62,14 @@ def can(
     if way == "few":
         if few_tokens.unsupported(capability, dtype, M, inputs) is not None:
             return False
-        few = (device, dtype, _few_config(M, inputs, tile), M)
-        return _known(few) and few_self_test.passes(*few)
+        return trusted(few_self_test.passes, device, dtype, _few_config(M, inputs, tile), M)
     if gluon_products.unsupported(way, capability, dtype, M, outputs, inputs, R) is not None:
         return False
     config = _gluon_config(way, M, outputs, inputs, device, tile)
-    case = (device, dtype, config, outputs % 8, R > 0)
-    if not _known(case) or (isinstance(config, WgmmaSp) and config.largest_rank < R):
+    if isinstance(config, WgmmaSp) and config.largest_rank < R:
         return False
-    right = (gluon_self_test.passes(*case[:3], bias, R > 0, outputs % 8) for bias in (True, False))
-    return all(right)
+    case = (R > 0, outputs % 8)
+    return all(trusted(gluon_self_test.passes, device, dtype, config, bias, *case) for bias in (True, False))
 
 
 def tiles(
@@ -87,18 +85,6 @@ def tiles(
     kind = MmaSp if way == "mma_sp" else WgmmaSp
     found = gluon_choices.choices(M, outputs, inputs, R, device, dtype)
     return tuple(str(config) for config in found if isinstance(config, kind))
-
-
-def _known(case: tuple[Any, ...]) -> bool:
-    """Whether a Gluon kernel may be tested now, or was: a test compiles and compares, which no capture can hold."""
-    if case not in _tested and torch.cuda.is_current_stream_capturing():
-        return False
-    _tested.add(case)
-    return True
-
-
-_tested: set[tuple[Any, ...]] = set()
-"""Gluon kernels, as their self-tests are given them, of which it is known whether they are right."""
 
 
 def _few_config(M: int, K: int, tile: str) -> few_tokens.FewTokens:
@@ -185,7 +171,7 @@ def _linear(
     tile: str,
 ) -> Tensor:
     branch = low_rank or (None, None)
-    if not gpu_ops.usable(2, 4, x, values, bias, *branch):
+    if not gpu_ops.usable(2, 4, x, values, pattern, bias, *branch):
         return out.copy_(reference.forward(x, values, pattern, bias, 2, 4, *branch))
     N, K = values.shape[0], values.shape[1] * 2
     way = way or _way("forward", x, N, K, 0 if low_rank is None else low_rank[1].shape[1])
@@ -198,7 +184,7 @@ def _linear(
 
 def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, *, out: Tensor, way: str | None = None) -> Tensor:
     """``out [M, K] = dY W``, exact: no way on sparse tensor cores, the sum runs along N and the pattern along K."""
-    if not gpu_ops.usable(2, 4, grad, values):
+    if not gpu_ops.usable(2, 4, grad, values, pattern):
         return out.copy_(reference.grad_input(grad, values, pattern, 2, 4))
     way = way or _way("grad_input", grad, values.shape[0], values.shape[1] * 2)
     if way == "triton":
@@ -217,7 +203,7 @@ def grad_input_columns(
     tile: str = "",
 ) -> Tensor:
     """``out [M, K] = dY W^{R,C}``, double-pruned; N is a multiple of 4."""
-    if not gpu_ops.usable(2, 4, grad, values):
+    if not gpu_ops.usable(2, 4, grad, values, pattern, column_pattern):
         return out.copy_(reference.grad_input_columns(grad, values, pattern, column_pattern, 2, 4))
     way = way or _way("grad_input_columns", grad, values.shape[0], values.shape[1] * 2)
     if way == "triton":
@@ -230,7 +216,7 @@ def grad_input_columns(
 
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, *, out: Tensor, way: str | None = None) -> Tensor:
     """``out [N, K / 2]``: ``dY^T X`` at the kept positions."""
-    if not gpu_ops.usable(2, 4, grad, x):
+    if not gpu_ops.usable(2, 4, grad, x, pattern):
         return out.copy_(reference.grad_weight(grad, x, pattern, 2, 4))
     way = way or _way("grad_weight", x, grad.shape[1], x.shape[1])
     if way == "triton":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slope_compile.kernels import gpu_rules, gpu_self_test, reference, triton_products
+from slope_compile.kernels.self_tests import trusted
 from slope_compile.log import log
 
 OLDEST = (8, 0)
@@ -49,29 +50,24 @@ def name(device: torch.device) -> str:
 
 def ready(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels can be compiled into a graph: they exist for the device and are right there."""
-    return device.type == "cuda" and available(device) and gpu_self_test.passes(device, dtype)
+    return device.type == "cuda" and available(device) and trusted(gpu_self_test.passes, device, dtype)
 
 
 def usable(keep: int, group: int, *tensors: Tensor | None) -> bool:
-    """Whether the kernels apply to a call: 2:4, one dtype and device that they know, and they passed their test."""
+    """Whether the kernels apply to a call: 2:4, one dtype and device that they know, and they passed their test.
+
+    Args:
+        tensors: what is multiplied, and the patterns, which are uint8.
+    """
     if keep != 2 or group != 4:
         return False
     given = [tensor for tensor in tensors if tensor is not None]
     device, dtype = given[0].device, given[0].dtype
-    if dtype not in triton_products.DTYPES or any((t.dtype, t.device) != (dtype, device) for t in given):
+    if dtype not in triton_products.DTYPES or any(t.dtype not in (dtype, torch.uint8) for t in given):
         return False
-    if not available(device):
+    if any(t.device != device for t in given):  # which the definition says in PyTorch's words
         return False
-    # The first use compiles and compares, which a graph capture cannot record: warm up before, as PyTorch asks anyway.
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing and (device, dtype) not in _tested:
-        return False
-    _tested.add((device, dtype))
-    return gpu_self_test.passes(device, dtype)
-
-
-_tested: set[tuple[torch.device, torch.dtype]] = set()
-"""For what the result of the self-test is known."""
+    return available(device) and trusted(gpu_self_test.passes, device, dtype)
 
 
 def tokens(x: Tensor) -> int:
@@ -94,7 +90,7 @@ def expand(
     interval: int = 0,
 ) -> Tensor:
     """See :func:`reference.expand`; the last four arguments speak to the compiler only."""
-    if not usable(keep, group, values):
+    if not usable(keep, group, values, pattern):
         return reference.expand(values, pattern, keep, group)
     return triton_products.expand(values, pattern)
 
@@ -113,7 +109,7 @@ def linear(
 ) -> Tensor:
     """See :func:`reference.forward`."""
     N, K = values.shape[0], values.shape[1] * 2
-    if not usable(keep, group, x, values, bias, down, up) or x.shape[-1] != K:
+    if not usable(keep, group, x, values, pattern, bias, down, up) or x.shape[-1] != K:
         return reference.forward(x, values, pattern, bias, keep, group, down, up)
     low_rank = None if down is None or up is None else (down, up)
     if _sparse("forward", x, N, K):
@@ -125,7 +121,7 @@ def linear(
 def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.grad_input`."""
     N, K = values.shape[0], values.shape[1] * 2
-    if not usable(keep, group, grad, values) or grad.shape[-1] != N:
+    if not usable(keep, group, grad, values, pattern) or grad.shape[-1] != N:
         return reference.grad_input(grad, values, pattern, keep, group)
     if _sparse("grad_input", grad, N, K):
         return triton_products.grad_input(grad, values, pattern)
@@ -137,7 +133,7 @@ def grad_input_columns(
 ) -> Tensor:
     """See :func:`reference.grad_input_columns`: the entries that both patterns keep, read from the forward storage."""
     N, K = values.shape[0], values.shape[1] * 2
-    if not usable(keep, group, grad, values) or grad.shape[-1] != N or N % 4:
+    if not usable(keep, group, grad, values, pattern, column_pattern) or grad.shape[-1] != N or N % 4:
         return reference.grad_input_columns(grad, values, pattern, column_pattern, keep, group)
     if _sparse("grad_input_columns", grad, N, K):
         return triton_products.grad_input(grad, values, pattern, column_pattern)
@@ -149,7 +145,7 @@ def grad_input_columns(
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.grad_weight`."""
     N, K = grad.shape[-1], x.shape[-1]
-    if not usable(keep, group, grad, x) or K % 4 or grad.shape[:-1] != x.shape[:-1]:
+    if not usable(keep, group, grad, x, pattern) or K % 4 or grad.shape[:-1] != x.shape[:-1]:
         return reference.grad_weight(grad, x, pattern, keep, group)
     if _sparse("grad_weight", x, N, K):
         return triton_products.grad_weight(grad, x, pattern)
@@ -159,21 +155,21 @@ def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int)
 
 def compress(weight: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.compress`."""
-    if not usable(keep, group, weight) or weight.shape[1] % 4:
+    if not usable(keep, group, weight, pattern) or weight.shape[1] % 4:
         return reference.compress(weight, pattern, keep, group)
     return triton_products.compress(weight, pattern)
 
 
 def compress_columns(values: Tensor, pattern: Tensor, keep: int, group: int) -> tuple[Tensor, Tensor]:
     """See :func:`reference.compress_columns`: one kernel, nothing dense in memory."""
-    if not usable(keep, group, values) or values.shape[0] % 4:
+    if not usable(keep, group, values, pattern) or values.shape[0] % 4:
         return reference.compress_columns(values, pattern, keep, group)
     return triton_products.compress_columns(values, pattern)
 
 
 def recompress_columns(values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.recompress_columns`: one kernel, nothing dense in memory."""
-    if not usable(keep, group, values) or values.shape[0] % 4:
+    if not usable(keep, group, values, pattern, column_pattern) or values.shape[0] % 4:
         return reference.recompress_columns(values, pattern, column_pattern, keep, group)
     return triton_products.recompress_columns(values, pattern, column_pattern)
 

@@ -63,8 +63,8 @@ def pack_mask(keep_mask: Tensor) -> Tensor:
     N, K = keep_mask.shape
     padded = torch.nn.functional.pad(keep_mask.to(torch.uint8), (0, packed_width(K) * 8 - K))
     bits = padded.view(N, packed_width(K), 8)
-    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=keep_mask.device)
-    return (bits * weights).sum(dim=-1, dtype=torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=keep_mask.device)
+    return (bits << shifts).sum(dim=-1, dtype=torch.uint8)
 
 
 def unpack_mask(pattern: Tensor, K: int) -> Tensor:
@@ -91,19 +91,29 @@ def kept_columns(pattern: Tensor, K: int, keep: int, group: int) -> Tensor:
         shifts = torch.arange(0, 8, group, dtype=torch.uint8, device=pattern.device)
         codes = ((pattern.unsqueeze(-1) >> shifts) & ((1 << group) - 1)).flatten(1)
     codes = codes[:, : K // group]
-    table = _kept_table(keep, group, pattern.device)
+    device = pattern.device
+    # What is made while a CUDA graph is captured is there when the graph runs, in the graph's own memory: not to keep.
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    table = _made_table(keep, group, device) if captured else _kept_table(keep, group, device)
     return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(N, K // group, keep)
 
 
 @functools.lru_cache(maxsize=64)
 def _kept_table(keep: int, group: int, device: torch.device) -> Tensor:
-    """``[2^group, keep]``: positions of the first ``keep`` set bits of a group's code.  A constant, made once."""
-    rows = []
-    for code in range(1 << group):
-        kept = [i for i in range(group) if code >> i & 1][:keep]
-        rows.append(kept + [0] * (keep - len(kept)))
+    """What :func:`_made_table` makes.  A constant, made once."""
     with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.int64, device=device)
+        return _made_table(keep, group, device)
+
+
+def _made_table(keep: int, group: int, device: torch.device) -> Tensor:
+    """``[2^group, keep]``: positions of the first ``keep`` set bits of a group's code; 0 where it has fewer.
+
+    Made on the device, where nothing is waited for: a copy from the host can be in no CUDA graph.
+    """
+    position = torch.arange(group, device=device)
+    bits = torch.arange(1 << group, device=device)[:, None] >> position & 1
+    first = (position + (1 - bits) * group).sort(dim=-1).values[:, :keep]
+    return first * (first < group)
 
 
 def check_pattern(pattern: Tensor, K: int, nm: Pattern, name: str) -> None:

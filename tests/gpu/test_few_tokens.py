@@ -99,6 +99,18 @@ def test_nothing_outside_the_tensors_is_read(before: int, dtype: torch.dtype) ->
     assert torch.equal(few_tokens.forward(x, values, pattern), expected)
 
 
+@both_dtypes
+def test_a_weight_that_is_a_part_of_another(dtype: torch.dtype) -> None:
+    """Its rows are further apart than they are long; and one whose rows lie across."""
+    p = draw(TWO_FOUR, Shape((3,), 12, 48), dtype)
+    x, values, pattern = (t.to(DEVICE) for t in (p.x.contiguous(), p.values, p.pattern))
+    expected = few_tokens.forward(x, values, pattern)
+    bits = torch.cat([pattern, pattern], 1)[:, :24]
+    for view in (torch.cat([values, values], 1)[:, :96], values.t().contiguous().t()):
+        assert not view.is_contiguous()
+        assert torch.equal(few_tokens.forward(x, view, bits), expected)
+
+
 def test_no_tokens_and_no_outputs() -> None:
     for M, N in ((0, 8), (2, 0)):
         x, values = torch.ones(M, 32, dtype=torch.float16), torch.ones(N, 16, dtype=torch.float16)

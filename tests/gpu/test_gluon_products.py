@@ -263,6 +263,19 @@ def test_nothing_outside_the_tensors_is_read(before: int, kernel: str, K: int, d
 
 @both_dtypes
 @both_kernels
+def test_a_weight_that_is_a_part_of_another(kernel: str, dtype: torch.dtype) -> None:
+    """Its rows are further apart than they are long; and one whose rows lie across."""
+    p = draw(TWO_FOUR, Shape((5,), 20, 48), dtype)
+    wider, taller = torch.cat([p.values, p.values], 1)[:, :96], p.values.t().contiguous().t()
+    bits = torch.cat([p.pattern, p.pattern], 1)[:, :24]
+    run = product(SMALLEST[kernel])
+    expected = run(*map(on_device, (p.x, p.values, p.pattern)))
+    for values in (wider, taller):
+        assert torch.equal(run(*map(on_device, (p.x, values, bits))), expected)
+
+
+@both_dtypes
+@both_kernels
 def test_decoding_is_the_same_every_time(kernel: str, dtype: torch.dtype) -> None:
     """Parts of a sum are added up in a fixed order, whatever their programs' order."""
     p = draw(TWO_FOUR, Shape((7,), 48, 160), dtype)

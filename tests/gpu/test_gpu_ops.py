@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from problems import Shape, draw, draw_mask, every_dtype, packed
-from slope_compile.kernels import gpu_ops, gpu_rules, gpu_self_test, ops, reference, triton_products
+from slope_compile.kernels import (
+    gpu_ops,
+    gpu_rules,
+    gpu_self_test,
+    metadata,
+    ops,
+    reference,
+    self_tests,
+    triton_products,
+)
 from slope_compile.pattern import Pattern
 from tolerances import UNIT_ROUNDOFF, relative_error
 from triton_interpreter import close_gaps, interpreting
@@ -58,6 +67,33 @@ def test_both_ways(dtype: torch.dtype) -> None:
     check("expand", p.values, p.pattern)
     check("compress", p.weight, p.pattern)
     check("recompress_columns", p.values, p.pattern, columns)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["linear", "grad_input", "grad_input_columns", "grad_weight", "compress_columns"])
+def test_a_first_call_while_a_graph_is_captured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is tested then, and nothing that the capture makes is kept: the definition is recorded, and is right."""
+    monkeypatch.setattr(self_tests, "_ended", set())
+    metadata._kept_table.cache_clear()
+    p = draw(Pattern(2, 4), Shape((10,), 20, 9), torch.bfloat16)
+    columns = packed(draw_mask(36, 20, p.nm))
+    given = {
+        "linear": (p.x, p.values, p.pattern, p.bias), "grad_input": (p.grad, p.values, p.pattern),
+        "grad_input_columns": (p.grad, p.values, p.pattern, columns), "grad_weight": (p.grad, p.x, p.pattern),
+        "compress_columns": (p.values, p.pattern),
+    }[name]  # fmt: skip
+    arguments = [t.cuda() for t in given]
+    torch.zeros(8, 8, device="cuda").mm(torch.zeros(8, 8, device="cuda"))  # cuBLAS is there
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = getattr(ops, name)(*arguments, *p.ints)
+    graph.replay()
+    assert not metadata._kept_table.cache_info().currsize
+    found = result if isinstance(result, tuple) else (result,)
+    expected = getattr(reference, "forward" if name == "linear" else name)(*arguments, *p.ints)
+    for one, other in zip(found, expected if isinstance(expected, tuple) else (expected,), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @every_dtype

@@ -19,6 +19,7 @@ from slope_compile.kernels import (
     gluon_self_test,
     gpu_ops,
     gpu_self_test,
+    self_tests,
 )
 from slope_compile.kernels.gluon_configs import MMA_SP, WGMMA_SP, Config, WgmmaSp
 from slope_compile.pattern import Pattern
@@ -61,6 +62,8 @@ def test_what_is_supported(
 
 def test_what_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(self_tests, "_ended", set())
     asked: list[tuple[Config, bool, bool, int]] = []
 
     def passes(device: torch.device, dtype: torch.dtype, config: Config, bias: bool, low_rank: bool, N: int) -> bool:

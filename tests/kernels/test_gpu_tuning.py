@@ -24,6 +24,7 @@ from slope_compile.kernels import (
     gpu_rules,
     gpu_tuning,
     reference,
+    self_tests,
 )
 from slope_compile.kernels.gpu_tuning import Entry, Problem, Table
 
@@ -212,7 +213,7 @@ def test_which_ways_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gluon_products, "processors", lambda device: 132)
     monkeypatch.setattr(gluon_self_test, "passes", lambda *case: right)
     monkeypatch.setattr(few_self_test, "passes", lambda *case: right)
-    monkeypatch.setattr(gpu_calls, "_tested", set())
+    monkeypatch.setattr(self_tests, "_ended", set())
 
     def ways(op: str, M: int, dtype: torch.dtype = HALF) -> tuple[str, ...]:
         return gpu_calls.possible(op, M, 64, 64, dtype, torch.device("cuda", 0))

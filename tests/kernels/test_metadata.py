@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from problems import draw_mask, every_pattern, packed
 from slope_compile.errors import PatternError
+from slope_compile.kernels import metadata
 from slope_compile.kernels.metadata import check_pattern, kept_columns, pack_mask, packed_width, unpack_mask
 from slope_compile.pattern import Pattern
 
@@ -74,6 +77,24 @@ def test_kept_columns_can_be_used_in_autograd_after_a_first_call_in_inference_mo
     weight.gather(-1, columns).sum().backward()
     assert weight.grad is not None
     assert weight.grad.sum() == 6
+
+
+@pytest.mark.parametrize(("keep", "group"), [(1, 2), (2, 4), (1, 4), (4, 8), (3, 8)])
+def test_the_table_of_every_code_is_made_where_it_is_used(keep: int, group: int) -> None:
+    """Of illegal codes too; by nothing that a CUDA graph cannot hold, as a copy from the host."""
+    copies = ("lift_fresh", "_local_scalar_dense", "nonzero")  # the first is what torch.tensor ends in
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert func.overloadpacket.__name__ not in copies
+            return func(*args, **(kwargs or {}))
+
+    with Watched():  # type: ignore[no-untyped-call]
+        table = metadata._made_table(keep, group, torch.device("cpu"))
+        pack_mask(torch.ones(2, 12, dtype=torch.bool))
+    for code in range(1 << group):
+        kept = [i for i in range(group) if code >> i & 1][:keep]
+        assert table[code].tolist() == kept + [0] * (keep - len(kept))
 
 
 @every_pattern
