@@ -12,6 +12,8 @@ What the primitives do and do not (PyTorch 2.11 to 2.13):
   by an algorithm that was verified before, by another process, on this GPU, with this library, for exactly its sizes
   and dtype.  ``slope-compile tune --device cuda`` looks for such algorithms and keeps them in a file.  Where it has not
   been run, cuSPARSELt is never chosen.
+- PyTorch keeps one handle of the library for each thread, made for the device that the thread first used it on (seen in
+  its source); on another device that thread must not call it.
 - Each call makes the library's descriptors and plan anew, some 50 to 200 microseconds on the host (reports of others).
   A CUDA graph pays it once.  ``alpha`` is never given: it is read back.
 
@@ -33,6 +35,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,9 +106,35 @@ class Primitives:
 primitives = Primitives()
 
 
+class _Thread(threading.local):
+    device: torch.device | None = None
+    """For which this thread's handle is."""
+
+
+_thread = _Thread()
+
+
+def _foreign(device: torch.device) -> str | None:
+    if _thread.device in (None, device):
+        return None
+    return f"PyTorch's handle of this thread is for {_thread.device}, not for {device}"
+
+
+def _claim(device: torch.device) -> None:
+    """Before a call of the library.
+
+    Raises:
+        ValueError: the thread's handle is for another device.
+    """
+    why = _foreign(device)
+    if why is not None:
+        raise ValueError(f"cuSPARSELt: {why}")
+    _thread.device = device
+
+
 def missing(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> str | None:
     """Why ``Y [M, N] = X [M, K] W^T`` cannot be computed by the library; None: it can, by a verified algorithm."""
-    why = unfit(device, dtype, M, N, K)
+    why = unfit(device, dtype, M, N, K) or _foreign(device)
     if why is not None or algorithm(device, dtype, M, N, K) is not None:
         return why
     if (dtype, M, N, K) in known(device):
@@ -130,6 +159,7 @@ def unfit(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> s
 
 def pack(values: Tensor, pattern: Tensor) -> Tensor:
     """The library's operand for W ``[N, K]`` of values ``[N, K / 2]``; what was pruned is zero by construction."""
+    _claim(values.device)
     return primitives.compress(primitives.expand(values, pattern).contiguous())
 
 
@@ -157,6 +187,7 @@ def product(x: Tensor, packed: Tensor, N: int, K: int, bias: Tensor | None = Non
     found = algorithm(x.device, x.dtype, x.shape[0], N, K)
     if found is None:
         raise ValueError(f"cuSPARSELt: no algorithm was verified for {list(x.shape)} times [{N}, {K}] in {x.dtype}")
+    _claim(x.device)
     return primitives.product(packed, x.contiguous().t(), None if bias is None else bias.contiguous(), found)
 
 
@@ -259,6 +290,7 @@ def in_place(device: torch.device, dtype: torch.dtype) -> bool:
     form, it is theirs.
     """
     N, K = 4 * MULTIPLE, 8 * MULTIPLE
+    _claim(device)
     with torch.no_grad(), torch.inference_mode(False):
         pattern = pack_mask(random_mask(N, K, Pattern(2, 4), seed=1, path="cusparselt")).to(device)
         # Small whole numbers, each entry of the kind that no neighbour shares.

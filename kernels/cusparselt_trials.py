@@ -38,7 +38,8 @@ from slope_compile.pattern import Pattern
 
 Answer = dict[str, Any]
 TRIALS = 2
-"""Draws of numbers for which an algorithm owes right results, with a bias and without, before it is timed."""
+"""Draws of numbers for which an algorithm owes right results, with a bias and without, before it is timed: random ones
+and then unusual ones among them."""
 CALLS = 20
 """Over which the time of the host is averaged."""
 
@@ -101,9 +102,11 @@ class Trials:
     def _draw(self, dtype: str, M: int, N: int, K: int) -> None:
         device = self._gpu.device
         pattern = pack_mask(random_mask(N, K, Pattern(2, 4), seed=0, path="cusparselt")).to(device)
-        for _ in range(TRIALS):
+        for trial in range(TRIALS):
             sizes = ((N, K // 2), (M, K), (N,))
             values, x, bias = (torch.randn(*size, device=device).to(getattr(torch, dtype)) for size in sizes)
+            if trial:
+                _unusual(values)
             dense = reference.expand(values, pattern, 2, 4).contiguous()
             self._drawn.append((x, _cusparselt.primitives.compress(dense), bias, x.float() @ dense.float().t()))
 
@@ -114,8 +117,11 @@ class Trials:
             result = _cusparselt.primitives.product(packed, x.t(), bias if biased else None, algorithm).float()
             error = (result - truth - bias.float() if biased else result - truth).abs()
             # Inputs have unit variance: 2^-7 of the sums' deviation is above any rounding of 16-bit results.
-            if not bool((error <= 2.0**-7 * truth.abs() + 2.0**-7 * (x.shape[1] / 2) ** 0.5).all()):
-                return {"wrong": f"off by {float(error.max()):.3g}"}
+            near = error <= 2.0**-7 * truth.abs() + 2.0**-7 * (x.shape[1] / 2) ** 0.5
+            if bool((truth.isnan() & ~result.isnan()).any()):
+                return {"wrong": "a weight that is NaN is lost"}
+            if not bool((near | truth.isnan()).all()):
+                return {"wrong": f"off by {float(error[~truth.isnan()].max()):.3g}"}
         x, packed, _, _ = self._drawn[0]
         call = functools.partial(_cusparselt.primitives.product, packed, x.t(), None, algorithm)
         return {"seconds": self._gpu.seconds(call), "host": self._host_seconds(call)}
@@ -127,6 +133,14 @@ class Trials:
         for _ in range(CALLS):
             call()
         return (time.perf_counter() - start) / CALLS
+
+
+def _unusual(values: Tensor) -> None:
+    """Among random numbers: groups and rows of zeros, subnormal numbers, and one that makes its output NaN alone."""
+    values[1::4] = 0
+    values[2::4, :16] = 0
+    values[3::4, 1::3] = torch.finfo(values.dtype).smallest_normal / 8
+    values[4, 5] = torch.nan
 
 
 def _line(error: Exception) -> str:

@@ -17,6 +17,7 @@ measured on and its relatives of the same architecture, under any versions, unti
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -53,6 +54,9 @@ RELATIVES = {"nvidia-h200": ("H200", "H100", "H800", "GH200")}
 In the H200's, a way "expanded" of up to 256 tokens is the sum of its two parts, which were measured.
 """
 
+MOST = 4096
+"""Answers that a table remembers; token counts that never repeat must not fill the memory."""
+
 MARGIN = 0.97
 """A way that keeps the weight compressed also wins a near tie: the expanded one needs memory."""
 
@@ -76,11 +80,25 @@ class Table:
 
     gpu: str
     entries: tuple[Entry, ...]
+    _found: dict[tuple[Any, ...], str | None] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def fastest(
         self, op: str, M: int, N: int, K: int, dtype: torch.dtype, among: Iterable[str]
     ) -> str | None:
-        """The fastest way at the nearest entry, out of those in ``among``; None if nothing like it was measured."""
+        """The fastest way at the nearest entry, out of those in ``among``; None if nothing like it was measured.
+
+        It is asked at every call whose token count the compiler did not know, and so remembers its answers.
+        """
+        case = (op, M, N, K, dtype, tuple(among))
+        with contextlib.suppress(KeyError):
+            return self._found[case]
+        answer = self._fastest(*case)
+        if len(self._found) >= MOST:
+            self._found.clear()
+        self._found[case] = answer
+        return answer
+
+    def _fastest(self, op: str, M: int, N: int, K: int, dtype: torch.dtype, among: tuple[str, ...]) -> str | None:
         near = [e for e in self.entries if e.op == op and DTYPES[e.dtype] is dtype]
         if not near and dtype is torch.float16:
             return self.fastest(op, M, N, K, torch.bfloat16, among)
@@ -92,7 +110,7 @@ class Table:
             return sum(abs(math.log(there / max(1, here))) for there, here in pairs)
 
         seconds = min(near, key=distance).seconds
-        allowed = {way: t * (1.0 if way == "expanded" else MARGIN) for way, t in seconds.items() if way in set(among)}
+        allowed = {way: t * (1.0 if way == "expanded" else MARGIN) for way, t in seconds.items() if way in among}
         return min(allowed, key=allowed.__getitem__, default=None)
 
     def digest(self) -> str:

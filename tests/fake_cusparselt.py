@@ -22,12 +22,13 @@ from slope_compile.kernels.metadata import pack_mask
 from slope_compile.pattern import Pattern
 
 TWO_FOUR = Pattern(2, 4)
-SILENT, ERRATIC, REFUSED, UNBIASED, SLOW, DEADLY, FAST, COUNT = range(8)
+SILENT, ERRATIC, REFUSED, UNBIASED, LEAKY, FLUSHING, SLOW, DEADLY, FAST, COUNT = range(10)
 COMMAND = (sys.executable, str(Path(__file__)), "cpu")
 
 
 class Misbehaving(Primitives):
-    """Ids write nothing, something else from call to call, or no bias, or raise, or end the process."""
+    """Ids write nothing, something else from call to call, no bias, NaN or zero for more than they should, or raise, or
+    end the process."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -76,6 +77,10 @@ class Misbehaving(Primitives):
             raise RuntimeError("CUSPARSE_STATUS_NOT_SUPPORTED")
         if algorithm.alg_id == UNBIASED and bias is not None:
             return right - bias
+        if algorithm.alg_id == LEAKY and bool(right.isnan().any()):
+            return right * torch.nan
+        if algorithm.alg_id == FLUSHING:
+            return right.nan_to_num(0.0)
         if algorithm.alg_id == DEADLY:
             os.abort()
         return right

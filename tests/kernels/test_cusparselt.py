@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Misbehavin
     monkeypatch.setattr(cpu_build, "cache_folder", lambda: tmp_path)
     _cusparselt.in_place.cache_clear()
     _cusparselt.known.cache_clear()
+    monkeypatch.setattr(_cusparselt, "_thread", _cusparselt._Thread())
     yield fake
     _cusparselt.known.cache_clear()
 
@@ -138,6 +140,31 @@ def test_what_is_missing_is_named(fake: Misbehaving, monkeypatch: pytest.MonkeyP
     assert "(7, 5)" in str(_cusparselt.missing(DEVICE, half, 32, 48, 64))
     fake.installed = None
     assert "without cuSPARSELt" in str(_cusparselt.missing(DEVICE, half, 32, 48, 64))
+
+
+def test_a_thread_calls_the_library_on_one_device(fake: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its handle was made there; other threads, as autograd has one for each device, have their own."""
+    monkeypatch.setattr(_cusparselt, "unfit", lambda *_: None)
+    p = draw(TWO_FOUR, Shape((32,), 48, 16), torch.float16)
+    _cusparselt.store(CPU, (torch.float16, 32, 48, 64), [Algorithm(FAST)])
+    _cusparselt.store(DEVICE, (torch.float16, 32, 48, 64), [Algorithm(FAST)])
+
+    def missing(device: torch.device) -> str | None:
+        return _cusparselt.missing(device, torch.float16, 32, 48, 64)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(missing, DEVICE).result() is None
+        pool.submit(_cusparselt.linear, p.x, p.values, p.pattern).result()
+        assert pool.submit(missing, CPU).result() is None
+        assert "handle of this thread is for cpu, not for cuda:0" in str(pool.submit(missing, DEVICE).result())
+        assert not pool.submit(gpu_calls.can, "cusparselt", "forward", 32, 48, 64, torch.float16, DEVICE).result()
+        elsewhere = torch.empty(48, 32, dtype=torch.float16, device="meta")
+        before = fake.packs
+        with pytest.raises(ValueError, match="not for meta"):
+            pool.submit(_cusparselt.pack, elsewhere, p.pattern).result()
+        assert fake.packs == before
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(missing, DEVICE).result() is None
 
 
 @both_dtypes

@@ -11,12 +11,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from fake_cusparselt import COUNT, ERRATIC, FAST, REFUSED, SILENT, SLOW, UNBIASED, Clock, Misbehaving
+from fake_cusparselt import (
+    COUNT,
+    ERRATIC,
+    FAST,
+    FLUSHING,
+    LEAKY,
+    REFUSED,
+    SILENT,
+    SLOW,
+    UNBIASED,
+    Clock,
+    Misbehaving,
+)  # fmt: skip
 from slope_compile.kernels import _cusparselt
 from slope_compile.kernels.cusparselt_trials import Trials, serve
 
 CPU = torch.device("cpu")
 PRODUCT = {"product": ["float16", 32, 48, 64]}
+IDS = (SILENT, ERRATIC, REFUSED, UNBIASED, LEAKY, FLUSHING, SLOW, FAST)
 
 
 @pytest.fixture
@@ -31,15 +44,18 @@ def tried(alg_id: int) -> dict[str, Any]:
 
 
 def test_only_what_is_right_is_timed(fake: Misbehaving) -> None:
-    requests = [PRODUCT, {"suggest": True}, *map(tried, (SILENT, ERRATIC, REFUSED, UNBIASED, SLOW, FAST))]
+    requests = [PRODUCT, {"suggest": True}, *map(tried, IDS)]
     written = io.StringIO()
     serve(Clock(CPU), map(json.dumps, requests), written)
     hello, ready, suggested, *outcomes = map(json.loads, written.getvalue().splitlines())
     assert hello == {"identity": list(_cusparselt.identity(CPU))}
     assert ready == {"ready": True}
     assert suggested == {"algorithm": [ERRATIC, 1, -1], "count": COUNT}
-    assert [next(iter(outcome)) for outcome in outcomes] == ["wrong", "wrong", "refused", "wrong", "seconds", "seconds"]
-    assert outcomes[0]["wrong"] == "off by nan"
+    assert [next(iter(outcome)) for outcome in outcomes] == (
+        ["wrong", "wrong", "refused", "wrong", "wrong", "wrong", "seconds", "seconds"]
+    )
+    assert outcomes[0]["wrong"] == outcomes[4]["wrong"] == "off by nan"
+    assert outcomes[5]["wrong"] == "a weight that is NaN is lost"
     assert "NOT_SUPPORTED" in outcomes[2]["refused"]
     assert [outcome["seconds"] for outcome in outcomes[-2:]] == [2.0, 1.0]
     assert all(outcome["host"] > 0 for outcome in outcomes[-2:])

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,28 @@ def test_token_counts_are_looked_up_by_ranges() -> None:
 def test_the_kernel_wins_a_near_tie() -> None:
     table = Table("a GPU", (entry(16, triton=1.0, expanded=0.98),))
     assert table.fastest("forward", 16, 4096, 4096, HALF, EVERY) == "triton"
+
+
+def test_a_table_remembers_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking through hundreds of entries takes longer than many a product; it does not grow without bound."""
+    table, searched = Table("a GPU", TABLE.entries), []
+    search = Table._fastest
+
+    def counted(self: Table, *case: Any) -> str | None:
+        searched.append(case)
+        return search(self, *case)
+
+    monkeypatch.setattr(Table, "_fastest", counted)
+    monkeypatch.setattr(gpu_tuning, "MOST", 4)
+    for _ in range(3):
+        assert table.fastest("forward", 16, 4096, 4096, HALF, EVERY) == "mma_sp"
+        assert table.fastest("grad_weight", 16, 4096, 4096, HALF, EVERY) is None
+    assert len(searched) == 2
+    for M in range(1, 20):
+        table.fastest("forward", M, 4096, 4096, HALF, EVERY)
+        assert len(table._found) <= 4
+    assert table == Table("a GPU", TABLE.entries)
+    assert table.digest() == Table("a GPU", TABLE.entries).digest()
 
 
 def test_a_stored_table_decides_from_then_on() -> None:
