@@ -22,7 +22,8 @@
 namespace slope {
 
 constexpr int PAIR_DEPTH = 64;               // rows of W expanded at a time, at most
-constexpr int64_t FEW_PAIR_GRADIENTS = 64;  // tokens up to which this is used
+constexpr int64_t FEW_PAIR_GRADIENTS = 96;  // tokens up to which this is used
+constexpr int64_t FEW_PAIR_COLUMNS = 8;     // likewise, double-pruned
 
 // expanded [PAIR_DEPTH / 2][64] words of rows [n0, n0 + depth), columns [k0, k0 + 64); zeros past either.
 template <bool WHOLE>
@@ -153,7 +154,7 @@ inline int grad_input_pairs(int threads, Matrix<BFloat16> a, const BFloat16* val
   return failed ? 1 : 0;
 }
 
-constexpr int64_t FEW_PAIR_OUTER = 12;      // tokens up to which grad_weight_pairs is used
+constexpr int64_t FEW_PAIR_OUTER = 16;      // tokens up to which grad_weight_pairs is used
 constexpr int64_t OUTER_COLUMNS = 1024;     // columns of X at a time: they stay in L1
 
 // 16 entries of dV: words [P][OUTER_COLUMNS] of 32 columns of X at the kept ones, times the words of the row's gradient.

@@ -25,6 +25,7 @@ namespace slope {
 constexpr int64_t STEPS = 512;
 constexpr int64_t STRIP = 64;
 constexpr int64_t ROWS_PACKED = 1024;
+constexpr int64_t FEW_STEPS = 64;
 
 // to [steps][16] = words of a[m0 .. m0 + rows, j0 .. j0 + count), zeros past them.
 template <class T> inline void pack_words(uint32_t* to, Matrix<T> a, int64_t m0, int64_t rows, int64_t j0, int count) {
@@ -115,6 +116,10 @@ inline void store_rows(T* to, int64_t stride, const __m512 (&s)[8], int count, i
   }
 }
 
+template <class T> inline void store_rows(T* to, int64_t stride, const __m512 (&s)[8], int count, int kept) {
+  store_rows(to, stride, s, count, kept, false);
+}
+
 #if defined(__AVX512BF16__)
 // The same without adding: rounded first, so that half as much is transposed.
 inline void store_rows(BFloat16* to, int64_t stride, const __m512 (&s)[8], int count, int kept) {
@@ -160,6 +165,8 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
   uint32_t* grads = reinterpret_cast<uint32_t*>(shared_a.floats(packed_rows * most_steps));
   float* scratch = in_place ? nullptr : shared_b.floats(packed_rows * kept);  // [rows][kept]
   if (grads == nullptr || (!in_place && scratch == nullptr)) return 1;
+  // Blocks of 16 columns whose values fill a cache line.
+  const int64_t line_blocks = 8 / int64_t(in_place ? sizeof(T) : sizeof(float));
   bool failed = false;
 
   for (int64_t n0 = 0; n0 < N; n0 += ROWS_PACKED) {
@@ -167,11 +174,15 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
     for (int64_t m0 = 0; m0 == 0 || m0 < M; m0 += SPAN_TOKENS) {
       const int64_t tokens = std::min(SPAN_TOKENS, M - m0), steps = ceil_div(tokens, W::TERMS);
       const bool add = m0 > 0 || (in_place && accumulate);
+      // Few tokens wait for memory.
+      const bool few = steps <= FEW_STEPS, staged = few && in_place && !add;
       parallel(threads, lines, [&](int64_t begin, int64_t end) {
         for (int64_t l = begin; l < end; l++)
           pack_words(grads + l * steps * 16, grad, m0, tokens, n0 + l * 16, int(std::min<int64_t>(16, rows - l * 16)));
       });
       parallel(threads, strips, [&](int64_t begin, int64_t end) {
+        // What a strip gives for 16 rows: from here whole cache lines go to dV, where rows may share few places in a cache.
+        alignas(64) T stage[16 * STRIP / 2];
         uint32_t* panels = reinterpret_cast<uint32_t*>(own.floats(STRIP * most_steps));  // [STRIP / 16][steps][16]
         if (panels == nullptr) {
           failed = true;
@@ -185,13 +196,15 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
             const int count = int(std::min<int64_t>(16, rows - l * 16));
             const Bits bits(pattern + (n0 + l * 16) * width + k0 / 8, width, count, width - k0 / 8);
             const uint32_t* g = grads + l * steps * 16;
+            if (few && l + 2 < lines)
+              for (int r = 32; r < 48; r++) __builtin_prefetch(pattern + (n0 + l * 16 + r) * width + k0 / 8);
             for (int64_t t = 0; t < blocks; t++) {
               const int values = int(std::min<int64_t>(8, (K - k0) / 2 - 8 * t));
               const int64_t at = l * 16 * kept + k0 / 2 + 8 * t;
               __m512i index[8];
               kept_indices(index, bits.columns(int(t)));
               // The rows are far apart: where the next ones will be stored is asked for now, a cache line each.
-              if (t % 2 == 0)
+              if (t % line_blocks == 0)
                 for (int r = 16; r < 32; r++) {
                   if (in_place)
                     __builtin_prefetch(dv + n0 * kept + at + r * kept, 1);
@@ -207,16 +220,22 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
                 for (int e = 0; e < 8; e++)
                   s[e] = W::multiply_add(s[e], _mm512_permutexvar_epi32(index[e], inputs), gradient);
               }
-              if constexpr (W::TERMS == 2)
-                if (in_place && !add) {
-                  store_rows(dv + n0 * kept + at, kept, s, count, values);
-                  continue;
-                }
-              if (in_place)
-                store_rows(dv + n0 * kept + at, kept, s, count, values, add);
-              else
+              if (staged)
+                store_rows(stage + 8 * t, STRIP / 2, s, 16, 8);
+              else if (!in_place)
                 store_rows(scratch + at, kept, s, count, values, add);
+              else if (add)
+                store_rows(dv + n0 * kept + at, kept, s, count, values, true);
+              else
+                store_rows(dv + n0 * kept + at, kept, s, count, values);
             }
+            if (!staged) continue;
+            T* to = dv + (n0 + l * 16) * kept + k0 / 2;
+            const int64_t there = std::min(STRIP, K - k0) / 2;
+            if (there == STRIP / 2)
+              for (int r = 0; r < count; r++) std::memcpy(to + r * kept, stage + r * (STRIP / 2), sizeof(T) * (STRIP / 2));
+            else
+              for (int r = 0; r < count; r++) std::memcpy(to + r * kept, stage + r * (STRIP / 2), sizeof(T) * there);
           }
         }
       });

@@ -29,6 +29,7 @@ constexpr int LANE_ROWS = 12;
 constexpr int64_t LANE_BLOCK = 32;
 constexpr int64_t LANE_PANEL = 85 * LANE_ROWS;
 constexpr int64_t PANEL_BYTES = 4 << 20;    // of the packed panel, about: every 16 outputs read all of it
+constexpr int64_t GROUPED = 768;            // tokens up to which a double-pruned gradient takes GroupSlots
 constexpr int64_t LISTS_BYTES = 512 << 10;  // of the outputs that share a pass over the panel: part of the L2 cache
 
 struct Slot {
@@ -117,6 +118,10 @@ inline void transpose16x8(uint32_t* to, int64_t stride, const __m256i (&columns)
   }
 }
 
+// The two columns that a nibble names, in the halves of a word; see kept_indices for one that has not two bits.
+alignas(64) inline constexpr std::array<uint32_t, 16> NAMED = {0,       0,       0x10001, 0x10000, 0x20002, 0x20000, 0x20001, 0x20000,
+                                                               0x30003, 0x30000, 0x30001, 0x30000, 0x30002, 0x30000, 0x30001, 0x30000};
+
 // Slots of the forward product: outputs are rows of W, the reduction runs along its columns.
 struct ForwardSlots {
   const BFloat16* values;  // [N, K / 2]
@@ -125,9 +130,12 @@ struct ForwardSlots {
 
   static constexpr int MOST = 8;
   static constexpr bool OVERLAP = false;
+  struct Nothing {};
+  int64_t work_floats() const { return 0; }
+  Nothing work(float*) const { return {}; }
 
   // Makes the slots of outputs [o0, o0 + count) and says how many there are.
-  int operator()(Slot* slots, int32_t* starts, int64_t o0, int64_t count, int64_t blocks) const {
+  int operator()(Nothing, Slot* slots, int32_t* starts, int64_t o0, int64_t count, int64_t blocks) const {
     int at = 0;
     for (int64_t b = 0; b < blocks; b++) {
       starts[b] = at;
@@ -139,9 +147,7 @@ struct ForwardSlots {
  private:
   int block(Slot* slots, int64_t o0, int64_t count, int64_t r0) const {
     const int64_t width = (K + 7) / 8, columns = std::min(LANE_BLOCK, K - r0);
-    // The two columns that a nibble names; see kept_indices for one that has not two bits.
-    const __m512i named = _mm512_setr_epi32(0, 0, 0x10001, 0x10000, 0x20002, 0x20000, 0x20001, 0x20000, 0x30003, 0x30000,
-                                            0x30001, 0x30000, 0x30002, 0x30000, 0x30001, 0x30000);
+    const __m512i named = _mm512_load_si512(NAMED.data());
     alignas(64) uint32_t bits[16] = {};
     alignas(64) uint32_t pairs[16][8] = {};
     for (int64_t o = 0; o < count; o++) {
@@ -183,6 +189,142 @@ alignas(64) inline constexpr std::array<uint16_t, 32> NUMBERS = [] {
   return numbers;
 }();
 
+// 64 columns of W from a multiple of 64 on, brought together, and the metadata of 256: in the weight, rows are far apart,
+// often a power of two, and the lines that one column wants would be lost from the cache before its neighbour wants them.
+class Strip {
+ public:
+  static constexpr int64_t COLUMNS = 64, STRIPS = 4;  // columns of values; strips whose metadata comes at once
+
+  // Floats of memory for so many rows.
+  static int64_t floats(int64_t N) { return padded(N) * (COLUMNS / 4 + 2 * STRIPS); }
+
+  Strip(float* memory, const BFloat16* values, const uint8_t* pattern, int64_t N, int64_t K)
+      : values_(values), pattern_(pattern), N_(N), K_(K), rows_(padded(N)),
+        strip_(reinterpret_cast<BFloat16*>(memory)),
+        bits_(reinterpret_cast<uint64_t*>(memory + rows_ * (COLUMNS / 4))) {}
+
+  // Brings the strip of column o, if it is not there.
+  void bring(int64_t o) {
+    const int64_t before = at_;
+    at_ = o / COLUMNS;
+    if (at_ == before) return;
+    bring_values();
+    if (before < 0 || at_ / STRIPS != before / STRIPS) bring_bits();
+  }
+
+  // dense [32] = rows [r0, r0 + 32), columns [o, o + 16), and their metadata; zeros past N and K.
+  void expand(__m256i (&dense)[32], uint16_t (&bits)[32], int64_t r0, int64_t o) const {
+    const int64_t column = o % COLUMNS;
+    const uint64_t* words = bits_ + at_ % STRIPS * rows_ + r0;
+    for (int n = 0; n < 32; n++) {
+      const auto* kept = reinterpret_cast<const __m128i*>(strip_ + (r0 + n) * (COLUMNS / 2) + column / 2);
+      bits[n] = uint16_t(words[n] >> column);
+      dense[n] = _mm256_mask_expand_epi16(_mm512_castsi512_si256(fresh_zero()), bits[n],
+                                          _mm256_castsi128_si256(_mm_load_si128(kept)));
+    }
+  }
+
+ private:
+  static constexpr int64_t AHEAD_ROWS = 32;  // asked for before their turn, in L2: in L1 few such rows have room
+  static int64_t padded(int64_t N) { return ceil_div(N, LANE_BLOCK) * LANE_BLOCK; }
+
+  void bring_values() {
+    const int64_t there = std::min(COLUMNS, K_ - at_ * COLUMNS);
+    const __mmask32 mask = there == COLUMNS ? ~__mmask32(0) : (__mmask32(1) << there / 2) - 1;
+    const BFloat16* v = values_ + at_ * (COLUMNS / 2);
+    for (int64_t n = 0; n < rows_; n++, v += K_ / 2) {
+      if (n + AHEAD_ROWS < N_) __builtin_prefetch(v + AHEAD_ROWS * (K_ / 2), 0, 2);
+      _mm512_store_si512(strip_ + n * (COLUMNS / 2), _mm512_maskz_loadu_epi16(n < N_ ? mask : 0, v));
+    }
+  }
+
+  // bits [STRIPS][N].
+  void bring_bits() {
+    const int64_t width = (K_ + 7) / 8, first = at_ / STRIPS * STRIPS * (COLUMNS / 8);
+    const int64_t bytes = std::min(STRIPS * COLUMNS / 8, width - first);
+    const uint8_t* p = pattern_ + first;
+    for (int64_t n = 0; n < rows_; n++, p += width) {
+      if (n + AHEAD_ROWS < N_) __builtin_prefetch(p + AHEAD_ROWS * width, 0, 2);
+      uint64_t words[STRIPS] = {};
+      if (n < N_) {
+        if (bytes == sizeof words)
+          std::memcpy(words, p, sizeof words);
+        else
+          std::memcpy(words, p, bytes);
+      }
+      for (int64_t s = 0; s < STRIPS; s++) bits_[s * rows_ + n] = words[s];
+    }
+  }
+
+  const BFloat16* values_;
+  const uint8_t* pattern_;
+  int64_t N_, K_, rows_, at_ = -1;
+  BFloat16* strip_;  // [N][32]
+  uint64_t* bits_;   // [STRIPS][N]
+};
+
+// Bits of 16 columns of a column pattern, rows [r0, r0 + 32): word c is column o0 + c; zeros past N and past o0 + count.
+inline void column_bits(uint32_t (&bits)[16], const uint8_t* column_pattern, int64_t r0, int64_t o0, int64_t count,
+                        int64_t N) {
+  const int64_t column_width = (N + 7) / 8, bytes = std::min<int64_t>(4, column_width - r0 / 8);
+  for (int64_t c = 0; c < 16; c++) {
+    bits[c] = 0;
+    if (c >= count) continue;
+    const uint8_t* from = column_pattern + (o0 + c) * column_width + r0 / 8;
+    if (bytes == 4)
+      std::memcpy(&bits[c], from, 4);
+    else
+      std::memcpy(&bits[c], from, bytes);
+  }
+}
+
+// Slots of the double-pruned input gradient that cost little to make: one for each group of four rows, of which a column
+// keeps two, as in a forward product.  8 where ColumnSlots finds 6.9.
+struct GroupSlots {
+  const BFloat16* values;
+  const uint8_t* pattern;
+  const uint8_t* column_pattern;  // [K, ceil(N / 8)]
+  int64_t N, K;
+
+  static constexpr int MOST = 8;
+  static constexpr bool OVERLAP = false;
+  int64_t work_floats() const { return Strip::floats(N); }
+  Strip work(float* memory) const { return Strip(memory, values, pattern, N, K); }
+
+  int operator()(Strip& strip, Slot* slots, int32_t* starts, int64_t o0, int64_t count, int64_t blocks) const {
+    strip.bring(o0);
+    int at = 0;
+    for (int64_t b = 0; b < blocks; b++) {
+      starts[b] = at;
+      at += block(strip, slots + at, o0, count, b * LANE_BLOCK);
+    }
+    return at;
+  }
+
+ private:
+  int block(const Strip& strip, Slot* slots, int64_t o0, int64_t count, int64_t r0) const {
+    alignas(64) uint32_t bits[16];
+    uint16_t row_bits[32];
+    __m256i dense[32];
+    strip.expand(dense, row_bits, r0, o0);
+    column_bits(bits, column_pattern, r0, o0, count, N);
+    const __m512i b = _mm512_load_si512(bits), named = _mm512_load_si512(NAMED.data());
+    const __m512i columns = _mm512_setr_epi32(0, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005, 0x60006, 0x70007, 0x80008,
+                                              0x90009, 0xa000a, 0xb000b, 0xc000c, 0xd000d, 0xe000e, 0xf000f);
+    const int groups = int(ceil_div(std::min(LANE_BLOCK, N - r0), 4));
+    for (int g = 0; g < groups; g++) {
+      const __m512i index = _mm512_permutexvar_epi32(_mm512_srl_epi32(b, _mm_cvtsi32_si128(4 * g)), named);
+      auto rows = [&](int n) { return _mm512_inserti64x4(_mm512_castsi256_si512(dense[n]), dense[n + 1], 1); };
+      // Row i of the group and column c: element 16 i + c of four rows.
+      const __m512i at = _mm512_add_epi32(_mm512_slli_epi32(index, 4), columns);
+      const __m512i weights = _mm512_permutex2var_epi16(rows(4 * g), at, rows(4 * g + 2));
+      _mm512_store_si512(slots[g].index, _mm512_add_epi32(index, _mm512_set1_epi32(4 * g * 0x10001)));
+      _mm512_store_si512(slots[g].weights, weights);
+    }
+    return groups;
+  }
+};
+
 // Slots of the input gradient: outputs are columns of W, the reduction runs along its rows.
 struct ColumnSlots {
   const BFloat16* values;
@@ -192,17 +334,20 @@ struct ColumnSlots {
 
   static constexpr int MOST = 16;
   static constexpr bool OVERLAP = true;
+  int64_t work_floats() const { return Strip::floats(N); }
+  Strip work(float* memory) const { return Strip(memory, values, pattern, N, K); }
 
-  int operator()(Slot* slots, int32_t* starts, int64_t o0, int64_t count, int64_t blocks) const {
+  int operator()(Strip& strip, Slot* slots, int32_t* starts, int64_t o0, int64_t count, int64_t blocks) const {
+    strip.bring(o0);
     int at = 0;
     Columns now, next, middle;
     for (int64_t b = 0; b < blocks; b++) {
       const bool last = b + 1 == blocks;
-      if (b == 0) load(now, o0, count, 0);
+      if (b == 0) load(strip, now, o0, count, 0);
       starts[2 * b] = at;
       at += take(slots + at, now, last ? ~0u : 0xffffu);
       if (last) break;
-      load(next, o0, count, (b + 1) * LANE_BLOCK);
+      load(strip, next, o0, count, (b + 1) * LANE_BLOCK);
       for (int c = 0; c < 16; c++) {
         middle.kept[c] = now.kept[c] >> 16 | next.kept[c] << 16;
         middle.weights[c] = _mm512_shuffle_i64x2(now.weights[c], next.weights[c], 0x4e);
@@ -254,51 +399,20 @@ struct ColumnSlots {
     return used;
   }
 
-  void load(Columns& columns, int64_t o0, int64_t count, int64_t r0) const {
-    count == 16 && r0 + LANE_BLOCK <= N ? fill<true>(columns, o0, 16, r0) : fill<false>(columns, o0, count, r0);
-  }
-
-  // WHOLE: 16 columns and 32 rows are there, so that every copy has a fixed size.
-  template <bool WHOLE> void fill(Columns& columns, int64_t o0, int64_t count, int64_t r0) const {
-    const int64_t width = (K + 7) / 8, column_width = (N + 7) / 8;
-    const int rows = WHOLE ? 32 : int(std::min(LANE_BLOCK, N - r0));
-    alignas(64) uint16_t bits[32] = {};
+  void load(const Strip& strip, Columns& columns, int64_t o0, int64_t count, int64_t r0) const {
+    alignas(64) uint16_t bits[32];
     __m256i dense[32];
-    for (int n = 0; n < 32; n++) {
-      dense[n] = _mm256_setzero_si256();
-      if (n >= rows) continue;
-      const BFloat16* v = values + (r0 + n) * (K / 2) + o0 / 2;
-      const uint8_t* p = pattern + (r0 + n) * width + o0 / 8;
-      __m128i kept = _mm_setzero_si128();
-      if constexpr (WHOLE) {
-        // The cache line that the 32 columns after the next ones need.
-        if (o0 % 64 == 0) __builtin_prefetch(v + 32, 0, 2);
-        std::memcpy(&bits[n], p, 2);
-        kept = _mm_loadu_si128(reinterpret_cast<const __m128i*>(v));
-      } else {
-        std::memcpy(&bits[n], p, (count + 7) / 8);
-        std::memcpy(&kept, v, count);
-      }
-      dense[n] = _mm256_mask_expand_epi16(_mm512_castsi512_si256(fresh_zero()), bits[n], _mm256_castsi128_si256(kept));
-    }
+    strip.expand(dense, bits, r0, o0);
     // Rows n and 16 + n of W, side by side.
     __m512i (&r)[16] = columns.weights;
     for (int n = 0; n < 16; n++) r[n] = _mm512_inserti64x4(_mm512_castsi256_si512(dense[n]), dense[16 + n], 1);
     columns_of_rows(r);
     const __m512i row_bits = _mm512_load_si512(bits);
-    for (int c = 0; c < 16; c++) {
-      uint32_t kept = _mm512_test_epi16_mask(row_bits, _mm512_set1_epi16(int16_t(1 << c)));
-      if (column_pattern != nullptr) {
-        uint32_t also = 0;
-        const uint8_t* from = column_pattern + (o0 + c) * column_width + r0 / 8;
-        if constexpr (WHOLE)
-          std::memcpy(&also, from, 4);
-        else if (c < count)
-          std::memcpy(&also, from, (rows + 7) / 8);
-        kept &= also;
-      }
-      columns.kept[c] = kept;
-    }
+    for (int c = 0; c < 16; c++) columns.kept[c] = _mm512_test_epi16_mask(row_bits, _mm512_set1_epi16(int16_t(1 << c)));
+    if (column_pattern == nullptr) return;
+    uint32_t also[16];
+    column_bits(also, column_pattern, r0, o0, count, N);
+    for (int c = 0; c < 16; c++) columns.kept[c] &= also[c];
   }
 
   // 16 vectors of (row r, row 16 + r), each of 16 columns -> 16 columns of 32 rows.
@@ -355,7 +469,7 @@ inline void pack_blocks(BFloat16* to, Matrix<BFloat16> a, int64_t i0, int rows, 
     }
 }
 
-// The product; arguments as in product() (product.h).  `fill(slots, starts, o0, count, blocks)` makes the slots of outputs
+// The product; arguments as in product() (product.h).  `fill(work, slots, starts, o0, count, blocks)` makes the slots of outputs
 // [o0, o0 + count), in so many blocks of the reduction, and says how many there are.
 template <class Fill>
 int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, Matrix<BFloat16> extra,
@@ -392,11 +506,12 @@ int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, 
       }
     });
     parallel(threads, ceil_div(lanes, group), [&](int64_t begin, int64_t end) {
-      float* memory = own.floats(group * list_floats);
+      float* memory = own.floats(group * list_floats + fill.work_floats());
       if (memory == nullptr) {
         failed = true;
         return;
       }
+      auto work = fill.work(memory + group * list_floats);
       for (int64_t first = begin * group; first < std::min(lanes, end * group); first += group) {
         const int64_t count = std::min({group, lanes - first, end * group - first});
         auto lists_of = [&](int64_t i) {
@@ -406,7 +521,7 @@ int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, 
         for (int64_t i = 0; i < count; i++) {
           const SlotLists lists = lists_of(i);
           const int64_t o0 = (first + i) * 16, there = std::min<int64_t>(16, outputs - o0);
-          int32_t at = fill(lists.slots, lists.starts, o0, there, main_blocks);
+          int32_t at = fill(work, lists.slots, lists.starts, o0, there, main_blocks);
           for (int64_t b = 0; b < extra_blocks; b++) {
             lists.starts[main_blocks + b] = at;
             at += dense_slots(lists.slots + at, extra_weights, extra_size, o0, there, b * LANE_BLOCK);
@@ -430,6 +545,14 @@ int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, 
     if (failed) return 1;
   }
   return 0;
+}
+
+// The same without bias and low-rank branch.
+template <class Fill>
+int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, BFloat16* y, int64_t outputs,
+                 const Fill& fill) {
+  const BFloat16* none = nullptr;
+  return pair_product(threads, a, M, reduction, Matrix<BFloat16>{}, none, 0, none, y, outputs, fill);
 }
 
 }  // namespace slope

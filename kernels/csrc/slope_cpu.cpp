@@ -118,13 +118,14 @@ EXPORT int slope_cpu_grad_input(int dtype, int threads, const void* grad, int64_
     const Matrix<T> a{static_cast<const T*>(grad), g_stride_m, g_stride_n};
     const T* v = static_cast<const T*>(values);
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-    if constexpr (std::is_same_v<T, BFloat16>)
-      return M <= FEW_PAIR_GRADIENTS
-          ? grad_input_pairs(threads, a, v, pattern, column_pattern, static_cast<T*>(dx), M, N, K)
-          : pair_product(threads, a, M, N, Matrix<T>{}, static_cast<const T*>(nullptr), 0,
-                          static_cast<const T*>(nullptr), static_cast<T*>(dx), K,
-                          ColumnSlots{v, pattern, column_pattern, N, K});
-    else
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      T* to = static_cast<T*>(dx);
+      if (M <= (column_pattern != nullptr ? FEW_PAIR_COLUMNS : FEW_PAIR_GRADIENTS))
+        return grad_input_pairs(threads, a, v, pattern, column_pattern, to, M, N, K);
+      if (column_pattern != nullptr && M <= GROUPED)
+        return pair_product(threads, a, M, N, to, K, GroupSlots{v, pattern, column_pattern, N, K});
+      return pair_product(threads, a, M, N, to, K, ColumnSlots{v, pattern, column_pattern, N, K});
+    } else
 #endif
     return M <= FEW_GRADIENTS
         ? grad_input_few(threads, a, v, pattern, column_pattern, static_cast<T*>(dx), M, N, K)
