@@ -268,7 +268,7 @@ def _eager(layer: LinearLayer) -> LinearFacts:
         path=layer.path,
         sparse=False,
         reason=Reason.EAGER,
-        why=f"{Reason.EAGER.value}: not called, or left eager by Dynamo (TORCH_LOGS=graph_breaks says why)",
+        why=f"{Reason.EAGER.value}: not called, or left to Python by Dynamo",
         shape=(N, K),
         tokens="-",
         pattern="" if sparse is None else str(sparse.nm),

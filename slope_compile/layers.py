@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slope_compile.config import SlopeConfig
-from slope_compile.parametrizations import LowRank, SparseWeight
+from slope_compile.parametrizations import LowRank, SparseWeight, linear_forward
 from slope_compile.report import EXPERTS_DETAIL, Decision, Reason
 from slope_compile.rules import first_linears, holds_experts, is_head, is_router, layer_path, plain_path
 
@@ -195,5 +195,5 @@ def _conv1d_class() -> type[nn.Module] | None:
 def _known_forwards() -> tuple[object, ...]:
     """Forward functions that read ``self.weight`` as a linear does."""
     conv1d = _conv1d_class()
-    known = (nn.Linear.forward, nn.MultiheadAttention.forward)
+    known = (nn.Linear.forward, nn.MultiheadAttention.forward, linear_forward)
     return known + ((conv1d.forward,) if conv1d is not None else ())

@@ -15,10 +15,12 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from slope_compile.config import LayerConfig
 from slope_compile.kernels import ops
 from slope_compile.kernels.metadata import check_pattern
+from slope_compile.outside import Place, in_python
 
 
 class SparseWeight(nn.Module):
@@ -44,6 +46,7 @@ class SparseWeight(nn.Module):
         # A column group needs N to divide; where it does not, the exact gradient is used (and reported).
         self.double_pruned = layer.double_pruned and shape[0] % layer.pattern.group == 0
         self.interval = layer.interval if self.double_pruned else 0
+        self.place: Place | None = None
         self.stores_columns = layer.stores_columns and self.double_pruned
         self.register_buffer("pattern", pattern)
         self.register_buffer("column_pattern", None)
@@ -58,6 +61,8 @@ class SparseWeight(nn.Module):
             self.column_age = torch.full((1,), -1, dtype=torch.int64)
 
     def forward(self, values: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and self.place is not None:  # in this order: no guard on the place
+            in_python(self.place)
         weight: Tensor = ops.expand(
             values,
             self.pattern,
@@ -140,6 +145,15 @@ class LowRank(nn.Module):
     def extra_repr(self) -> str:
         state = "on" if self.enabled else "off"
         return f"rank={self.A.shape[0]}, scale={self.scale:g}, {state}"
+
+
+def linear_forward(layer: nn.Linear, input: Tensor) -> Tensor:
+    """``nn.Linear.forward`` in a file that Dynamo may start a graph in: it never does in PyTorch's own modules.
+
+    So a prepared layer is in a graph also where a graph break leaves the container around it to Python, be it
+    ``nn.Sequential`` or ``nn.TransformerEncoderLayer``.
+    """
+    return F.linear(input, layer.weight, layer.bias)
 
 
 def draw_adapter(shape: tuple[int, int], layer: LayerConfig, path: str, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ WAYS_OUT = {
     Reason.FORWARD_REPLACED: "convert before the module's forward is replaced, or use a stock nn.Linear",
     Reason.FUSED_OPERATOR: "torch.backends.mha.set_fastpath_enabled(False)",
     Reason.HIGHER_ORDER: "call the layer outside of the operator",
-    Reason.EAGER: "TORCH_LOGS=graph_breaks says what Dynamo left to Python, and why",
+    Reason.EAGER: "TORCH_LOGS=graph_breaks says why; block.compile(backend=\"slope\") gives a block graphs of its own",
     Reason.UNPROFITABLE: "leave the option 'device' out",
 }
 """What to change so that a linear that was left dense for a reason becomes sparse."""

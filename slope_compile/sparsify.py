@@ -18,7 +18,8 @@ from slope_compile.kernels.masks import choose_mask
 from slope_compile.kernels.metadata import pack_mask
 from slope_compile.layers import ATTENTION_WEIGHTS, LinearLayer, decide, linear_layers, mixture_weights
 from slope_compile.log import log
-from slope_compile.parametrizations import LowRank, SparseWeight, draw_adapter
+from slope_compile.outside import Place
+from slope_compile.parametrizations import LowRank, SparseWeight, draw_adapter, linear_forward
 from slope_compile.report import Decision, Report
 
 
@@ -101,7 +102,10 @@ def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
     for layer, decision in decisions:
         if not decision.sparse:
             _note(layer, decision)
+    said: set[str] = set()
     for layer, _ in chosen:
+        assert layer.sparse is not None
+        layer.sparse.place = Place(layer.path, said)
         share(layer.module)
     for rule in config.unused([layer.path for layer, _ in decisions]):
         log.warning("sparsify_: %s matched no linear layer", rule)
@@ -173,6 +177,8 @@ def _register(layer: LinearLayer, settings: LayerConfig, pattern: Tensor) -> Non
     unshare(layer.module)
     parametrize.register_parametrization(layer.module, layer.name, sparse)
     _print_children(layer.module)
+    if type(layer.module).forward is nn.Linear.forward:
+        type(layer.module).forward = linear_forward  # its class is its own
     layer.weight.requires_grad_(requires_grad)
     sparse.pick_columns(layer.weight)
     if settings.adapter_rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from slope_compile._dynamo import avoid_dangling_guards
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else generate() asks the hub for a model's own code, and waits for it
 
 THREADS = 1
 """Tensors here are tiny.  A second thread has nothing to gain and waits for the first at every product: where the

@@ -187,3 +187,37 @@ def test_activation_checkpointing(way: str, backward: str, monkeypatch: pytest.M
     reference = masked_copy(dense, masks_of(model), **columns)
     assert_same(logits, step(reference, ids))
     assert_same_gradients(model, reference)
+
+
+class Encoder(nn.Module):
+    """Containers of PyTorch's own around the linears: Dynamo starts no graph in their code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.Linear(16, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.net(self.encoder(x))
+        return y
+
+
+@pytest.mark.parametrize("backward", ["exact", "double_pruned"])
+def test_breaks_inside_containers_of_pytorch(backward: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared layers get graphs of their own where a break leaves the container to Python."""
+    recording = record(monkeypatch)
+    dense = Encoder().double()
+    for module in dense.modules():
+        if isinstance(module, nn.MultiheadAttention | nn.GELU):
+            module.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    model, run = compiled_way("B", dense, fields={"backward": backward})
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    run(x).square().sum().backward()
+    assert sum(one.sparse * len(one.calls) for one in recording) == 3 + 4 + 2
+    reference = masked_copy(dense, masks_of(model), *([] if backward == "exact" else [picked_now]))
+    reference(x).square().sum().backward()
+    assert_same_gradients(model, reference)
+    model.zero_grad()
+    slope.densify_(model)
+    assert all(type(layer).forward is nn.Linear.forward for layer in model.modules() if isinstance(layer, nn.Linear))

@@ -42,8 +42,8 @@ class Model:
     compiled: Mapping[str, tuple[str, Reason]] = dataclasses.field(default_factory=dict)
     """Path of a decision in Dynamo's graphs -> the linear's path and the reason it has there, where these differ, and
     the release of torch is one whose Dynamo takes that place into a graph."""
-    eager: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-    """Mode -> paths of linears, as a regular expression, that Dynamo leaves to Python there, and why."""
+    apart: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    """Mode -> paths of blocks, as a regular expression, that are compiled one by one there, and why."""
     partial: str = ""
     """Why the model is not one graph, where it is not."""
 
@@ -119,8 +119,11 @@ def _bert_like(name: str, title: str, kind: str, head: str) -> Model:
     )  # fmt: skip
 
 
-_LEAF = "Dynamo leaves the decoder's first block to Python: transformers sets `requires_grad` inside its checkpoint"
-_LAYER = "after a break in its attention Dynamo leaves the rest of PyTorch's encoder layer to Python"
+_BLOCKS = r"(encoder|decoder)\.block\.\d+"
+_LEAF = (
+    "blocks compiled one by one: transformers sets `requires_grad` inside the decoder's first checkpoint, and compiled "
+    "as a whole, the model leaves that block to Python and says so"
+)
 _EXPERTS = {
     f"model.layers.{i}.mlp.{name}": reason
     for i in range(LAYERS)
@@ -170,7 +173,7 @@ MODELS = (
         {**_qkv("encoder.block.0.layer.0.SelfAttention", "q k v"), "lm_head": TIED},
         middle=r"(encoder|decoder)\.block\.\d+\.layer\.0", dtype=torch.float32,
         dense_in_graph=_qkv("decoder.block.0.layer.0.SelfAttention", "q k v"),
-        eager={"checkpointing": (r"decoder\.block\.0\..*", _LEAF)}, partial="checkpointing breaks the graph",
+        apart={"checkpointing": (_BLOCKS, _LEAF)}, partial="checkpointing breaks the graph",
     ),
     Model(
         "vit", "ViT",
@@ -218,19 +221,23 @@ MODELS = (
             f"{path}.mlp.router": (f"{path}.mlp.router.classifier", TIED)
             for path in ("encoder.block.1.layer.1", "decoder.block.1.layer.2")
         },
+        apart={"checkpointing": (_BLOCKS, _LEAF)},
         skipped={"export": f"not tried: {_ROUTED}, which torch.export does not take"},
     ),
     Model(
         "encoder", "`nn.TransformerEncoder`", torch_models.Encoder, torch_models.tokens,
         {"encoder.layers.0.self_attn.in_proj_weight": FIRST, "head": HEAD},
         middle=r"encoder\.layers\.\d+\.self_attn", blocks=r"encoder\.layers\.\d+",
-        eager={"breaks": (r"encoder\.layers\.\d\.linear[12]", _LAYER)},
         skipped={"generate": _NO_GENERATE},
     ),
     Model(
         "attention", "`nn.MultiheadAttention`", torch_models.Attention, torch_models.tokens,
         {"blocks.0.attention.in_proj_weight": FIRST, "head": HEAD},
         middle=r"blocks\.\d+\.attention", blocks=r"blocks\.\d+", skipped={"generate": _NO_GENERATE},
+    ),
+    Model(
+        "sequential", "`nn.Sequential`", torch_models.sequential, torch_models.features, {"0": FIRST, "8": HEAD},
+        middle="3", blocks="[24]", skipped={"generate": _NO_GENERATE},
     ),
     Model(
         "mlp", "MLP", torch_models.Mlp, torch_models.features, {"first": FIRST, "head": HEAD},

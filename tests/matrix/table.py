@@ -96,8 +96,8 @@ def _cell(model: Model, mode: str, results: Results, notes: dict[str, str]) -> s
     if found["status"] != "ok":
         return "failed"
     text = f"{found['sparse']}/{found['eligible']}"
-    if mode in model.eager:
-        _, why = model.eager[mode]
+    if mode in model.apart:
+        _, why = model.apart[mode]
         text += f" {notes.setdefault(why, f'({len(notes) + 1})')}"
     return text
 
@@ -109,7 +109,8 @@ def _dense(model: Model) -> str:
 
 def _provenance(results: Results) -> str:
     def each(name: str) -> str:
-        return ", ".join(dict.fromkeys(str(cell[name]) for cell in results.values()))
+        return ", ".join(dict.fromkeys(str(cell.get(name, 'unknown')) for cell in results.values()))
 
     words = f"torch {each('torch')}, transformers {each('transformers')} (which has a class for each model named here)"
-    return f"Measured with {words}, Python {each('python')}, rewritten graphs run by {each('compiler')}."
+    words += f", Python {each('python')}, rewritten graphs run by {each('compiler')}"
+    return f"Measured with {words}; commit {each('commit')}."

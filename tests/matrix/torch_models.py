@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -87,6 +89,13 @@ class Mlp(nn.Module):
         x = F.relu(self.second(F.relu(self.first(input))))
         y: Tensor = self.head(F.relu(self.third(x)))
         return y
+
+
+def sequential() -> nn.Sequential:
+    """Features ``[..., D]`` -> classes, all of it PyTorch's own code."""
+    sizes = (WIDTH, HIDDEN, HIDDEN, WIDTH, WIDTH, CLASSES)
+    layers = [part for K, N in itertools.pairwise(sizes) for part in (nn.Linear(K, N), nn.GELU())]
+    return nn.Sequential(*layers[:-1])
 
 
 class Convolution(nn.Module):
