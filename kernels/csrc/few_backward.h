@@ -102,7 +102,7 @@ class RowMasks {
   const uint8_t* at(int64_t n, int64_t k) const {
     return reinterpret_cast<const uint8_t*>(words_ + (n - n0_) * stride_) + (k - k0_) / 8;
   }
-  int64_t bytes() const { return stride_ * 8; }  // from row to row
+  bool has(int64_t n) const { return n < n0_ + ROWS; }
 
  private:
   uint64_t* words_;
@@ -151,8 +151,8 @@ inline int rows_at_once(int64_t M, int most) { return M <= 4 ? 8 : M <= 8 ? 16 :
 // Asks for what a tile of `rows` rows from n0 on, columns from k on, of [k0, k1), will need some `bytes` of values later:
 // further on in the same rows, or at the start of the next ones.
 template <class T>
-inline void prefetch_tile(const T* values, const uint8_t* pattern, int64_t n0, int rows, int64_t k, int64_t k0, int64_t k1,
-                          int64_t stretch, int64_t bytes, int64_t N, int64_t K) {
+inline void prefetch_tile(const T* values, const uint8_t* pattern, const RowMasks* masks, int64_t n0, int rows, int64_t k,
+                          int64_t k0, int64_t k1, int64_t stretch, int64_t bytes, int64_t N, int64_t K) {
   const int64_t line = 64, each = stretch / 2 * int64_t(sizeof(T));
   int64_t column = k + bytes / (rows * each) * stretch;
   for (; column >= k1; column -= k1 - k0) n0 += rows;
@@ -160,7 +160,9 @@ inline void prefetch_tile(const T* values, const uint8_t* pattern, int64_t n0, i
   for (int64_t n = n0; n < std::min(N, n0 + rows); n++) {
     const char* from = reinterpret_cast<const char*>(values + n * (K / 2) + column / 2);
     for (int64_t i = 0; i < each; i += line) __builtin_prefetch(from + i);
-    if (column % 512 < stretch) __builtin_prefetch(pattern + n * ((K + 7) / 8) + column / 8);
+    if (column % 512 >= stretch) continue;
+    __builtin_prefetch(pattern + n * ((K + 7) / 8) + column / 8);
+    if (masks != nullptr && masks->has(n)) __builtin_prefetch(masks->at(n, column));
   }
 }
 
@@ -190,7 +192,7 @@ int grad_input_few(int threads, Matrix<T> a, const T* values, const uint8_t* pat
       if (column_pattern != nullptr && n0 % RowMasks::ROWS == 0)
         masks.emplace(memory, column_pattern, n0, std::min(RowMasks::ROWS, N - n0), k0, k1 - k0, N, K);
       for (int64_t k = k0; k < k1; k += STRETCH) {
-        prefetch_tile(values, pattern, n0, rows, k, k0, k1, STRETCH, AHEAD, N, K);
+        prefetch_tile(values, pattern, masks ? &*masks : nullptr, n0, rows, k, k0, k1, STRETCH, AHEAD, N, K);
         expand_tile(w, values, pattern, masks ? &*masks : nullptr, n0, depth, k, K);
         for (int64_t m = 0; m < M; m += TOKENS)
           add_rows(std::min<int64_t>(TOKENS, M - m), sums + m * padded + k, padded, g + m * N + n0, N, w, depth);

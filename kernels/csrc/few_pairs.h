@@ -16,6 +16,7 @@
 
 #include "few_backward.h"
 #include "pairs.h"
+#include "stream.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
 
@@ -126,7 +127,7 @@ inline int grad_input_pairs(int threads, Matrix<BFloat16> a, const BFloat16* val
         masks.emplace(memory + words_floats, column_pattern, n0, std::min(RowMasks::ROWS, N - n0), k0, k1 - k0, N, K);
       for (int64_t m = 0; m < M; m++) gradient_words(words + m * (PAIR_DEPTH / 2), a, m, n0, depth);
       for (int64_t k = k0; k < k1; k += 64) {
-        prefetch_tile(values, pattern, n0, rows, k, k0, k1, 64, AHEAD, N, K);
+        prefetch_tile(values, pattern, masks ? &*masks : nullptr, n0, rows, k, k0, k1, 64, AHEAD, N, K);
         if (depth == rows && k + 64 <= K)
           expand_pairs<true>(expanded, values, pattern, masks ? &*masks : nullptr, n0, depth, k, K);
         else
@@ -157,84 +158,136 @@ inline int grad_input_pairs(int threads, Matrix<BFloat16> a, const BFloat16* val
 constexpr int64_t FEW_PAIR_OUTER = 16;      // tokens up to which grad_weight_pairs is used
 constexpr int64_t OUTER_COLUMNS = 1024;     // columns of X at a time: they stay in L1
 
-// 16 entries of dV: words [P][OUTER_COLUMNS] of 32 columns of X at the kept ones, times the words of the row's gradient.
-template <int P> inline __m512 outer_pairs(const __m512bh (&factors)[P], const uint32_t* words, uint32_t bits) {
-  const __m512i kept = _mm512_mask_compress_epi16(fresh_zero(), bits, _mm512_load_si512(NUMBERS.data()));
-  const __m512i index = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(kept));
-  __m512 s = _mm512_setzero_ps();
-#pragma GCC unroll 8
-  for (int i = 0; i < P; i++, words += OUTER_COLUMNS) {
-    const __m512i picked = _mm512_permutex2var_epi32(_mm512_load_si512(words), index, _mm512_load_si512(words + 16));
-    s = _mm512_dpbf16_ps(s, (__m512bh)picked, factors[i]);
-  }
-  return s;
-}
-
-// to [count] = or += s, rounded; count <= 16.
-inline void store_entries(BFloat16* to, __m512 s, bool add, int count) {
-  const __mmask16 there = __mmask16((1u << count) - 1);
+// s rounded, + to [count] before if `add`; count <= 16.
+inline __m256i rounded_entries(const BFloat16* to, __m512 s, bool add, __mmask16 there) {
   if (add) {
     const __m512i before = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, to));
     s = _mm512_add_ps(s, _mm512_castsi512_ps(_mm512_slli_epi32(before, 16)));
   }
-  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(s);
-  if (count == 16)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
-  else
-    _mm256_mask_storeu_epi16(to, there, rounded);
+  return (__m256i)_mm512_cvtneps_pbh(s);
 }
 
-// One row of dV, columns [0, columns) of X.
-template <int P>
-void outer_pairs_row(BFloat16* to, const uint32_t* gradient, const uint32_t* words, const uint8_t* p, bool add,
-                     int64_t columns) {
-  __m512bh factors[P];
-  for (int i = 0; i < P; i++) factors[i] = (__m512bh)_mm512_set1_epi32(int(gradient[i]));
-  int64_t k = 0;
-  uint32_t bits = 0;
-  for (; k + 32 <= columns; k += 32) {
-    std::memcpy(&bits, p + k / 8, 4);
-    store_entries(to + k / 2, outer_pairs<P>(factors, words + k, bits), add, 16);
-  }
-  if (k < columns) {
-    bits = 0;
-    std::memcpy(&bits, p + k / 8, size_t(columns - k + 7) / 8);
-    store_entries(to + k / 2, outer_pairs<P>(factors, words + k, bits), add, int(columns - k) / 2);
-  }
-}
+// What a call has in common for all rows of W.
+struct OuterPairs {
+  const uint32_t* gradient;  // [pairs][N]
+  const uint32_t* words;     // [stretches][pairs][OUTER_COLUMNS]
+  const uint8_t* pattern;
+  BFloat16* dv;
+  bool add, streamed;  // streamed: see stream.h
+  int64_t N, K;
 
-using OuterPairsRow = void (*)(BFloat16*, const uint32_t*, const uint32_t*, const uint8_t*, bool, int64_t);
+  // R rows of dV from n on, a stretch of columns; P pairs of tokens.  Words of X are loaded once for all R.
+  template <int P, int R> void rows(int64_t n, int64_t stretch) const {
+    const int64_t k0 = stretch * OUTER_COLUMNS, columns = std::min(OUTER_COLUMNS, K - k0), width = (K + 7) / 8;
+    __m512bh factors[R][P];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int i = 0; i < P; i++) factors[r][i] = (__m512bh)_mm512_set1_epi32(int(gradient[i * N + n + r]));
+    const uint32_t* x = words + stretch * P * OUTER_COLUMNS;
+    const uint8_t* p = pattern + n * width + k0 / 8;
+    BFloat16* to = dv + n * (K / 2) + k0 / 2;
+    // s [R][16]: the kept of 32 columns from k on, whose bits are given.
+    auto entries = [&](__m512 (&s)[R], int64_t k, const uint32_t (&bits)[R]) {
+      __m512i index[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const __m512i kept = _mm512_mask_compress_epi16(fresh_zero(), bits[r], _mm512_load_si512(NUMBERS.data()));
+        index[r] = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(kept));
+        s[r] = _mm512_setzero_ps();
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < P; i++) {
+        const __m512i low = _mm512_load_si512(x + i * OUTER_COLUMNS + k), high = _mm512_load_si512(x + i * OUTER_COLUMNS + k + 16);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+          s[r] = _mm512_dpbf16_ps(s[r], (__m512bh)_mm512_permutex2var_epi32(low, index[r], high), factors[r][i]);
+      }
+    };
+    uint32_t bits[R];
+    int64_t k = 0;
+    for (; k + 64 <= columns; k += 64) {
+      __m512 low[R], high[R];
+      for (int r = 0; r < R; r++) std::memcpy(&bits[r], p + r * width + k / 8, 4);
+      entries(low, k, bits);
+      for (int r = 0; r < R; r++) std::memcpy(&bits[r], p + r * width + k / 8 + 4, 4);
+      entries(high, k + 32, bits);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        BFloat16* line = to + r * (K / 2) + k / 2;
+        const __m256i first = rounded_entries(line, low[r], add, 0xffff), second = rounded_entries(line + 16, high[r], add, 0xffff);
+        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+        if (streamed)
+          _mm512_stream_si512(reinterpret_cast<__m512i*>(line), both);
+        else
+          _mm512_storeu_si512(line, both);
+      }
+    }
+    for (; k < columns; k += 32) {
+      const int there = int(std::min<int64_t>(32, columns - k));
+      const __mmask16 mask = __mmask16((1u << there / 2) - 1);
+      __m512 s[R];
+      for (int r = 0; r < R; r++) {
+        bits[r] = 0;
+        std::memcpy(&bits[r], p + r * width + k / 8, size_t(there + 7) / 8);
+      }
+      entries(s, k, bits);
+      for (int r = 0; r < R; r++) {
+        BFloat16* part = to + r * (K / 2) + k / 2;
+        _mm256_mask_storeu_epi16(part, mask, rounded_entries(part, s[r], add, mask));
+      }
+    }
+  }
+
+  // Rows [begin, end), all columns.
+  template <int P> void all(int64_t begin, int64_t end) const {
+    for (int64_t stretch = 0; stretch * OUTER_COLUMNS < K; stretch++) {
+      int64_t n = begin;
+      for (; n + 2 <= end; n += 2) rows<P, 2>(n, stretch);
+      if (n < end) rows<P, 1>(n, stretch);
+    }
+  }
+};
+
+// words [count]: of tokens m and m + 1 of a, columns [j0, j0 + count); zero for a token past M.
+inline void token_words(uint32_t* words, Matrix<BFloat16> a, int64_t m, int64_t M, int64_t j0, int64_t count) {
+  const bool pair = m + 1 < M;
+  int64_t j = 0;
+  if (a.columns == 1 && pair)
+    for (; j + 16 <= count; j += 16) {
+      auto row = [&](int64_t i) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a.at(i, j0 + j))));
+      };
+      _mm512_storeu_si512(words + j, _mm512_or_si512(row(m), _mm512_slli_epi32(row(m + 1), 16)));
+    }
+  for (; j < count; j++) words[j] = PairWord::word(a.at(m, j0 + j), pair ? a.at(m + 1, j0 + j) : nullptr);
+}
 
 // dV [N, K / 2] = dY^T X at the kept positions.
 inline int grad_weight_pairs(int threads, Matrix<BFloat16> grad, Matrix<BFloat16> x, const uint8_t* pattern, BFloat16* dv,
                              bool accumulate, int64_t M, int64_t N, int64_t K) {
-  static constexpr auto row_of = []<int... p>(std::integer_sequence<int, p...>) {
-    return std::array<OuterPairsRow, FEW_PAIR_OUTER / 2>{outer_pairs_row<p + 1>...};
+  using Rows = void (OuterPairs::*)(int64_t, int64_t) const;
+  static constexpr auto rows_of = []<int... p>(std::integer_sequence<int, p...>) {
+    return std::array<Rows, FEW_PAIR_OUTER / 2>{&OuterPairs::all<p + 1>...};
   }(std::make_integer_sequence<int, FEW_PAIR_OUTER / 2>());
   const int64_t pairs = ceil_div(M, 2), stretches = ceil_div(K, OUTER_COLUMNS);
-  uint32_t* gradient = reinterpret_cast<uint32_t*>(shared_a.floats(N * pairs));  // [N][pairs]
-  // [stretches][pairs][OUTER_COLUMNS]
+  uint32_t* gradient = reinterpret_cast<uint32_t*>(shared_a.floats(N * pairs));
   uint32_t* words = reinterpret_cast<uint32_t*>(shared_b.floats(stretches * pairs * OUTER_COLUMNS));
   if (gradient == nullptr || words == nullptr) return 1;
-  auto word = [M](Matrix<BFloat16> a, int64_t pair, int64_t j) {
-    return PairWord::word(a.at(2 * pair, j), 2 * pair + 1 < M ? a.at(2 * pair + 1, j) : nullptr);
-  };
-  for (int64_t n = 0; n < N; n++)
-    for (int64_t i = 0; i < pairs; i++) gradient[n * pairs + i] = word(grad, i, n);
+  for (int64_t i = 0; i < pairs; i++) token_words(gradient + i * N, grad, 2 * i, M, 0, N);
   for (int64_t s = 0; s < stretches; s++)
-    for (int64_t i = 0; i < pairs; i++)
-      for (int64_t j = 0; j < OUTER_COLUMNS; j++) {
-        const int64_t k = s * OUTER_COLUMNS + j;
-        words[(s * pairs + i) * OUTER_COLUMNS + j] = k < K ? word(x, i, k) : 0;
-      }
-  const int64_t size = block_size(N, threads, 1 << 20, 16), width = (K + 7) / 8;
-  parallel(threads, ceil_div(N, size), [&](int64_t begin, int64_t end) {
-    for (int64_t s = 0; s < stretches; s++) {
-      const int64_t k = s * OUTER_COLUMNS, columns = std::min(OUTER_COLUMNS, K - k);
-      for (int64_t n = begin * size; n < std::min(N, end * size); n++)
-        row_of[pairs - 1](dv + n * (K / 2) + k / 2, gradient + n * pairs, words + s * pairs * OUTER_COLUMNS,
-                          pattern + n * width + k / 8, accumulate, columns);
+    for (int64_t i = 0; i < pairs; i++) {
+      const int64_t k = s * OUTER_COLUMNS, there = std::min(OUTER_COLUMNS, K - k);
+      uint32_t* to = words + (s * pairs + i) * OUTER_COLUMNS;
+      token_words(to, x, 2 * i, M, k, there);
+      std::fill(to + there, to + OUTER_COLUMNS, 0);
     }
+  const bool streamed = !accumulate && whole_lines(dv, K / 2 * sizeof(BFloat16));
+  const OuterPairs outer{gradient, words, pattern, dv, accumulate, streamed, N, K};
+  const int64_t size = block_size(N, threads, 1 << 20, 16);
+  parallel(threads, ceil_div(N, size), [&](int64_t begin, int64_t end) {
+    (outer.*rows_of[pairs - 1])(begin * size, std::min(N, end * size));
+    if (streamed) end_streaming();
   });
   return 0;
 }

@@ -16,6 +16,7 @@
 #include "parallel.h"
 #include "pattern.h"
 #include "product.h"
+#include "stream.h"
 #include "words.h"
 
 #if defined(__AVX512F__)
@@ -25,7 +26,6 @@ namespace slope {
 constexpr int64_t STEPS = 512;
 constexpr int64_t STRIP = 64;
 constexpr int64_t ROWS_PACKED = 1024;
-constexpr int64_t FEW_STEPS = 64;
 
 // to [steps][16] = words of a[m0 .. m0 + rows, j0 .. j0 + count), zeros past them.
 template <class T> inline void pack_words(uint32_t* to, Matrix<T> a, int64_t m0, int64_t rows, int64_t j0, int count) {
@@ -174,13 +174,13 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
     for (int64_t m0 = 0; m0 == 0 || m0 < M; m0 += SPAN_TOKENS) {
       const int64_t tokens = std::min(SPAN_TOKENS, M - m0), steps = ceil_div(tokens, W::TERMS);
       const bool add = m0 > 0 || (in_place && accumulate);
-      // Few tokens wait for memory.
-      const bool few = steps <= FEW_STEPS, staged = few && in_place && !add;
+      const bool staged = in_place && !add;
       parallel(threads, lines, [&](int64_t begin, int64_t end) {
         for (int64_t l = begin; l < end; l++)
           pack_words(grads + l * steps * 16, grad, m0, tokens, n0 + l * 16, int(std::min<int64_t>(16, rows - l * 16)));
       });
       parallel(threads, strips, [&](int64_t begin, int64_t end) {
+        const bool streamed = whole_lines(dv, kept * sizeof(T));
         // What a strip gives for 16 rows: from here whole cache lines go to dV, where rows may share few places in a cache.
         alignas(64) T stage[16 * STRIP / 2];
         uint32_t* panels = reinterpret_cast<uint32_t*>(own.floats(STRIP * most_steps));  // [STRIP / 16][steps][16]
@@ -196,7 +196,7 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
             const int count = int(std::min<int64_t>(16, rows - l * 16));
             const Bits bits(pattern + (n0 + l * 16) * width + k0 / 8, width, count, width - k0 / 8);
             const uint32_t* g = grads + l * steps * 16;
-            if (few && l + 2 < lines)
+            if (l + 2 < lines)
               for (int r = 32; r < 48; r++) __builtin_prefetch(pattern + (n0 + l * 16 + r) * width + k0 / 8);
             for (int64_t t = 0; t < blocks; t++) {
               const int values = int(std::min<int64_t>(8, (K - k0) / 2 - 8 * t));
@@ -204,7 +204,7 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
               __m512i index[8];
               kept_indices(index, bits.columns(int(t)));
               // The rows are far apart: where the next ones will be stored is asked for now, a cache line each.
-              if (t % line_blocks == 0)
+              if (!(staged && streamed) && t % line_blocks == 0)
                 for (int r = 16; r < 32; r++) {
                   if (in_place)
                     __builtin_prefetch(dv + n0 * kept + at + r * kept, 1);
@@ -232,12 +232,15 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
             if (!staged) continue;
             T* to = dv + (n0 + l * 16) * kept + k0 / 2;
             const int64_t there = std::min(STRIP, K - k0) / 2;
-            if (there == STRIP / 2)
+            if (there == STRIP / 2 && streamed)
+              for (int r = 0; r < count; r++) stream_lines(to + r * kept, stage + r * (STRIP / 2), sizeof(T) * (STRIP / 2));
+            else if (there == STRIP / 2)
               for (int r = 0; r < count; r++) std::memcpy(to + r * kept, stage + r * (STRIP / 2), sizeof(T) * (STRIP / 2));
             else
               for (int r = 0; r < count; r++) std::memcpy(to + r * kept, stage + r * (STRIP / 2), sizeof(T) * there);
           }
         }
+        if (staged && streamed) end_streaming();
       });
       if (failed) return 1;
     }
