@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import functools
@@ -67,6 +68,13 @@ class LinearFacts:
     measured_before: float | None = None
     """Measured seconds of the forward product, on random activations; None unless asked for, and for dense linears."""
     measured_after: float | None = None
+    flops_before: sympy.Expr | None = None
+    """FLOPs of the forward product, in the graph's own symbols where it has some; None where no one matrix is known."""
+    flops_after: sympy.Expr | None = None
+    """With those of an adapter that is on."""
+    moved_before: sympy.Expr | None = None
+    """Bytes that it reads and writes."""
+    moved_after: sympy.Expr | None = None
     break_even: float | None = None
     """Token count above which the rewritten forward product is faster at every count, where there is one."""
 
@@ -74,6 +82,9 @@ class LinearFacts:
     def way_out(self) -> str:
         """What makes it sparse; "" for one that is."""
         return "" if self.sparse else WAYS_OUT[self.reason]
+
+
+_SUMMED = ("bytes", "flops", "moved", "seconds", "measured")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,18 +99,17 @@ class Explanation:
     device: cost.Device | None = None
 
     @property
-    def totals(self) -> dict[str, int | float | None]:
-        """Counts and sums over all linears with a weight of their own."""
-        rows = [f for f in self.linears if f.bytes_before is not None]
-        timed = [f for f in rows if f.seconds_before is not None]
-        return {
-            "linears": len(self.linears),
-            "sparse": sum(f.sparse for f in self.linears),
-            "bytes_before": sum(f.bytes_before or 0 for f in rows),
-            "bytes_after": sum(f.bytes_after or 0 for f in rows),
-            "seconds_before": sum(f.seconds_before or 0.0 for f in timed) if timed else None,
-            "seconds_after": sum(f.seconds_after or 0.0 for f in timed) if timed else None,
-        }
+    def totals(self) -> dict[str, Any]:
+        """Counts, and sums over the linears that have the figure (measured seconds: the sparse ones), None where none
+        has; expressions as text."""
+
+        def total(field: str) -> Any:
+            found = [value for f in self.linears if (value := getattr(f, field)) is not None]
+            return sum(found) if found else None
+
+        counts = {"linears": len(self.linears), "sparse": sum(f.sparse for f in self.linears)}
+        sums = {f"{what}_{when}": total(f"{what}_{when}") for what in _SUMMED for when in ("before", "after")}
+        return counts | {name: str(one) if isinstance(one, sympy.Expr) else one for name, one in sums.items()}
 
     def __str__(self) -> str:
         headers = ["linear", "N x K", "M", "pattern", "density", "W^{R,C}", "bytes", "after", "runs as", "reason"]
@@ -120,23 +130,29 @@ class Explanation:
         total = self.totals
         lines = [tabulate(rows, headers=headers, disable_numparse=True), ""]
         lines.append(f"{total['sparse']} of {total['linears']} linears sparse")
-        lines[-1] += f"; their weights and the dense ones: {total['bytes_before']} -> {total['bytes_after']} bytes"
+        change = f"{total['bytes_before'] or 0} -> {total['bytes_after'] or 0} bytes"
+        lines[-1] += f"; their weights and the dense ones: {change}"
         lines += ways_out(f.reason for f in self.linears if not f.sparse)
+        if total["measured_before"] is not None:
+            change = f"{_micro(total['measured_before'])} -> {_micro(total['measured_after'])} us"
+            lines.append(f"measured forward products of the sparse linears, one after the other: {change}")
         if self.device is not None:
             change = f"{_micro(total['seconds_before'])} -> {_micro(total['seconds_after'])} us"
             if total["seconds_before"] is None and self.device.itemsize is not None:
                 change = f"none, as these peaks are for elements of {self.device.itemsize} bytes"
             lines.append(f"predicted forward products on {self.device.name} (peaks: {self.device.source}): {change}")
+        lines += ["", _costs(self.linears)]
         for number, text in enumerate(self.graphs):
             lines += ["", f"graph {number}", text]
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Everything but the drawing, as JSON."""
+        """Everything as JSON: expressions as text, the drawing as its boxes and the edges between their positions."""
         linears = [dataclasses.asdict(f) | {"reason": f.reason.name, "way_out": f.way_out} for f in self.linears]
         device = None if self.device is None else dataclasses.asdict(self.device)
-        data = {"linears": linears, "totals": self.totals, "device": device, "graphs": self.graphs}
-        return json.dumps(data, indent=2)
+        drawing = {"before": dataclasses.asdict(self.before), "after": dataclasses.asdict(self.after)}
+        data = {"linears": linears, "totals": self.totals, "device": device, "graphs": self.graphs, "drawing": drawing}
+        return json.dumps(data, indent=2, default=str)
 
     def to_svg(self, path: str | Path) -> None:
         """Draw the linears before and after, from top to bottom in the order of the dataflow, alike blocks folded."""
@@ -247,10 +263,21 @@ def _facts(linear: Linear, ranks: dict[str, int], peaks: cost.Device | None, mea
         if measure:
             times = forward_seconds(_example(linear.tokens), forward, values.detach(), pattern, nm)
             facts = dataclasses.replace(facts, measured_before=times[0], measured_after=times[1])
-    if peaks is None or len(facts.shape) != 2 or not peaks.fits(size):
+    if len(facts.shape) != 2:
         return facts
     N, K = facts.shape
-    old, new, even = _predicted(N, K, size, nm, ranks.get(decision.weight, 0), peaks)
+    rank = ranks.get(decision.weight, 0)
+    dense, rewrite = _forward(N, K, size, nm, rank, tokens)
+    facts = dataclasses.replace(
+        facts,
+        flops_before=dense.flops,
+        flops_after=rewrite.flops,
+        moved_before=dense.moved,
+        moved_after=rewrite.moved,
+    )
+    if peaks is None or not peaks.fits(size):
+        return facts
+    old, new, even = _predicted(N, K, size, nm, rank, peaks)
     at = {cost.M: _example(linear.tokens)}
     return dataclasses.replace(
         facts, seconds_before=float(old.subs(at)), seconds_after=float(new.subs(at)), break_even=even
@@ -286,12 +313,33 @@ def _predicted(
     N: int, K: int, size: int, nm: Pattern | None, rank: int, peaks: cost.Device
 ) -> tuple[sympy.Expr, sympy.Expr, float | None]:
     """Times of the dense and of the rewritten forward product in M, and where they cross for good."""
-    old = cost.DenseLayer(N, K, size).dense_forward()
-    if nm is None:
-        return peaks.time(old), peaks.time(old), None
-    new = cost.Layer(N, K, size, nm, rank, double_pruned=False).forward()
-    even = cost.break_even(old, new, peaks)
+    old, new = _forward(N, K, size, nm, rank, cost.M)
+    even = None if nm is None else cost.break_even(old, new, peaks)
     return peaks.time(old), peaks.time(new), None if even is None else float(even)
+
+
+def _forward(
+    N: int, K: int, size: int, nm: Pattern | None, rank: int, tokens: sympy.Expr
+) -> tuple[cost.Cost, cost.Cost]:
+    """The dense forward product, and what becomes of it: the same where it stays dense."""
+    dense = cost.DenseLayer(N, K, size).dense_forward(tokens)
+    return dense, dense if nm is None else cost.Layer(N, K, size, nm, rank, double_pruned=False).forward(tokens)
+
+
+def _costs(linears: Sequence[LinearFacts]) -> str:
+    """The cost of each kind of forward product, as the model of costs has it."""
+    kinds = collections.Counter(
+        (f.shape, f.pattern, f.flops_before, f.flops_after, f.moved_before, f.moved_after)
+        for f in linears
+        if f.flops_before is not None
+    )
+    rows = [
+        (count, "x".join(map(str, shape)), pattern or "-", *(f"{a} -> {b}" for a, b in (flops, moved)))
+        for (shape, pattern, *figures), count in kinds.items()
+        for flops, moved in [(figures[:2], figures[2:])]
+    ]
+    headers = ("linears", "N x K", "pattern", "FLOPs, forward", "bytes read and written")
+    return tabulate(rows, headers=headers, disable_numparse=True)
 
 
 def _example(shape: Sequence[Any]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
 import pytest
 import sympy
@@ -11,8 +13,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import slope_compile as slope
+from graphs import attribute_graph
 from slope_compile import cost
 from slope_compile.cost import Cost, Device, Layer, M
+from slope_compile.kernels import flops
 
 PATTERNS = ("1:2", "2:4", "1:4", "2:8")
 SHAPES = ((16, 24), (64, 16), (40, 136))
@@ -37,6 +41,27 @@ def test_dense_flops(N: int, K: int, shape: tuple[int, ...]) -> None:
     tokens = cost.tokens((*shape, K))
     assert layer.dense_forward().flops.subs(M, tokens) == found["forward"]
     assert layer.dense_training(tokens).flops == found["training"]
+
+
+@pytest.mark.parametrize("backward", ["exact", "double_pruned"])
+@pytest.mark.parametrize("refresh", ["never", "backward"])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_counted_flops_of_the_rewrite(backward: Any, refresh: Any, rank: int) -> None:
+    """PyTorch's counter on a transformed graph, forward and backward, with the formulas for our operators."""
+    N, K, shape = 16, 24, (3, 5)
+    fields = {"backward": backward, "adapter_rank": rank, "column_refresh": refresh}
+    config = slope.SlopeConfig(first_dense=False, heads_dense=False, **fields)
+    graph = slope.transform(attribute_graph(nn.Sequential(nn.Linear(K, N, bias=False)), torch.randn(*shape, K)), config)
+    if rank:
+        slope.set_adapters(graph, True)
+    with FlopCounterMode(display=False, custom_mapping=flops.FORMULAS) as forward:
+        y = graph(torch.randn(*shape, K, requires_grad=True))
+    with FlopCounterMode(display=False, custom_mapping=flops.FORMULAS) as gradients:
+        y.sum().backward()
+    layer, tokens = Layer(N, K, 4, R=rank), sympy.Integer(math.prod(shape))
+    add = 2 * tokens * N if rank else 0  # scale and add, which the counter leaves out
+    assert forward.get_total_flops() == layer.forward(tokens).flops - add
+    assert forward.get_total_flops() + gradients.get_total_flops() == layer.training(tokens).flops - add
 
 
 @pytest.mark.parametrize("rank", [1, 6])

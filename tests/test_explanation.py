@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import slope_compile as slope
 from problems import column_mask
+from recording import fresh_dynamo as fresh_dynamo
 from slope_compile import cost
 from slope_compile.sketch import COLOURS, Mark
 from toy import DENSE, SPARSE, Block, Toy, token_ids, toy
@@ -187,6 +190,36 @@ def test_adapters_are_drawn() -> None:
         assert (b.seconds_after > a.seconds_after) == a.sparse
 
 
+@pytest.mark.parametrize("symbols", [False, True])
+def test_flops_and_bytes_are_those_of_the_cost_model_and_of_pytorch(symbols: bool, fresh_dynamo: None) -> None:
+    model, ids = plain(), token_ids(3, 5)
+    with FlopCounterMode(display=False) as counter:
+        model(ids)
+    counts = counter.get_flop_counts()["Global"]
+    attention = sum(n for op, n in counts.items() if "attention" in str(op) or "bmm" in str(op))
+    if symbols:
+        for dim in (0, 1):
+            torch._dynamo.mark_dynamic(ids, dim)
+    found = slope.explain(model, ids)
+    whole: Any = sum(sympy.sympify(f.flops_before) for f in found.linears)
+    names = sorted(whole.free_symbols, key=str)
+    assert len(names) == 2 * symbols
+    at = dict(zip(names, (3, 5), strict=True)) if symbols else {}
+    assert whole.subs(at) == sum(counts.values()) - attention > 0
+    for f in found.linears:
+        layer = cost.Layer(f.shape[0], f.shape[1], 4)
+        dense, rewrite = layer.dense_forward(), layer.forward() if f.sparse else layer.dense_forward()
+        expressions = (f.flops_before, f.flops_after, f.moved_before, f.moved_after)
+        expected = (dense.flops, rewrite.flops, dense.moved, rewrite.moved)
+        for expression, other in zip(expressions, expected, strict=True):
+            assert sympy.sympify(expression).subs(at) == other.subs(cost.M, 15)
+        assert f"{f.flops_before} -> {f.flops_after}" in str(found)
+        assert f"{f.moved_before} -> {f.moved_after}" in str(found)
+    totals, linears = found.totals, json.loads(found.to_json())["linears"]
+    assert totals["flops_before"] == str(whole)
+    assert [row["moved_after"] for row in linears] == [str(f.moved_after) for f in found.linears]
+
+
 def test_text_and_json() -> None:
     found = slope.explain(plain(), token_ids(3, 5), device="H100-SXM")
     text = str(found)
@@ -196,6 +229,12 @@ def test_text_and_json() -> None:
     data = json.loads(found.to_json())
     assert [row["path"] for row in data["linears"]] == [f.path for f in found.linears]
     assert data["totals"] == found.totals
+    for side, sketch in (("before", found.before), ("after", found.after)):
+        drawn = data["drawing"][side]
+        assert [(m["path"], m["kind"], m["times"]) for m in drawn["marks"]] == [
+            (m.path, m.kind, m.times) for m in sketch.marks
+        ]
+        assert [tuple(edge) for edge in drawn["edges"]] == list(sketch.edges)
     assert data["linears"][1]["seconds_before"] is None, "the sheet's peaks hold for 16 bits only"
     assert slope.explain(plain(torch.bfloat16), token_ids(), device="H100-SXM").linears[1].seconds_before is not None
 
@@ -240,7 +279,15 @@ def test_errors() -> None:
 def test_measured_times() -> None:
     """Sparse linears are timed when asked, and only then."""
     model, ids = plain(), token_ids()
-    for f in slope.explain(model, ids, measure=True).linears:
+    found = slope.explain(model, ids, measure=True)
+    for f in found.linears:
         assert (f.measured_before is not None) == (f.measured_after is not None) == f.sparse
         assert not f.sparse or 0 < (f.measured_after or 0) < 1
-    assert all(f.measured_before is None for f in slope.explain(model, ids).linears)
+    for when in ("before", "after"):
+        times = [getattr(f, f"measured_{when}") for f in found.linears if f.sparse]
+        assert found.totals[f"measured_{when}"] == pytest.approx(sum(times))
+    assert "measured forward products of the sparse linears" in str(found)
+    without = slope.explain(model, ids)
+    assert all(f.measured_before is None for f in without.linears)
+    assert without.totals["measured_before"] is without.totals["measured_after"] is None
+    assert "measured" not in str(without)
