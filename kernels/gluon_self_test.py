@@ -1,8 +1,10 @@
 """Whether a Gluon kernel can be trusted on a device: it is run there on numbers with one answer before anything else.
 
 Inputs are -1, 0 and 1, so that every float32 sum is exact and the rounded result must be equal to the last bit.  Each
-of the six patterns of a group comes to lie in every register of every lane.  The fragments and descriptors in the
-assembly were derived from manuals; a device that reads them otherwise is noticed here, and the kernel is not chosen.
+of the six patterns of a group comes to lie in every register of every lane.  A second time there are rows of zeros, an
+infinity and a NaN among the weights, which must arrive in their outputs and nowhere else.  The fragments and
+descriptors in the assembly were derived from manuals; a device that reads them otherwise is noticed here, and the
+kernel is not chosen.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from slope_compile.kernels import gluon_products, reference
 from slope_compile.kernels.gluon_configs import Config, MmaSp
-from slope_compile.kernels.gpu_self_test import _mask, _numbers
+from slope_compile.kernels.gpu_self_test import _mask, _numbers, equal, unusual
 from slope_compile.kernels.metadata import pack_mask
 from slope_compile.log import log
 
@@ -74,15 +76,15 @@ def _right(
         sizes = ((N, K // 2, 7), (M, K, 5), (M, R, 7), (N, R, 5), (1, N, 5))
         values, x, t, b, bias = (_numbers(*size).to(device, dtype) for size in sizes)
         given, low_rank = bias[0] if has_bias else None, (t, b) if R else None
-        # Freed at once, so that a result that nobody writes is this rather than the one of the run before.
-        torch.full((M, N), torch.nan, device=device, dtype=dtype)
-        if isinstance(config, MmaSp):
-            result = gluon_products.mma_sp(x, values, pattern, given, low_rank, config, splits)
-        else:
-            result = gluon_products.wgmma_sp(x, values, pattern, given, low_rank, config, splits)
-        truth = reference.forward(x.double(), values.double(), pattern, None, 2, 4) + t.double() @ b.double().t()
-        return _equal(result, truth + bias[0].double() if has_bias else truth)
+        update = t.double() @ b.double().t() + (bias[0].double() if has_bias else 0)
 
+        def right(kept: Tensor) -> bool:
+            # Freed at once, so that a result that nobody writes is this rather than the one of the run before.
+            torch.full((M, N), torch.nan, device=device, dtype=dtype)
+            if isinstance(config, MmaSp):
+                result = gluon_products.mma_sp(x, kept, pattern, given, low_rank, config, splits)
+            else:
+                result = gluon_products.wgmma_sp(x, kept, pattern, given, low_rank, config, splits)
+            return equal(result, reference.forward(x.double(), kept.double(), pattern, None, 2, 4) + update)
 
-def _equal(result: Tensor, truth: Tensor) -> bool:
-    return torch.equal(result, truth.to(result.dtype))
+        return right(values) and right(unusual(values))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gluon_cpu import Executor
 from problems import Shape, draw, draw_mask, kept, packed
-from slope_compile.kernels import few_self_test, few_tokens
+from slope_compile.kernels import few_self_test, few_tokens, gpu_self_test
 from slope_compile.kernels.few_tokens import FewTokens
 from slope_compile.pattern import Pattern
 from tolerances import assert_no_worse_than_dense
@@ -129,11 +129,24 @@ def test_the_self_test_notices_a_wrong_kernel(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     right = few_tokens.forward
-    monkeypatch.setattr(few_tokens, "forward", lambda *given: right(*given).roll(1))
+    for fault in (lambda result: result.roll(1), torch.nan_to_num):
+        monkeypatch.setattr(few_tokens, "forward", lambda *given, fault=fault: fault(right(*given)))
+        few_self_test.passes.cache_clear()
+        caplog.clear()
+        assert not few_self_test.passes(DEVICE, torch.float16, CASES[0][1], 1)
+        assert str(CASES[0][1]) in caplog.text
     few_self_test.passes.cache_clear()
-    assert not few_self_test.passes(DEVICE, torch.float16, CASES[0][1], 1)
-    assert str(CASES[0][1]) in caplog.text
-    few_self_test.passes.cache_clear()
+
+
+def test_the_self_test_meets_every_pattern_in_every_place_of_a_lane() -> None:
+    """Output and group of a step, as the lanes hold them, and pattern."""
+    for tokens, config in CASES:
+        step = 32 * config.WK * config.EACH
+        codes = gpu_self_test._mask(few_self_test.N, 4 * (2 * step + 8)).view(few_self_test.N, -1, 4).long()
+        codes = codes @ torch.tensor([1, 2, 4, 8])
+        row, group = torch.arange(few_self_test.N)[:, None] % config.ROWS, torch.arange(codes.shape[1]) % step
+        places = (row * step + group) * 16 + codes
+        assert len(places.unique()) == 6 * config.ROWS * step, tokens
 
 
 @pytest.mark.parametrize(

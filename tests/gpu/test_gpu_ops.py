@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -104,9 +106,22 @@ def test_the_self_test_passes(dtype: torch.dtype) -> None:
 def test_the_self_test_notices_a_wrong_kernel(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    right = triton_products.grad_weight
-    monkeypatch.setattr(triton_products, "grad_weight", lambda *a: right(*a).roll(1))
-    gpu_self_test.passes.cache_clear()
-    assert not gpu_self_test.passes(torch.device(DEVICE), torch.float32)
-    assert "grad_weight" in caplog.text
+    products = {name: getattr(triton_products, name) for name in ("forward", "grad_input", "grad_weight")}
+
+    def leaking(result: Tensor) -> Tensor:
+        """Where there is a NaN, there are more."""
+        return result * torch.nan if bool(result.isnan().any()) else result
+
+    faults: tuple[tuple[str, Callable[[Tensor], Tensor], str], ...] = (
+        ("grad_weight", lambda result: result.roll(1), "grad_weight"),
+        ("forward", leaking, "forward of what is not finite"),
+    )
+    for name, fault, said in faults:
+        with monkeypatch.context() as patch:
+            right = products[name]
+            patch.setattr(triton_products, name, lambda *given, right=right, fault=fault: fault(right(*given)))
+            gpu_self_test.passes.cache_clear()
+            caplog.clear()
+            assert not gpu_self_test.passes(torch.device(DEVICE), torch.float32)
+            assert said in caplog.text
     gpu_self_test.passes.cache_clear()

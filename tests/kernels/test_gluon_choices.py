@@ -131,6 +131,17 @@ def test_results_that_nobody_wrote_are_noticed(monkeypatch: pytest.MonkeyPatch) 
     assert not gluon_self_test.passes(CPU, BF16, MMA_SP[0])
 
 
+def test_a_kernel_that_hides_what_is_not_finite_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor = Executor("gluon_mma_sp")
+    monkeypatch.setattr(gluon_products, "_kernels", lambda: executor)
+    right = gluon_products.mma_sp
+    monkeypatch.setattr(gluon_products, "mma_sp", lambda *given: right(*given).nan_to_num(0.0))
+    assert not gluon_self_test.passes(CPU, BF16, MMA_SP[0])
+    assert "is wrong" in caplog.text
+
+
 def places(rows: int, columns: int) -> set[tuple[int, int, int]]:
     """Row of 16, group of 16 and pattern, as they meet in a self-test's mask."""
     codes = gpu_self_test._mask(rows, columns).view(rows, columns // 4, 4).long() @ torch.tensor([1, 2, 4, 8])
