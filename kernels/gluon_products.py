@@ -1,7 +1,7 @@
 """Products on the 2:4 sparse tensor cores, called with tensors: 2:4, bfloat16 and float16, CUDA devices.
 
-Nothing here decides whether they should be used: ``gluon_choices`` names those that are right on a device, for something
-to measure and choose from, and ``gpu_rules`` takes one where a table of measurements says so.
+Nothing here decides whether they should be used: ``gluon_choices`` names those that are right on a device, for
+something to measure and choose from, and ``gpu_rules`` takes one where a table of measurements says so.
 
 Both kernels compute ``Y = X W^T + T B^T + bias`` from the stored weights, and so does anything of that form: with
 ``(dY, values, pattern)`` of the transposed double-pruned weight they compute its input gradient.
