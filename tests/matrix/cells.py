@@ -381,6 +381,7 @@ def _watch_caches(module: Any) -> list[str]:
     """What kind of cache each call of the model gets from here on."""
     caches, forward = [], module.forward
 
+    @functools.wraps(forward)  # generate() goes by the signature
     def watched(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs["past_key_values"]
         caches.append(type(getattr(cache, "self_attention_cache", cache)).__name__)
