@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from slope_compile import __version__
 from slope_compile.kernels import cpu_build, cpu_library, cpu_tuning, gpu_ops, gpu_tuning, triton_products
-from slope_compile.lowering import lowering
+from slope_compile.lowering import EXPANDED, lowering
 from slope_compile.pattern import Pattern
 
 HEADERS = ("product", "dtype", *map(str, cpu_tuning.TOKENS))
@@ -34,14 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
     library = cpu_library.load()
     say = sys.stdout.write
     say(tabulate([*_packages(), *_cpu(library), *_gpus()], tablefmt="plain") + "\n")
-    devices = [torch.device("cpu")] if library is not None else []
-    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    for device in devices:
+    for device in (torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))):
         where = "CPU" if device.type == "cpu" else f"GPU {device.index}, N = K = {SIZE}"
         say(f"\n{where}, by tokens: 2:4 kernel, or a dense product with the expanded weight\n")
         say(tabulate(list(_choices(device)), headers=HEADERS) + "\n")
-    if devices:
-        say("\nPatterns other than 2:4 have no kernels: the weight is expanded and the product is dense.\n")
+    say("\nOther patterns and dtypes have no kernels: the weight is expanded and the product is dense.\n")
     return 0
 
 
@@ -69,11 +66,13 @@ def _cpu(library: cpu_library.CpuLibrary | None) -> Iterator[tuple[str, object]]
 def _gpus() -> Iterator[tuple[str, object]]:
     if not torch.cuda.is_available():
         built = torch.version.cuda is not None or torch.version.hip is not None
-        yield "GPU", "none that PyTorch can use" if built else "none: this PyTorch is built for CPUs only"
+        advice = "for an NVIDIA GPU install a build with CUDA (pytorch.org)"
+        yield "GPU", "none that PyTorch can use" if built else f"none: this PyTorch is built for CPUs only; {advice}"
         return
     lt = torch.backends.cusparselt
     version = lt.version() if lt.is_available() else None
-    yield "cuSPARSELt", "not in this PyTorch" if version is None else f"{version} (taken where tuning found it fastest)"
+    absent = "not in this PyTorch; its builds with CUDA for Linux have it"
+    yield "cuSPARSELt", absent if version is None else f"{version} (taken where tuning found it fastest)"
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         major, minor = torch.cuda.get_device_capability(device)
@@ -97,4 +96,11 @@ def _choices(device: torch.device) -> Iterator[tuple[str, ...]]:
     for name, dtype in dtypes.items():
         for op in cpu_tuning.OPS:
             ways = [lowering(op, M, SIZE, SIZE, dtype, device, Pattern(2, 4)) for M in cpu_tuning.TOKENS]
-            yield (op, name, *("2:4" if way.startswith("2:4") else "dense" for way in ways))
+            yield (op, name, *(_short(way, device) for way in ways))
+
+
+def _short(way: str, device: torch.device) -> str:
+    """On a CPU there is one kind of kernel, on a GPU the table names it."""
+    if way == EXPANDED:
+        return "dense"
+    return "2:4" if device.type == "cpu" else way.removeprefix("2:4 kernel, ").removeprefix("Gluon ")

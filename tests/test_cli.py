@@ -48,7 +48,11 @@ def test_doctor_without_a_library(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr("slope_compile.kernels.cpu_library.load", lambda: None)
     monkeypatch.setattr("slope_compile.kernels.cpu_build.find_compiler", lambda: None)
     assert cli.main(["doctor"]) == 0
-    assert "none: install g++ 11" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "none: install g++ 11" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("forward ")]
+    assert {row[1] for row in rows} == set(cpu_tuning.DTYPES)
+    assert {cell for row in rows for cell in row[2:]} == {"dense"}, "what each dtype gets without kernels"
     assert cli.main(["tune"]) == 1
     assert "no CPU kernels to measure" in capsys.readouterr().err
 
@@ -159,6 +163,37 @@ def test_tune_of_a_gpu(own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert cli.main(["tune", "--device", "cuda:0"]) == 1
     assert "Triton is not installed" in capsys.readouterr().err
     gpu_tuning.load.cache_clear()
+
+
+def test_doctor_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "install triton" in str(dict(doctor._packages())["Triton"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert "install a build with CUDA" in str(dict(doctor._gpus())["GPU"])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert dict(doctor._gpus())["GPU"] == "none that PyTorch can use"
+
+
+def test_doctor_names_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    ways = {"float16": "2:4 kernel, Triton", "bfloat16": "2:4 kernel, Gluon wgmma.sp"}
+    monkeypatch.setattr(
+        doctor, "lowering", lambda op, M, N, K, dtype, *_: ways.get(str(dtype)[6:], "dense with expanded weight")
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_ops, "missing", lambda device: None)
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for part in ("NVIDIA H200, compute capability 9.0", "cuSPARSELt", "builds with CUDA for Linux", "GPU 0 kernels"):
+        assert part in text
+    gpu = text.split("GPU 0, N = K")[1]
+    rows = {line.split()[1]: set(line.split()[2:]) for line in gpu.splitlines() if line.startswith("forward ")}
+    assert (rows["float16"], rows["bfloat16"]) == ({"Triton"}, {"wgmma.sp"})
 
 
 def test_doctor_says_whose_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
