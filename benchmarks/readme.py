@@ -61,7 +61,8 @@ def _benchmark(found: list[Record]) -> str:
     if rows := select.ok(found, "train"):
         parts.append(f"Training state (weights, metadata, gradients, moments).\n\n{tables.memory(rows, _FORM)}")
     if rows := select.ok(found, "compile"):
-        parts.append(f"Time of the passes in `torch.compile`, prepared models.\n\n{tables.compilation(rows, _FORM)}")
+        title = f"Time of the passes in `torch.compile`, prepared models: {tables.compilation_goals(rows)}."
+        parts.append(f"{title}\n\n{tables.compilation(rows, _FORM)}")
     parts += [f"{title}\n\n{table}" for title, table in gpu_report.sections(found, _FORM, whole=False)]
     if failures := select.failed(found):
         parts.append(f"Failed: {', '.join(record['case'] for record in failures)}.")

@@ -10,6 +10,8 @@ from benchmarks import select
 from benchmarks.records import Record
 
 _THROUGHPUT = ("train", "decode")
+SHARE = 0.02
+"""Goal: what the passes may take of a whole compilation."""
 
 
 def report(records: Sequence[Record]) -> str:
@@ -30,7 +32,7 @@ def report(records: Sequence[Record]) -> str:
     if rows := select.ok(records, "train"):
         parts.append(f"Training state\n{memory(rows)}")
     if rows := select.ok(records, "compile"):
-        parts.append(f"Time of the passes\n{compilation(rows)}")
+        parts.append(f"Time of the passes: {compilation_goals(rows)}\n{compilation(rows)}")
     parts += [f"{title}\n{table}" for title, table in gpu_report.sections(records, "simple", whole=True)]
     if rows := select.failed(records):
         parts.append(f"Failed\n{failures(rows)}")
@@ -147,6 +149,20 @@ def compilation(records: Iterable[Record], form: str = "simple") -> str:
         )
     headers = ["model", "nodes", "sparse linears", "passes, s", "ms a node", "forward + backward compiled, s", "share"]
     return in_columns(rows, headers, form)
+
+
+def compilation_goals(records: Sequence[Record]) -> str:
+    """The two goals beside what was measured: the share of the passes, and that they are linear in the nodes."""
+    parts = []
+    for record in (r for r in records if "compilation" in r["seconds"]):
+        share = record["seconds"]["passes"]["median"] / record["seconds"]["compilation"]["median"]
+        verdict = "met" if share < SHARE else "missed"
+        parts.append(f"share in {record['facts']['model']} {share:.1%} (goal: under {SHARE:.0%}, {verdict})")
+    each = {r["facts"]["nodes"]: r["seconds"]["passes"]["median"] / r["facts"]["nodes"] for r in records}
+    if len(each) > 1:
+        small, large = min(each), max(each)
+        parts.append(f"a node of {large:,} takes {each[large] / each[small]:.2f} times as long as one of {small:,}")
+    return "; ".join(parts)
 
 
 def failures(records: Iterable[Record]) -> str:

@@ -104,6 +104,15 @@ def test_tables(tmp_path: Path) -> None:
     assert decode[4:] == ["50.0", "100.0", "2.00 (2.00-2.00)", "1.60 (1.60-1.60)"]
     (passes,) = cells(tables.compilation(select.ok(found, "compile"), "github"))[2:]
     assert passes == ["llama-l2", "200", "11", "0.10", "0.50", "20.0", "0.5%"]
+    (record,) = select.ok(found, "compile")
+    assert tables.compilation_goals([record]) == "share in llama-l2 0.5% (goal: under 2%, met)"
+    deeper = {
+        "facts": {**record["facts"], "model": "llama-l8", "nodes": 800},
+        "seconds": {"passes": {"median": 0.6}, "compilation": {"median": 20.0}},
+    }
+    goals = tables.compilation_goals([deeper, record])
+    assert "llama-l8 3.0% (goal: under 2%, missed)" in goals
+    assert goals.endswith("a node of 800 takes 1.50 times as long as one of 200")
     assert select.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
 
 
