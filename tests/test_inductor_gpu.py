@@ -157,6 +157,22 @@ def call(model: nn.Module, M: int, N: int, K: int, **arguments: Any) -> Any:
     return compiled(model, **arguments)(x, residual)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_bias_activation_and_residual_run_inside_the_product(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the option of that name, Inductor's, switches it off; the bias is the product's own."""
+
+    def infer() -> None:
+        with torch.no_grad():
+            options = {} if fused else {"epilogue_fusion": False}
+            call(One(64, 96), 48, 64, 96, compiler="inductor", options=options)
+
+    (program,) = programs(monkeypatch, infer)
+    assert program.products == Counter({"forward": 1})
+    assert len(program.kernels) == (1 if fused else 2)
+    (product,) = (name for name, text in program.kernels.items() if "def forward_sums(" in text)
+    assert ("relu" in product) == ("add" in product) == fused
+
+
 @pytest.mark.parametrize("way", ["triton", "mma_sp", "cusparselt", "expanded"])
 def test_a_training_step_can_be_a_cuda_graph(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is computed anywhere else, whatever the rules choose; stored column patterns are refreshed outside."""
