@@ -47,8 +47,11 @@ def arch(device: torch.device) -> int | None:
 
 
 def precision() -> str:
-    """How float32 is multiplied: TF32 where PyTorch's own products may use it, IEEE otherwise.  16 bits ignore it."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How float32 is multiplied: TF32 where PyTorch's own products may use it, IEEE otherwise.  16 bits ignore it.
+
+    Asked in the way that answers to each of PyTorch's switches; ``allow_tf32`` raises where the newer ones were used.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def forward(

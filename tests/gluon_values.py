@@ -60,7 +60,9 @@ class Value:
 def _dtype_of(number: Any) -> torch.dtype:
     if isinstance(number, bool):
         return torch.bool
-    return torch.int32 if isinstance(number, int) else torch.float32
+    if isinstance(number, int):
+        return torch.int32 if -(1 << 31) <= number < 1 << 31 else torch.int64  # as Triton takes arguments
+    return torch.float32
 
 
 def _operation(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:

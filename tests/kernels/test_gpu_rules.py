@@ -47,3 +47,31 @@ for name in gpu_ops.IMPLEMENTATIONS:
 assert not torch.cuda.is_initialized()
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
+
+
+SWITCHES = {
+    "pass": "ieee",
+    "torch.set_float32_matmul_precision('high')": "tf32",
+    "torch.backends.cuda.matmul.allow_tf32 = True": "tf32",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.cuda.matmul.fp32_precision = 'ieee'; torch.backends.fp32_precision = 'tf32'": "ieee",
+    "torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cuda.matmul.fp32_precision = 'ieee'": "ieee",
+}
+"""How float32 products are told to use TF32 or not, one state of a process each -> what ours do."""
+
+
+def test_float32_is_multiplied_as_pytorch_is_told_to() -> None:
+    code = """
+import os, sys, torch
+from slope_compile.kernels import triton_products
+for switch, expected in eval(sys.argv[1]).items():
+    child = os.fork()
+    if not child:
+        exec(switch)
+        found = triton_products.precision()
+        print(switch, found, flush=True)
+        os._exit(found != expected)
+    assert os.waitpid(child, 0)[1] == 0, switch
+"""
+    subprocess.run([sys.executable, "-c", code, repr(SWITCHES)], check=True, timeout=600)
