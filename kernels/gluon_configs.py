@@ -25,6 +25,9 @@ class MmaSp:
     """Warps along tokens."""
     stages: int
     """Blocks of 64 in_features in shared memory at a time; 3 or more."""
+    registers: int | None = None
+    """Most of a thread.  Without a number ptxas aims at as many programs a multiprocessor as shared memory allows, and
+    in some of its releases spills for their sake."""
 
     def __str__(self) -> str:
         return f"mma_sp_{self.BM}x{self.BN}_w{self.WM}x{self.WN}"
@@ -97,8 +100,8 @@ MMA_SP = (
     MmaSp(1, 4, 2, 1, 6),
     MmaSp(2, 4, 2, 1, 6),
     MmaSp(2, 4, 4, 1, 4),
-    MmaSp(2, 2, 4, 2, 5),
-    MmaSp(2, 4, 8, 1, 4),
+    MmaSp(2, 2, 4, 2, 5, registers=255),
+    MmaSp(2, 4, 8, 1, 4, registers=255),
     MmaSp(2, 4, 8, 2, 3),  # 4 stages are more shared memory than sm_120 has
 )
 """bfloat16 and float16; in the order of the tokens they are meant for."""

@@ -120,7 +120,7 @@ def mma_sp(
             M, N, K, R, 2 * rows.stride(0), -(-K // 8), per_split,
             MT=config.MT, WN=config.WN, NT=config.NT, WM=config.WM, STAGES=config.stages,
             FP16=x.dtype is torch.float16, HAS_BIAS=bias is not None and splits == 1, HAS_LOW_RANK=R > 0,
-            PIECE=piece, num_warps=config.warps,
+            PIECE=piece, num_warps=config.warps, maxnreg=config.registers,
         )  # fmt: skip
         if splits > 1:
             _add_up(parts, bias, y)

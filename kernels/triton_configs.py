@@ -49,7 +49,7 @@ HALF = {
         Config(128, 64, 128, 8, 3, aligned_only=True),
     ),
     "grad_weight": (
-        Config(32, 64, 64, 4, 3),
+        Config(32, 64, 64, 8, 3),
         Config(64, 64, 128, 8, 3),
         Config(32, 128, 128, 8, 3),
         Config(64, 128, 128, 8, 3, aligned_only=True),

@@ -56,6 +56,8 @@ class Result:
     """Loads of 16 bytes from global memory."""
     narrow: int
     """Of 8 bytes or fewer."""
+    flushing: int = 0
+    """Instructions that take subnormal numbers for zeros."""
 
     def problems(self, build: Build) -> list[str]:
         """What makes the kernel unacceptable."""
@@ -64,6 +66,8 @@ class Result:
             found.append(f"{self.spills} spills")
         if self.shared > SHARED_MEMORY[build.arch] // 8:
             found.append(f"{self.shared} bytes of shared memory: too few programs fit a multiprocessor")
+        if self.flushing:
+            found.append(f"{self.flushing} instructions flush subnormal numbers")
         # Values and tokens in pieces of 16 bytes; the pattern is one word of each row and lane.
         if build.aligned and not self.wide:
             found.append("no load is 16 bytes wide")
@@ -107,6 +111,7 @@ def compile_offline(build: Build) -> Result:
         shared=compiled.metadata.shared,
         wide=sum(".128" in load for load in loads),
         narrow=sum(".128" not in load for load in loads),
+        flushing=len(re.findall(r"\.FTZ\b", code)),
     )
 
 

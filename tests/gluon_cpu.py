@@ -158,7 +158,7 @@ class _Launcher:
     kernel: Callable[..., None]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int, **constants: Any) -> None:
+        def launch(*args: Any, num_warps: int, maxnreg: int | None = None, **constants: Any) -> None:
             if "WN" in constants:
                 assert num_warps == constants["WN"] * constants.get("WM", 1) * constants.get("WK", 1)
             given = [_argument(arg) for arg in args]

@@ -170,7 +170,7 @@ def compile_offline(build: Build) -> Result:
     compiled = triton.compile(
         GluonASTSource(kernel, signature, build.constants(), attributes),
         target=GPUTarget("cuda", build.arch, 32),
-        options={"num_warps": 4 if c is None else c.warps},
+        options={"num_warps": 4 if c is None else c.warps, "maxnreg": c.registers if isinstance(c, MmaSp) else None},
     )
     code, usage = _disassembled(compiled.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
     ptx = compiled.asm["ptx"]

@@ -39,7 +39,12 @@ def test_the_script_compiles_every_configuration_everywhere() -> None:
 
 @pytest.mark.parametrize(
     ("change", "problem"),
-    [({"spills": 3}, "3 spills"), ({"shared": 1 << 20}, "shared memory"), ({"wide": 0}, "16 bytes wide")],
+    [
+        ({"spills": 3}, "3 spills"),
+        ({"shared": 1 << 20}, "shared memory"),
+        ({"wide": 0}, "16 bytes wide"),
+        ({"flushing": 2}, "2 instructions flush"),
+    ],
 )
 def test_problems_are_named(change: dict[str, int], problem: str) -> None:
     good = Result(spills=0, registers=100, shared=64, wide=12, narrow=4)
