@@ -146,6 +146,7 @@ def _draw(parts: list[str], title: str, drawn: Sketch, left: float) -> tuple[flo
     for i, mark in enumerate(drawn.marks):
         x, y = middle[i]
         box = f'x="{x - wide[i] / 2:.1f}" y="{y - HEIGHT / 2}" width="{wide[i]:.1f}" height="{HEIGHT}"'
+        parts.append(f'<rect {box} rx="5" fill="white"/>')  # hides the edges that pass below
         parts.append(f'<rect class="node" {box} rx="5" fill="{COLOURS[mark.kind]}" fill-opacity="0.75"/>')
         parts.append(f'<text x="{x:.1f}" y="{y + 4}" text-anchor="middle">{escape(mark.label)}</text>')
     return width, 60.0 + len(layers) * ROW

@@ -163,6 +163,27 @@ def test_repeated_blocks_are_folded(tmp_path: Path) -> None:
     assert len(list(root.iter(f"{SVG}line"))) == len(found.before.edges) + len(found.after.edges)
 
 
+def test_boxes_of_a_deep_model_with_adapters_stay_apart(tmp_path: Path) -> None:
+    model = deep(12)
+    slope.sparsify_(model, slope.SlopeConfig(adapter_rank=2))
+    slope.set_adapters(model, True)
+    found = slope.explain(model, token_ids())
+    found.to_svg(tmp_path / "graph.svg")
+    root = ET.parse(tmp_path / "graph.svg").getroot()
+    boxes = [
+        tuple(float(e.get(side, "")) for side in ("x", "y", "width", "height"))
+        for e in root.iter(f"{SVG}rect")
+        if e.get("class") == "node"
+    ]
+    assert len(boxes) == len(found.before.marks) + len(found.after.marks) < 50
+    for i, (x, y, width, height) in enumerate(boxes):
+        assert x >= 0
+        assert x + width <= float(root.get("width", ""))
+        assert y + height <= float(root.get("height", ""))
+        for left, top, wide, high in boxes[:i]:
+            assert x + width < left or left + wide < x or y + height < top or top + high < y
+
+
 def test_edges_follow_the_dataflow() -> None:
     found = slope.explain(plain(), token_ids()).after
     names = [m.path for m in found.marks]
