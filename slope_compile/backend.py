@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from slope_compile._dynamo import avoid_dangling_guards, working_copy
+from slope_compile._dynamo import avoid_dangling_guards, origin, working_copy
 from slope_compile._inductor import compile_graph
 from slope_compile.columns import StoredColumns, before_training_forward
 from slope_compile.dense_weights import DynamoWeights
 from slope_compile.errors import ConfigError
+from slope_compile.kernels import ops
 from slope_compile.log import log
 from slope_compile.options import BackendOptions, parse_options
+from slope_compile.outside import without_product
 from slope_compile.passes.context import Context
 from slope_compile.passes.pipeline import run_passes
 from slope_compile.pattern import Pattern
@@ -54,6 +56,8 @@ def slope(
     columns = _prepared_columns(context, weights)
     weights.commit(prepared=any(decision.reason is Reason.PREPARED for decision in context.report))
     _log(context.report)
+    if not len(context.report):
+        _find_lone_weights(graph_module)
     inputs = [*example_inputs, *weights.extra]
     graph_module.recompile()
     compiled = compile_graph(graph_module, inputs, parsed.compiler, parsed.patches)
@@ -114,6 +118,14 @@ def _check_agreement(options: BackendOptions, report: Report) -> None:
                 f"option {field!r} is {wanted!r}, but {other.weight!r} was prepared by sparsify_ with "
                 f"{getattr(other, field)!r}; set it in the SlopeConfig given to sparsify_ and leave it out here"
             )
+
+
+def _find_lone_weights(graph_module: GraphModule) -> None:
+    """A graph without linears has no use for a prepared weight, unless Dynamo left its product to Python."""
+    for node in graph_module.graph.find_nodes(op="call_function", target=ops.expand):
+        source = node.args[0]
+        found = origin(source) if isinstance(source, Node) else None
+        without_product(str(source) if found is None else found.layer)
 
 
 def _log(report: Report) -> None:

@@ -46,6 +46,18 @@ def in_python(place: Place) -> None:
     )  # fmt: skip
 
 
+def without_product(path: str) -> None:
+    """Called for a graph that expands a weight and has no product: what Dynamo leaves to Python around it multiplies.
+
+    One graph serves all blocks that are alike, so nothing is said twice.
+    """
+    log.warning(
+        "compiled call: the prepared layer %r (and its like in other blocks) multiplies in Python, outside of every "
+        "graph, with its weight expanded; %s",
+        path, WAYS_OUT[Reason.EAGER],
+    )  # fmt: skip
+
+
 def _in_compiled_call() -> bool:
     """Whether something that ``torch.compile`` returned is running, further out.
 

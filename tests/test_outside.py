@@ -7,6 +7,8 @@ import logging
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import slope_compile as slope
 from masked import assert_same_gradients, every_entry, masked_copy, masks_of
@@ -63,6 +65,26 @@ def test_the_way_out_is_one(caplog: pytest.LogCaptureFixture, monkeypatch: pytes
     reference = masked_copy(dense, masks_of(model), every_entry)
     assert_same(logits, step(reference, ids))
     assert_same_gradients(model, reference)
+
+
+class Reads(nn.Module):
+    """Multiplies with a layer's weight, or hands it out as a function that Dynamo leaves to Python would get it."""
+
+    def __init__(self, layer: nn.Linear, multiplies: bool) -> None:
+        super().__init__()
+        self.layer, self.multiplies = layer, multiplies
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.layer.weight) if self.multiplies else self.layer.weight
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_graph_with_the_weight_and_without_its_product(multiplies: bool, caplog: pytest.LogCaptureFixture) -> None:
+    layer = prepared(toy()).get_submodule("blocks.1.up")
+    assert isinstance(layer, nn.Linear)
+    reads, x = Reads(layer, multiplies), torch.randn(3, 16, dtype=torch.float64)
+    assert_same(compiled(reads)(x).detach(), reads(x).detach())
+    assert named(caplog) == ([] if multiplies else ["layer"])
 
 
 def test_eager_runs_and_reading_weights_are_no_news(caplog: pytest.LogCaptureFixture) -> None:

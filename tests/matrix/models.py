@@ -44,6 +44,8 @@ class Model:
     the release of torch is one whose Dynamo takes that place into a graph."""
     apart: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     """Mode -> paths of blocks, as a regular expression, that are compiled one by one there, and why."""
+    left: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Mode -> paths of linears, as a regular expression, that Dynamo of torch 2.11 leaves to Python there."""
     partial: str = ""
     """Why the model is not one graph, where it is not."""
 
@@ -228,6 +230,7 @@ MODELS = (
         "encoder", "`nn.TransformerEncoder`", torch_models.Encoder, torch_models.tokens,
         {"encoder.layers.0.self_attn.in_proj_weight": FIRST, "head": HEAD},
         middle=r"encoder\.layers\.\d+\.self_attn", blocks=r"encoder\.layers\.\d+",
+        left={"breaks": r".*\.self_attn\..*"},
         skipped={"generate": _NO_GENERATE},
     ),
     Model(
