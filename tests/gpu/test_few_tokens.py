@@ -168,3 +168,19 @@ def test_what_it_can_do() -> None:
     assert few_tokens.unsupported((8, 0), torch.bfloat16, 5, 48) is None
     assert all(c.EACH == 4 for c in few_tokens.configurations(1, 48))
     assert few_tokens.configurations(3, 64)[0] == few_tokens.CONFIGS[4][0]
+
+
+@pytest.mark.gpu
+@both_dtypes
+def test_a_cuda_graph_holds_it_on_any_stream(dtype: torch.dtype) -> None:
+    p = draw(TWO_FOUR, Shape((3,), 72, 112), dtype)
+    x, values, pattern = (t.to(DEVICE) for t in (p.x.contiguous(), p.values, p.pattern))
+    few_tokens.forward(x, values, pattern)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = few_tokens.forward(x, values, pattern)
+    for _ in range(3):
+        x.copy_(torch.randn(3, 448).to(dtype))
+        expected = few_tokens.forward(x, values, pattern)
+        graph.replay()
+        assert torch.equal(out, expected)

@@ -300,3 +300,46 @@ def test_zero_sizes(kernel: str, M: int, N: int, K: int) -> None:
 def test_the_smallest_configurations_are_of_their_kernels() -> None:
     assert isinstance(SMALLEST["mma_sp"], MmaSp)
     assert isinstance(SMALLEST["wgmma_sp"], WgmmaSp)
+
+
+@pytest.mark.gpu
+@both_dtypes
+@both_kernels
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_cuda_graph_holds_it(kernel: str, splits: int, dtype: torch.dtype) -> None:
+    """Also sums that several programs share, whose parts are the graph's own memory; the pattern is staged."""
+    p = draw(TWO_FOUR, Shape((9,), 72, 112), dtype)
+    x, values, pattern, bias = map(on_device, (p.x, p.values, p.pattern, p.bias))
+    run, out = product(SMALLEST[kernel], splits), torch.empty(9, 72, dtype=dtype, device=DEVICE)
+    run(x, values, pattern, bias)  # compiled, and its build checked
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out.copy_(run(x, values, pattern, bias))
+    for _ in range(3):
+        x.copy_(torch.randn(9, 448).to(dtype))
+        values.copy_(torch.randn(72, 224).to(dtype))
+        expected = run(x, values, pattern, bias)
+        torch.full((1 << 20,), math.nan, device=DEVICE)  # what is left of the parts is not what they were
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@both_kernels
+@pytest.mark.parametrize("splits", [1, 3])
+def test_it_runs_on_the_current_stream(kernel: str, splits: int) -> None:
+    """After what is under way there, and on no other; a remembered launch, too."""
+    p = draw(TWO_FOUR, Shape((9,), 72, 112), torch.bfloat16)
+    x, values, pattern = map(on_device, (p.x, p.values, p.pattern))
+    run, later = product(SMALLEST[kernel], splits), torch.randn(9, 448, device=DEVICE).bfloat16()
+    expected = run(later, values, pattern)
+    for _ in range(2):
+        x.fill_(math.nan)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            x.copy_(later)
+            result = run(x, values, pattern)
+        stream.synchronize()
+        assert torch.equal(result, expected)
