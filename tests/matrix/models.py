@@ -224,7 +224,7 @@ MODELS = (
             for path in ("encoder.block.1.layer.1", "decoder.block.1.layer.2")
         },
         apart={"checkpointing": (_BLOCKS, _LEAF)},
-        skipped={"export": f"not tried: {_ROUTED}, which torch.export does not take"},
+        skipped={"export": f"torch.export does not take the dense model: {_ROUTED}"},
     ),
     Model(
         "encoder", "`nn.TransformerEncoder`", torch_models.Encoder, torch_models.tokens,
