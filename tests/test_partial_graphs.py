@@ -206,6 +206,8 @@ class Encoder(nn.Module):
 @pytest.mark.parametrize("backward", ["exact", "double_pruned"])
 def test_breaks_inside_containers_of_pytorch(backward: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepared layers get graphs of their own where a break leaves the container to Python."""
+    if backward == "double_pruned" and torch.__version__ < "2.12":
+        pytest.skip("the attention's products run in Python, whose input gradient is the exact one")
     recording = record(monkeypatch)
     dense = Encoder().double()
     for module in dense.modules():
