@@ -86,6 +86,7 @@ def _calling(
 def _prepared_columns(context: Context, weights: DynamoWeights) -> list[ColumnArguments]:
     """By position, not by tensor: Dynamo runs one compiled graph for all blocks of a model that are alike."""
     found = []
+    positions = {placeholder: position for position, placeholder in enumerate(weights.placeholders)}
     for site in context.columns:
         nodes = (site.values, site.pattern, site.column_pattern, site.column_age)
         if any(node.op == "get_attr" for node in nodes):
@@ -93,7 +94,7 @@ def _prepared_columns(context: Context, weights: DynamoWeights) -> list[ColumnAr
         if any(node not in weights.inputs for node in nodes):
             log.warning("column pattern of %s is not an input of the graph and will not be refreshed", site.values)
             continue
-        found.append(_column_arguments([weights.placeholders.index(node) for node in nodes], site.nm, site.interval))
+        found.append(_column_arguments([positions[node] for node in nodes], site.nm, site.interval))
     return found
 
 

@@ -50,7 +50,8 @@ def sketch(flow: nx.DiGraph[Hashable], marks: Mapping[Hashable, Mark]) -> Sketch
             edges.update((source, node) for source in sources)
             sources = frozenset([node])
         before[node] = sources
-    return _folded([marks[node] for node in order], [(order.index(a), order.index(b)) for a, b in edges])
+    positions = {node: position for position, node in enumerate(order)}
+    return _folded([marks[node] for node in order], [(positions[a], positions[b]) for a, b in edges])
 
 
 def _folded(marks: list[Mark], edges: Iterable[tuple[int, int]]) -> Sketch:
