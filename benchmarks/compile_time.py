@@ -7,6 +7,7 @@ that Inductor generates.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import tempfile
 import time
@@ -49,15 +50,20 @@ def _measure(run: Run, depth: int, whole: bool) -> Iterable[Measurement]:
 
 
 def _passes(depth: int) -> tuple[list[float], int, int]:
-    """Seconds of the backend's own work on a prepared model's graph, round by round; its nodes and sparse linears."""
+    """Seconds of the backend's own work on a prepared model's graph, round by round; its nodes and sparse linears.
+
+    Without the garbage collector, as ``timeit`` measures: its full collections look at everything that is alive, and so
+    grow with the model and whatever else the process holds.
+    """
     seen: list[tuple[list[float], int]] = []
 
     def backend(graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         rounds = []
         for _ in range(ROUNDS):  # each works on a copy of the graph
-            begin = time.perf_counter()
-            compiled = slope.slope(graph_module, inputs, options={"compiler": "eager"})
-            rounds.append(time.perf_counter() - begin)
+            with _no_collections():
+                begin = time.perf_counter()
+                compiled = slope.slope(graph_module, inputs, options={"compiler": "eager"})
+                rounds.append(time.perf_counter() - begin)
         seen.append((rounds, len(graph_module.graph.nodes)))
         return compiled
 
@@ -79,6 +85,18 @@ def _whole(depth: int) -> float:
         begin = time.perf_counter()
         compiled(ids, use_cache=False).logits.sum().backward()
         return time.perf_counter() - begin
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    gc.collect()
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 @contextmanager
