@@ -198,7 +198,8 @@ struct OuterPairs {
       }
 #pragma GCC unroll 8
       for (int i = 0; i < P; i++) {
-        const __m512i low = _mm512_load_si512(x + i * OUTER_COLUMNS + k), high = _mm512_load_si512(x + i * OUTER_COLUMNS + k + 16);
+        const uint32_t* word = x + i * OUTER_COLUMNS + k;
+        const __m512i low = _mm512_load_si512(word), high = _mm512_load_si512(word + 16);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
           s[r] = _mm512_dpbf16_ps(s[r], (__m512bh)_mm512_permutex2var_epi32(low, index[r], high), factors[r][i]);
@@ -215,7 +216,8 @@ struct OuterPairs {
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         BFloat16* line = to + r * (K / 2) + k / 2;
-        const __m256i first = rounded_entries(line, low[r], add, 0xffff), second = rounded_entries(line + 16, high[r], add, 0xffff);
+        const __m256i first = rounded_entries(line, low[r], add, 0xffff);
+        const __m256i second = rounded_entries(line + 16, high[r], add, 0xffff);
         const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
         if (streamed)
           _mm512_stream_si512(reinterpret_cast<__m512i*>(line), both);

@@ -119,8 +119,9 @@ inline void transpose16x8(uint32_t* to, int64_t stride, const __m256i (&columns)
 }
 
 // The two columns that a nibble names, in the halves of a word; see kept_indices for one that has not two bits.
-alignas(64) inline constexpr std::array<uint32_t, 16> NAMED = {0,       0,       0x10001, 0x10000, 0x20002, 0x20000, 0x20001, 0x20000,
-                                                               0x30003, 0x30000, 0x30001, 0x30000, 0x30002, 0x30000, 0x30001, 0x30000};
+alignas(64) inline constexpr std::array<uint32_t, 16> NAMED = {
+    0,       0,       0x10001, 0x10000, 0x20002, 0x20000, 0x20001, 0x20000,
+    0x30003, 0x30000, 0x30001, 0x30000, 0x30002, 0x30000, 0x30001, 0x30000};
 
 // Slots of the forward product: outputs are rows of W, the reduction runs along its columns.
 struct ForwardSlots {
