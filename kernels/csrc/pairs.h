@@ -279,18 +279,22 @@ inline void column_bits(uint32_t (&bits)[16], const uint8_t* column_pattern, int
   }
 }
 
-// Slots of the double-pruned input gradient that cost little to make: one for each group of four rows, of which a column
-// keeps two, as in a forward product.  8 where ColumnSlots finds 6.9.
-struct GroupSlots {
+// What slots of an input gradient are made of: outputs are columns of W, the reduction runs along its rows.
+struct StripSlots {
   const BFloat16* values;
   const uint8_t* pattern;
-  const uint8_t* column_pattern;  // [K, ceil(N / 8)]
+  const uint8_t* column_pattern;  // [K, ceil(N / 8)], or nullptr: exact
   int64_t N, K;
 
-  static constexpr int MOST = 8;
-  static constexpr bool OVERLAP = false;
   int64_t work_floats() const { return Strip::floats(N); }
   Strip work(float* memory) const { return Strip(memory, values, pattern, N, K); }
+};
+
+// Slots of the double-pruned input gradient that cost little to make: one for each group of four rows, of which a column
+// keeps two, as in a forward product.  8 where ColumnSlots finds 6.9.
+struct GroupSlots : StripSlots {
+  static constexpr int MOST = 8;
+  static constexpr bool OVERLAP = false;
 
   int operator()(Strip& strip, Slot* slots, int32_t* starts, int64_t o0, int64_t count, int64_t blocks) const {
     strip.bring(o0);
@@ -326,17 +330,10 @@ struct GroupSlots {
   }
 };
 
-// Slots of the input gradient: outputs are columns of W, the reduction runs along its rows.
-struct ColumnSlots {
-  const BFloat16* values;
-  const uint8_t* pattern;
-  const uint8_t* column_pattern;  // [K, ceil(N / 8)], or nullptr: exact
-  int64_t N, K;
-
+// As few slots as the fullest column needs, found by a search.
+struct ColumnSlots : StripSlots {
   static constexpr int MOST = 16;
   static constexpr bool OVERLAP = true;
-  int64_t work_floats() const { return Strip::floats(N); }
-  Strip work(float* memory) const { return Strip(memory, values, pattern, N, K); }
 
   int operator()(Strip& strip, Slot* slots, int32_t* starts, int64_t o0, int64_t count, int64_t blocks) const {
     strip.bring(o0);
