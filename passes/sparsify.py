@@ -5,16 +5,23 @@
 
 A dense weight is thus first put in the language of the prepared ones, ``expand(compress(w))``, of which the rewrite
 then takes the product.  Where the compressed form of a dense weight lives is the weight store's business.
+
+Where no gradient will be asked for and the tokens are too few to pay for compressing the weight at every call, a dense
+weight is pruned where it lies and its product stays dense: the same numbers, in the time of a dense product.
 """
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
+import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from slope_compile.kernels import ops
+from slope_compile.kernels import compressing, ops
 from slope_compile.passes.context import ColumnSite, Context, Selection
 from slope_compile.passes.graph import (
     META,
@@ -26,6 +33,7 @@ from slope_compile.passes.graph import (
     regions,
     replace,
     strip_transposes,
+    value,
 )
 from slope_compile.pattern import Pattern
 
@@ -62,10 +70,13 @@ class Sparsify(PassBase):
         outer_region, outer = region.origin(inner)
         outer, outer_flip = strip_transposes(outer)
         base_region, base = outer_region.origin(outer)
+        transposed = inner_flip != outer_flip
         if is_expand(base):
             arguments = self._prepared(region, base_region, base)
+        elif self._stays_dense(base, transposed, node):
+            return
         else:
-            arguments = self._dense(region, base, inner_flip != outer_flip, node)
+            arguments = self._dense(region, base, transposed, node)
         values, pattern, keep, group, double_pruned, column_pattern = arguments
         with region.graph.inserting_before(node):
             product = emit(
@@ -76,6 +87,20 @@ class Sparsify(PassBase):
             )
         replace(node, product)
         erase_unused(region, weight)
+
+    def _stays_dense(self, base: Node, transposed: bool, node: Node) -> bool:
+        """Whether the product goes on reading the dense weight, which is then kept pruned."""
+        x, weight = value(node.all_input_nodes[0]), self.context.weights.tensor(base)
+        if not isinstance(x, Tensor) or weight is None:
+            return False
+        if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
+            return False
+        settings = self.context.config.layer(node.meta[META].path)
+        N, K = reversed(weight.shape) if transposed else weight.shape
+        least = compressing.least_tokens(N, K, x.dtype, weight.device, settings.pattern)
+        if least is not None and statically_known_true(math.prod(x.shape[:-1]) >= least):
+            return False
+        return self.context.weights.pruned(base, settings, transposed)
 
     def _prepared(self, region: Region, home: Region, expand: Node) -> tuple[object, ...]:
         defaults = (None, None, None, None, False, None, None, 0)

@@ -50,3 +50,11 @@ class WeightStore(Protocol):
         Called once for each selected weight, after all decisions have been made.
         """
         ...
+
+    def pruned(self, node: Node, layer: LayerConfig, transposed: bool) -> bool:
+        """Prune a dense weight where it lies, and keep it so, for products that read it as it is; False where that
+        cannot be promised.
+
+        Called instead of :meth:`compressed`.
+        """
+        ...

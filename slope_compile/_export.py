@@ -53,6 +53,9 @@ class ExportedWeights:
     def router(self, node: Node) -> bool:
         return is_router(self.path(node), self.state)
 
+    def pruned(self, node: Node, layer: LayerConfig, transposed: bool) -> bool:
+        return False  # the dense weight goes away
+
     def compressed(self, node: Node, layer: LayerConfig, transposed: bool, before: Node) -> CompressedWeight:
         target = self.specs[node].target
         assert target is not None

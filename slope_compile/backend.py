@@ -37,7 +37,8 @@ def slope(
 
     Linears of a prepared model (``sparsify_``) become products with their compressed weights; linears of a dense model
     get their weights pruned in place at first compilation and become products with weights that are compressed on the
-    fly.  A graph without linears is compiled as it is.
+    fly; in inference with few tokens they stay dense products, of the pruned weights.  A graph without linears is
+    compiled as it is.
 
     Args:
         graph_module, example_inputs: as Dynamo passes them.
@@ -55,7 +56,7 @@ def slope(
     _check_agreement(parsed, context.report)
     columns = _prepared_columns(context, weights)
     weights.commit(prepared=any(decision.reason is Reason.PREPARED for decision in context.report))
-    _log(context.report)
+    _log(context.report, len(weights.read))
     if not len(context.report):
         _find_lone_weights(graph_module)
     inputs = [*example_inputs, *weights.extra]
@@ -72,11 +73,13 @@ def _calling(
     compiled: Callable[..., Any], weights: DynamoWeights, columns: Sequence[ColumnArguments]
 ) -> Callable[..., Any]:
     """The compiled graph with its added inputs, after the column patterns have been looked after."""
-    extra, stored = weights.extra, weights.stored
-    if not extra and not stored and not columns:
+    extra, stored, read = weights.extra, weights.stored, weights.read
+    if not extra and not stored and not read and not columns:
         return compiled
 
     def call(*args: Any) -> Any:
+        for weight in read:
+            weight.before_call()
         before_training_forward([*stored, *(find(args) for find in columns)])
         return compiled(*args, *extra)
 
@@ -129,7 +132,7 @@ def _find_lone_weights(graph_module: GraphModule) -> None:
         without_product(str(source) if found is None else found.layer)
 
 
-def _log(report: Report) -> None:
+def _log(report: Report, read: int) -> None:
     frozen = [d for d in report if d.reason is Reason.FROZEN]
     if frozen and not report.sparse:
         log.warning(
@@ -140,3 +143,9 @@ def _log(report: Report) -> None:
     if len(report):
         log.info("%d of %d linears of the graph are sparse", len(report.sparse), len(report))
         log.debug("decisions:\n%s", report)
+    if read:
+        log.info(
+            "%d of them are dense products of a pruned weight: without gradients and with few tokens, compressing it "
+            "at every call takes longer; sparsify_ stores it compressed",
+            read,
+        )

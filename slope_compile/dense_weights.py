@@ -4,6 +4,9 @@ The weights stay dense-shaped Parameters.  When a graph that reads one is compil
 chosen, remembered beside the Parameter, and the weight is pruned in place.  The graph then reads
 ``slope.compress(weight, pattern)``; the gradient comes back expanded, zero at the pruned positions, so that an
 elementwise optimizer with momentum and decay keeps them at zero.
+
+A graph without gradients and with few tokens reads the pruned weight itself.  Before such a graph runs, a weight that
+has been written to since (its version counter tells) is looked at, and pruned again where something else was loaded.
 """
 
 from __future__ import annotations
@@ -41,6 +44,31 @@ class DenseState:
     pattern: Tensor
     column_pattern: Tensor | None = None
     column_age: Tensor | None = None
+    version: int = -1
+    """Of the weight when it was last seen pruned."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunedWeight:
+    """A weight that a compiled graph reads as it lies there, and that has to be pruned therefore."""
+
+    weight: Tensor
+    state: DenseState
+    transposed: bool
+    path: str
+
+    @torch.no_grad()
+    def before_call(self) -> None:
+        """Prune the weight again if something that is not pruned was written to it."""
+        if self.weight._version == self.state.version:
+            return
+        dense = self.weight.t() if self.transposed else self.weight
+        kept = ops.compress(dense, self.state.pattern, self.state.nm.keep, self.state.nm.group)
+        # Writing only where it is needed: a backward that is still to come may have saved the weight.
+        if int(dense.count_nonzero()) != int(kept.count_nonzero()):
+            log.info("backend 'slope' prunes %s again, in place: something was written to it", self.path)
+            self.weight.copy_(_masked(self.weight, self.state, self.transposed))
+        self.state.version = self.weight._version
 
 
 _states = WeakTensorKeyDictionary()
@@ -62,6 +90,8 @@ class DynamoWeights:
         self.extra: list[Tensor] = []
         """Tensors for the placeholders that were added, in order."""
         self.stored: list[StoredColumns] = []
+        self.read: list[PrunedWeight] = []
+        """Weights that the graph reads dense."""
         self._prune: list[tuple[Tensor, DenseState, str, bool]] = []
         self._models: dict[nn.Module, tuple[nn.Module, str]] = {}
         self._rulings: dict[nn.Module, dict[str, Decision]] = {}
@@ -114,11 +144,17 @@ class DynamoWeights:
             _warn(model, self.config, decisions)
         return {decision.weight: decision for decision in decisions}
 
+    def pruned(self, node: Node, layer: LayerConfig, transposed: bool) -> bool:
+        weight = self.inputs[node]
+        if weight.is_inference():  # has no version counter
+            return False
+        state = self._state(node, layer, transposed)
+        self.read.append(PrunedWeight(weight, state, transposed, self.path(node)))
+        return True
+
     def compressed(self, node: Node, layer: LayerConfig, transposed: bool, before: Node) -> CompressedWeight:
         weight = self.inputs[node]
-        state = _states.get(weight)
-        if state is None or state.nm != layer.pattern:
-            state = self._choose(weight, layer, transposed, self.path(node))
+        state = self._state(node, layer, transposed)
         rows = weight.shape[1] if transposed else weight.shape[0]
         stores_columns = layer.stores_columns and rows % layer.pattern.group == 0
         keep, group = layer.pattern.keep, layer.pattern.group
@@ -129,7 +165,7 @@ class DynamoWeights:
             return compressed
 
         if stores_columns and state.column_pattern is None:
-            masked = self._masked(weight.detach(), state, transposed)
+            masked = _masked(weight.detach(), state, transposed)
             first = ops.compress(masked.t() if transposed else masked, state.pattern, keep, group)
             _, state.column_pattern = ops.compress_columns(first, state.pattern, keep, group)
             state.column_age = torch.full((1,), -1, dtype=torch.int64)
@@ -168,10 +204,13 @@ class DynamoWeights:
                 _dynamo.guard_parameter(node)
             for node in self._named:
                 _dynamo.guard_module(node)
-        with torch.no_grad():
-            for weight, state, _, transposed in self._prune:
-                weight.copy_(self._masked(weight, state, transposed))
-                _states[weight] = state
+        for weight, state, _, transposed in self._prune:
+            # What was made in inference mode may be written to there only.
+            with torch.inference_mode(weight.is_inference()), torch.no_grad():
+                weight.copy_(_masked(weight, state, transposed))
+            _states[weight] = state
+            if not weight.is_inference():
+                state.version = weight._version
         if self._prune:
             names = [path for _, _, path, _ in self._prune]
             log.warning(
@@ -181,6 +220,14 @@ class DynamoWeights:
             )  # fmt: skip
         return len(self._prune)
 
+    def _state(self, node: Node, layer: LayerConfig, transposed: bool) -> DenseState:
+        """What is remembered about a weight; its pattern is chosen if none is, or if another is asked for."""
+        weight = self.inputs[node]
+        state: DenseState | None = _states.get(weight)
+        if state is None or state.nm != layer.pattern:
+            state = self._choose(weight, layer, transposed, self.path(node))
+        return state
+
     def _choose(self, weight: Tensor, layer: LayerConfig, transposed: bool, path: str) -> DenseState:
         dense = weight.detach()
         dense = (dense.t() if transposed else dense).contiguous()
@@ -188,12 +235,6 @@ class DynamoWeights:
         state = DenseState(layer.pattern, pack_mask(mask))
         self._prune.append((weight, state, path, transposed))
         return state
-
-    @staticmethod
-    def _masked(weight: Tensor, state: DenseState, transposed: bool) -> Tensor:
-        K = weight.shape[0] if transposed else weight.shape[1]
-        mask = unpack_mask(state.pattern, K)
-        return weight.detach().masked_fill(~(mask.t() if transposed else mask), 0)
 
     def _input(self, node: Node, suffix: str, tensor: Tensor) -> Node:
         """Add a graph input that the compiled function passes on its own."""
@@ -207,6 +248,12 @@ class DynamoWeights:
         if mode is not None:
             placeholder.meta[VALUE_KEYS[0]] = mode.from_tensor(tensor, static_shapes=True)
         return placeholder
+
+
+def _masked(weight: Tensor, state: DenseState, transposed: bool) -> Tensor:
+    K = weight.shape[0] if transposed else weight.shape[1]
+    mask = unpack_mask(state.pattern, K)
+    return weight.detach().masked_fill(~(mask.t() if transposed else mask), 0)
 
 
 def _warn(model: nn.Module, config: SlopeConfig, decisions: Sequence[Decision]) -> None:

@@ -136,6 +136,9 @@ class AttributeWeights:
     def router(self, node: Node) -> bool:
         return is_router(self.path(node), (name for name, _ in self.module.named_parameters()))
 
+    def pruned(self, node: Node, layer: LayerConfig, transposed: bool) -> bool:
+        return False  # the dense weight goes away
+
     def compressed(self, node: Node, layer: LayerConfig, transposed: bool, before: Node) -> CompressedWeight:
         target = str(node.target)
         weight = attribute(self.module, target)

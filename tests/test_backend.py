@@ -176,7 +176,9 @@ def test_forward_only(way: str, context: Any, monkeypatch: pytest.MonkeyPatch) -
         logits = run(ids)
     assert not logits.requires_grad
     reference = masked_copy(dense, masks_of(model), picked_now)
-    assert recording.sparse == len(SPARSE)
+    assert recording.sparse_paths == list(SPARSE)
+    # A dense-shaped weight is not compressed for a few tokens: test_dense_inference.py.
+    assert recording.sparse == (0 if way == "A" else len(SPARSE))
     assert_same(logits.clone(), reference(ids).detach())
     assert_same(step(run, ids), step(reference, ids))
     assert_same_gradients(model, reference)

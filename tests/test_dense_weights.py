@@ -238,7 +238,9 @@ def test_a_model_that_is_wholly_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     recording = record(monkeypatch)
     model, ids = toy().requires_grad_(False), token_ids()
     logits = compiled(model)(ids)
-    assert recording.sparse == len(SPARSE)
+    assert recording.sparse_paths == list(SPARSE)
+    assert recording.sparse == 0, "nothing is trained, and nothing gained by compressing at every call"
+    assert tuple(masks_of_pruned(model)) == SPARSE
     assert_same(logits, model(ids))
 
 
