@@ -13,8 +13,8 @@ from slope_compile.kernels import cpu_library, cpu_products, gpu_calls, gpu_ops,
 from slope_compile.pattern import Pattern
 
 CPU_TOKENS = {torch.float32: 128, torch.bfloat16: 512, torch.float16: 512}
-"""On a CPU, measured with AVX-512: single products of 128 tokens gained 11 to 63 %; in a compiled GPT-2, whose weights lie
-transposed, 128 tokens gained 6 % in float32 and lost 14 % in bfloat16, 512 tokens gained 2 % in bfloat16."""
+"""On a CPU, measured with AVX-512: single products of 128 tokens gained 11 to 63 %; in a compiled GPT-2, whose weights
+lie transposed, 128 tokens gained 6 % in float32 and lost 14 % in bfloat16, 512 tokens gained 2 % in bfloat16."""
 
 UNMEASURED_TOKENS = 512
 """The least on other levels."""

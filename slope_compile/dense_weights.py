@@ -7,6 +7,7 @@ elementwise optimizer with momentum and decay keeps them at zero.
 
 A graph without gradients and with few tokens reads the pruned weight itself.  Before such a graph runs, a weight that
 has been written to since (its version counter tells) is looked at, and pruned again where something else was loaded.
+Writing through ``weight.data`` raises no counter: a dense state that was loaded that way runs dense there.
 """
 
 from __future__ import annotations
