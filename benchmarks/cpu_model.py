@@ -5,9 +5,9 @@ from __future__ import annotations
 from benchmarks.cases import AUTOCAST, Case, Options
 from benchmarks.decode import decode_case
 from benchmarks.models import subjects
-from benchmarks.training_step import training_case
+from benchmarks.training_step import DROP_IN, training_case
 
-BACKWARDS = ("double_pruned", "exact")
+BACKWARDS = ("double_pruned", "exact", DROP_IN)
 TRAINING = ("float32", AUTOCAST, "bfloat16")
 DECODING = ("float32", "bfloat16")
 BATCHES = (1, 8)
@@ -24,4 +24,5 @@ def cases(options: Options) -> list[Case]:
             for dtype in (dtype for dtype in DECODING if subject.decodes and options.wants(dtype)):
                 for batch in BATCHES:
                     found.append(decode_case(subject, batch, dtype, threads, options))
+                found.append(decode_case(subject, 1, dtype, threads, options, "slope_drop_in"))
     return found

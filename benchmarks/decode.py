@@ -21,6 +21,7 @@ CONTENDERS: dict[str, tuple[str, bool]] = {
     # Weights become constants that Inductor may repack once: the best that dense inference has.
     "frozen": ("inductor", True),
     "slope": ("slope", False),
+    "slope_drop_in": ("slope", False),
 }
 """Contender -> backend, and whether Inductor freezes the weights."""
 
@@ -33,7 +34,7 @@ class Decoder:
 
         backend, frozen = CONTENDERS[contender]
         loss = subject.build(dtype).to(device).eval()
-        if backend == "slope":
+        if contender == "slope":
             prepared(loss, "exact")
         model: Any = loss.get_submodule("model")
         self.cache = StaticCache(config=model.config, max_cache_len=LENGTH)
@@ -54,16 +55,24 @@ class Decoder:
         return self.step(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits
 
 
-def decode_case(subject: Subject, batch: int, dtype: str, threads: int, options: Options) -> Case:
-    """Decoding with SLoPe weights (without adapters) against dense ones, compiled and compiled with freezing."""
+def decode_case(
+    subject: Subject, batch: int, dtype: str, threads: int, options: Options, ours: str = "slope"
+) -> Case:
+    """Decoding with SLoPe weights (without adapters) against dense ones, compiled and compiled with freezing.
+
+    Args:
+        ours: "slope", prepared, or "slope_drop_in", a dense model that the backend prunes.
+    """
     assert dtype != AUTOCAST
 
     @torch.no_grad()
     def run(given: Run) -> Iterator[Measurement]:
-        decoders = {name: Decoder(subject, name, batch, dtype, options.device) for name in CONTENDERS}
+        contenders = ("dense", "frozen", ours)
+        decoders = {name: Decoder(subject, name, batch, dtype, options.device) for name in contenders}
         samples = given.measure(decoders)
         facts = {"model": subject.name, "batch": batch, "tokens": batch, "cache": LENGTH, "dtype": dtype}
         yield compare("decode", samples, {name: [name] for name in decoders}, ("dense", "frozen"), facts)
 
-    name = f"model/{subject.name}/decode/b{batch}/{label(dtype, threads)}"
+    suffix = ours.removeprefix("slope").replace("_", "-")
+    name = f"model/{subject.name}/decode{suffix}/b{batch}/{label(dtype, threads)}"
     return Case(name, run, threads, seconds=20.0, limit=1800.0)

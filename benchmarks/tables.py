@@ -95,7 +95,8 @@ def models(records: Iterable[Record], form: str = "simple") -> str:
         facts, name = record["facts"], select.ours(record)
         tokens = {c: facts["tokens"] / s["median"] for c, s in record["seconds"].items()}
         train = record["name"] == "train"
-        what = f"train, {name.removeprefix('slope_')}" if train else f"decode, batch {facts['batch']}"
+        way = name.removeprefix("slope").removeprefix("_")
+        what = f"train, {way}" if train else f"decode, batch {facts['batch']}" + (f", {way}" if way else "")
         frozen = record["speedup"][name].get("frozen")
         rows.append(
             [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -16,13 +17,19 @@ from benchmarks.cases import AUTOCAST, Case, Measurement, Options, Run, compare
 from benchmarks.layers import label
 from benchmarks.models import Subject, adamw, prepared
 
+DROP_IN = "drop_in"
+"""In the place of a kind of backward: a dense model that the backend makes sparse, by its own defaults."""
+
 
 class Trainee:
     """One compiled model with its optimizer; calling it takes a training step."""
 
     def __init__(self, subject: Subject, dtype: str, backward: str | None, options: Options) -> None:
         self.model = subject.build(dtype).to(options.device)
-        self.sparse_paths = [] if backward is None else prepared(self.model, backward)
+        self.sparse_paths: list[str] = []
+        if backward is not None:
+            # What the backend will make sparse are the linears that preparing finds.
+            self.sparse_paths = prepared(copy.deepcopy(self.model) if backward == DROP_IN else self.model, backward)
         self.optimizer = adamw(self.model, options.optimizer)
         # The loss's graph is the same for both; only the backend differs.
         self.forward: Any = torch.compile(self.model, backend="inductor" if backward is None else slope.slope)
@@ -55,15 +62,15 @@ class Trainee:
 
 
 def training_case(subject: Subject, backward: str, dtype: str, threads: int, options: Options) -> Case:
-    """A training step of SLoPe (one kind of backward) against the dense model's, and the bytes of both."""
-    ours = f"slope_{backward}"
+    """A training step of SLoPe (a kind of backward, or ``DROP_IN``) against the dense model's, and the bytes of both."""
+    ours, drop_in = f"slope_{backward}", backward == DROP_IN
 
     def run(given: Run) -> Iterator[Measurement]:
         dense, sparse = (Trainee(subject, dtype, way, options) for way in (None, backward))
         samples = given.measure({"dense": dense, ours: sparse})
         state = {
             "dense": slope.training_state(dense.model, dense.optimizer, sparse.sparse_paths),
-            ours: slope.training_state(sparse.model, sparse.optimizer),
+            ours: slope.training_state(sparse.model, sparse.optimizer, sparse.sparse_paths if drop_in else None),
         }
         facts = {
             "model": subject.name,
