@@ -62,7 +62,7 @@ class Trainee:
 
 
 def training_case(subject: Subject, backward: str, dtype: str, threads: int, options: Options) -> Case:
-    """A training step of SLoPe (a kind of backward, or ``DROP_IN``) against the dense model's, and the bytes of both."""
+    """A training step of SLoPe (a kind of backward or ``DROP_IN``) against the dense model's, and the bytes of both."""
     ours, drop_in = f"slope_{backward}", backward == DROP_IN
 
     def run(given: Run) -> Iterator[Measurement]:
