@@ -120,7 +120,34 @@ class _Loader:
         self.lock = threading.Lock()
         self.done = False
         self.library: CpuLibrary | None = None
+        self.failure: BaseException | None = None
         self.thread: threading.Thread | None = None
+
+    def begin(self, requested: str | None) -> threading.Thread:
+        """The thread that finds the library, started by the first call, and again after one that failed.
+
+        A thread of its own, since what the caller's has switched on is switched off there: autocast, a default device,
+        fake tensors, a counter of FLOPs, a transformation of ``torch.func``.  The self-test would fail among them.
+        """
+        with self.lock:
+            if self.thread is None or not (self.done or self.thread.is_alive()):
+                name = "slope_compile CPU kernels"
+                self.thread = threading.Thread(target=self._run, args=(requested,), name=name, daemon=True)
+                self.thread.start()
+            return self.thread
+
+    def _run(self, requested: str | None) -> None:
+        try:
+            self.library = _find(requested)
+            self.done = True
+        except BaseException as failure:
+            self.failure = failure  # for those who wait
+
+    def found(self) -> CpuLibrary | None:
+        """What the thread ended with."""
+        if not self.done and self.failure is not None:
+            raise self.failure
+        return self.library
 
 
 _loader = _Loader()
@@ -134,11 +161,8 @@ def load() -> CpuLibrary | None:
     """
     loader = _loader
     if not loader.done:
-        with loader.lock:
-            if not loader.done:
-                loader.library = _find(_requested())
-                loader.done = True
-    return loader.library
+        loader.begin(_requested()).join()
+    return loader.found()
 
 
 def start_loading() -> None:
@@ -147,11 +171,8 @@ def start_loading() -> None:
     Raises:
         ConfigError: the environment variable has an unknown value.
     """
-    loader = _loader
-    if loader.done or loader.thread is not None or _requested() == OFF:
-        return
-    loader.thread = threading.Thread(target=load, name="slope_compile CPU kernels", daemon=True)
-    loader.thread.start()
+    if not _loader.done and (requested := _requested()) != OFF:
+        _loader.begin(requested)
 
 
 def _start_afresh() -> None:
