@@ -150,17 +150,31 @@ def cache_key(level: str, compiler: Compiler, source: Path = SOURCE) -> str:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept: beside Inductor's cache if that is set, else the user's; temporary if need be."""
-    root = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    if not root:
-        root = os.environ.get("XDG_CACHE_HOME", "")
-        root = root if os.path.isabs(root) else os.path.expanduser(os.path.join("~", ".cache"))
+    """Where libraries are kept: beside Inductor's cache if the user has set that, else the user's own cache; temporary
+    if need be."""
+    root = _chosen_root() or os.environ.get("XDG_CACHE_HOME", "")
+    root = root if os.path.isabs(root) else os.path.expanduser(os.path.join("~", ".cache"))
     folder = Path(root) / "slope_compile"
-    if (problem := _problem(folder)) is None:
+    # A user without a home has a relative one: the folder would depend on where the process stands.
+    problem = _problem(folder) if folder.is_absolute() else "is in no home"
+    if problem is None:
         return folder
     private = Path(_private_folder().name)
     log.debug("CPU kernels: %s %s; building in %s, for this process alone", folder, problem, private)
     return private
+
+
+def _chosen_root() -> str:
+    """``TORCHINDUCTOR_CACHE_DIR``, absolute, if the user has set it; else "".
+
+    Importing Dynamo sets it too, in the process's own environment, to a folder among the temporary files.  That is
+    nobody's choice: what is kept would be looked for in another place before than after, and be lost at a reboot.
+    """
+    root = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    folder, name = os.path.split(root)
+    if not root or (folder == tempfile.gettempdir() and name.startswith("torchinductor_")):
+        return ""
+    return os.path.abspath(root)
 
 
 def _problem(folder: Path) -> str | None:

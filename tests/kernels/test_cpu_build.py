@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import stat
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -228,6 +229,41 @@ def test_the_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.
     assert cpu_build.cache_folder() == tmp_path / "xdg" / "slope_compile"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     assert cpu_build.cache_folder() == tmp_path / "inductor" / "slope_compile"
+
+
+def test_the_folder_that_inductor_names_by_itself_is_not_the_users_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamo sets the variable when it is imported: what is looked for before and after is in one place."""
+    code = """
+import os
+from slope_compile.kernels import cpu_build, cpu_tuning
+before = cpu_build.cache_folder(), cpu_tuning.table_path("avx2", 2)
+import torch._dynamo
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == cache_dir()
+assert (cpu_build.cache_folder(), cpu_tuning.table_path("avx2", 2)) == before
+print(before[0])
+"""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / ".cache" / "slope_compile")
+
+
+def test_a_folder_does_not_depend_on_where_the_process_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "here")
+    assert cpu_build.cache_folder() == tmp_path / "here" / "slope_compile"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user who is not in the password file
+    folder = cpu_build.cache_folder()
+    assert folder.is_absolute()
+    assert tmp_path not in folder.parents
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_replaced(
