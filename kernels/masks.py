@@ -31,7 +31,8 @@ def random_mask(N: int, K: int, nm: Pattern, seed: int, path: str) -> Tensor:
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     choices = torch.tensor(
-        [[i in kept for i in range(nm.group)] for kept in itertools.combinations(range(nm.group), nm.keep)]
+        [[i in kept for i in range(nm.group)] for kept in itertools.combinations(range(nm.group), nm.keep)],
+        device="cpu",
     )
     drawn = torch.randint(len(choices), (N * K // nm.group,), generator=generator, device="cpu")
     return choices.index_select(0, drawn).view(N, K)

@@ -48,6 +48,12 @@ def test_a_random_mask_depends_on_seed_and_path_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_random_mask_is_drawn_on_the_cpu_whatever_the_default_device_is() -> None:
+    with torch.device("meta"):
+        mask = random_mask(4, 8, TWO_FOUR, 1, "layer")
+    assert torch.equal(mask, random_mask(4, 8, TWO_FOUR, 1, "layer"))
+
+
 def test_a_random_mask_is_the_same_in_every_release() -> None:
     # Pinned: a resumed run that prepares its model with a newer version must find these bits again.
     mask = random_mask(2, 8, TWO_FOUR, 0, "layers.0.up")
