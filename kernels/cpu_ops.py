@@ -2,6 +2,7 @@
 
 Registered for the CPU over the definitions in ``reference``.  A call goes to the definition when the pattern is not
 2:4, the dtype is not one of the kernels', or no library could be built; the values agree to rounding in every case.
+So does a call whose operands do not fit together, which is an error there: the kernels check nothing.
 Where there is no library the forward product reads a dense copy, which ``dense_copies`` keeps while the weight is
 constant.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from slope_compile.kernels import cpu_library, cpu_products, cpu_rules, dense_copies, reference
@@ -26,6 +28,18 @@ def library_for(keep: int, group: int, *tensors: Tensor | None) -> CpuLibrary | 
     return cpu_library.load()
 
 
+def describes(pattern: Tensor, N: int, K: int) -> bool:
+    """Whether a pattern has the form of metadata of ``[N, K]``."""
+    return pattern.dtype is torch.uint8 and pattern.shape == (N, (K + 7) // 8) and K % 4 == 0
+
+
+def adds_up(x: Tensor, N: int, bias: Tensor | None, down: Tensor | None, up: Tensor | None) -> bool:
+    """Whether bias ``[N]``, down ``[..., R]`` and up ``[N, R]``, as far as there are any, go with x ``[..., K]``."""
+    if bias is not None and bias.shape != (N,):
+        return False
+    return down is None or up is None or (down.shape[:-1] == x.shape[:-1] and up.shape == (N, down.shape[-1]))
+
+
 def tokens(x: Tensor) -> int:
     """M of activations ``[..., features]``."""
     return math.prod(x.shape[:-1])
@@ -34,7 +48,7 @@ def tokens(x: Tensor) -> int:
 def compress(weight: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.compress`."""
     library = library_for(keep, group, weight)
-    if library is None or weight.shape[1] % 4:
+    if library is None or not describes(pattern, *weight.shape):
         return reference.compress(weight, pattern, keep, group)
     return cpu_products.compress(library, weight, pattern)
 
@@ -51,7 +65,7 @@ def expand(
 ) -> Tensor:
     """See :func:`reference.expand`; the last four arguments speak to the compiler only."""
     library = library_for(keep, group, values)
-    if library is None:
+    if library is None or not describes(pattern, values.shape[0], 2 * values.shape[1]):
         return reference.expand(values, pattern, keep, group)
     return cpu_products.expand(library, values, pattern)
 
@@ -73,7 +87,8 @@ def linear(
         weight = dense_copies.expanded(values, pattern, keep, group)
         return reference.forward_dense(x, weight, bias, down, up)
     library = library_for(keep, group, x, values, bias, down, up)
-    if library is None or x.shape[-1] != 2 * values.shape[1]:
+    N, K = values.shape[0], 2 * values.shape[1]
+    if library is None or x.shape[-1] != K or not (describes(pattern, N, K) and adds_up(x, N, bias, down, up)):
         return reference.forward(x, values, pattern, bias, keep, group, down, up)
     sparse = cpu_rules.sparse("forward", tokens(x), x.dtype, library.isa)
     return cpu_products.forward(library, sparse, x, values, pattern, bias, down=down, up=up)
@@ -82,7 +97,8 @@ def linear(
 def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.grad_input`."""
     library = library_for(keep, group, grad, values)
-    if library is None or grad.shape[-1] != values.shape[0]:
+    N, K = values.shape[0], 2 * values.shape[1]
+    if library is None or grad.shape[-1] != N or not describes(pattern, N, K):
         dense_copies.gradient(pattern)
         return reference.grad_input(grad, values, pattern, keep, group)
     sparse = cpu_rules.sparse("grad_input", tokens(grad), grad.dtype, library.isa)
@@ -94,7 +110,9 @@ def grad_input_columns(
 ) -> Tensor:
     """See :func:`reference.grad_input_columns`: the entries that both patterns keep, read from the forward storage."""
     library = library_for(keep, group, grad, values)
-    if library is None or grad.shape[-1] != values.shape[0] or values.shape[0] % 4:
+    N, K = values.shape[0], 2 * values.shape[1]
+    fits = grad.shape[-1] == N and describes(pattern, N, K) and describes(column_pattern, K, N)
+    if library is None or not fits:
         dense_copies.gradient(pattern)
         return reference.grad_input_columns(grad, values, pattern, column_pattern, keep, group)
     sparse = cpu_rules.sparse("grad_input_columns", tokens(grad), grad.dtype, library.isa)
@@ -104,7 +122,7 @@ def grad_input_columns(
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.grad_weight`."""
     library = library_for(keep, group, grad, x)
-    if library is None or x.shape[-1] % 4 or grad.shape[:-1] != x.shape[:-1]:
+    if library is None or grad.shape[:-1] != x.shape[:-1] or not describes(pattern, grad.shape[-1], x.shape[-1]):
         dense_copies.gradient(pattern)
         return reference.grad_weight(grad, x, pattern, keep, group)
     sparse = cpu_rules.sparse("grad_weight", tokens(x), x.dtype, library.isa)
@@ -114,7 +132,8 @@ def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int)
 def compress_columns(values: Tensor, pattern: Tensor, keep: int, group: int) -> tuple[Tensor, Tensor]:
     """See :func:`reference.compress_columns`."""
     library = library_for(keep, group, values)
-    if library is None or values.shape[0] % 4:
+    N, K = values.shape[0], 2 * values.shape[1]
+    if library is None or N % 4 or not describes(pattern, N, K):
         return reference.compress_columns(values, pattern, keep, group)
     return cpu_products.compress_columns(library, values, pattern)
 
@@ -122,7 +141,8 @@ def compress_columns(values: Tensor, pattern: Tensor, keep: int, group: int) -> 
 def recompress_columns(values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.recompress_columns`."""
     library = library_for(keep, group, values)
-    if library is None or values.shape[0] % 4:
+    N, K = values.shape[0], 2 * values.shape[1]
+    if library is None or not (describes(pattern, N, K) and describes(column_pattern, K, N)):
         return reference.recompress_columns(values, pattern, column_pattern, keep, group)
     return cpu_products.recompress_columns(library, values, pattern, column_pattern)
 

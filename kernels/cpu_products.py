@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slope_compile.kernels.cpu_library import CpuLibrary
+from slope_compile.kernels.reference import as_matrix
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """dtype -> its number in the C interface."""
@@ -31,12 +32,12 @@ def forward(
     ``out``, here and below: a contiguous tensor of the result's shape and dtype to write to, instead of a new one.
     """
     if not sparse:
-        y = torch.nn.functional.linear(x, expand(library, values, pattern), bias)
+        y = torch.nn.functional.linear(x, expand(library, values, pattern), bias).contiguous()
         if down is not None and up is not None:
-            y.view(-1, y.shape[-1]).addmm_(down.reshape(-1, down.shape[-1]), up.t())
+            as_matrix(y).addmm_(as_matrix(down), up.t())
         return _give(y, out)
     N, K = values.shape[0], values.shape[1] * 2
-    rows = x.reshape(-1, K)
+    rows = as_matrix(x)
     values, pattern = values.contiguous(), pattern.contiguous()
     bias = None if bias is None else bias.contiguous()
     rank = 0 if down is None or up is None else up.shape[1]
@@ -75,7 +76,7 @@ def grad_input(
     N, K = values.shape[0], values.shape[1] * 2
     if not sparse:
         return _give(torch.matmul(grad, expand(library, values, pattern, column_pattern)), out)
-    rows = grad.reshape(-1, N)
+    rows = as_matrix(grad)
     values, pattern = values.contiguous(), pattern.contiguous()
     column_pattern = None if column_pattern is None else column_pattern.contiguous()
     dx = grad.new_empty(*grad.shape[:-1], K) if out is None else out
@@ -101,7 +102,7 @@ def grad_weight(
 ) -> Tensor:
     """The compressed weight gradient by the 2:4 kernel, or compressed from a dense one."""
     N, K = grad.shape[-1], x.shape[-1]
-    rows, inputs = grad.reshape(-1, N), x.reshape(-1, K)
+    rows, inputs = as_matrix(grad), as_matrix(x)
     if not sparse:
         return _give(compress(library, rows.t() @ inputs, pattern), out)
     pattern = pattern.contiguous()

@@ -13,12 +13,19 @@ along K, stored as ``values [N, K * keep / group]`` and ``pattern`` (see ``metad
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from slope_compile.kernels.masks import magnitude_mask
 from slope_compile.kernels.metadata import kept_columns, pack_mask
 from slope_compile.pattern import Pattern
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """``[..., features]`` as ``[M, features]``, where there are no features too."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def compress(weight: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
@@ -42,7 +49,8 @@ def expand(values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     groups = kept // keep
     columns = kept_columns(pattern, groups * group, keep, group)  # [N, K/group, keep]
     dense = values.new_zeros(N, groups, group)
-    return dense.scatter_(-1, columns, values.reshape(N, groups, keep)).view(N, groups * group)
+    # A pattern of fewer rows would do for scatter_, and the rest of the weight be zeros.
+    return dense.scatter_(-1, columns.view(N, groups, keep), values.reshape(N, groups, keep)).view(N, groups * group)
 
 
 def forward(
@@ -83,7 +91,7 @@ def grad_input_columns(
 
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """``dV = dY^T X`` at the kept positions only: grad ``[..., N]``, x ``[..., K]`` -> ``[N, K * keep / group]``."""
-    dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])  # [N, M] @ [M, K] -> [N, K]
+    dense = as_matrix(grad).t() @ as_matrix(x)  # [N, M] @ [M, K] -> [N, K]
     return compress(dense, pattern, keep, group)
 
 

@@ -1,0 +1,169 @@
+"""The operators on CPU tensors: operands that do not fit, empty weights, any place in memory, several threads.
+
+What they compute is checked against the definitions and float64 in ``test_ops`` and ``test_reference``.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from problems import draw_mask, packed
+from slope_compile.kernels import cpu_library, ops, reference
+from slope_compile.pattern import Pattern
+
+TWO_FOUR = Pattern(2, 4)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+class Operands:
+    """Random ones for M tokens and a weight [N, K]."""
+
+    def __init__(self, M: int, N: int, K: int, dtype: torch.dtype = torch.float32) -> None:
+        self.x, self.grad = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
+        self.weight, self.bias = torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
+        self.pattern = packed(draw_mask(N, K, TWO_FOUR))
+        self.column_pattern = packed(draw_mask(K, N, TWO_FOUR))
+        self.values = torch.randn(N, K // 2).to(dtype)
+        self.down, self.up = torch.randn(M, 3).to(dtype), torch.randn(N, 3).to(dtype)
+
+    def calls(self) -> dict[str, Callable[[], Tensor]]:
+        """Every operator."""
+        x, grad, values, pattern, columns = self.x, self.grad, self.values, self.pattern, self.column_pattern
+        return {
+            "linear": lambda: ops.linear(x, values, pattern, self.bias, 2, 4, False, None, self.down, self.up),
+            "grad_input": lambda: ops.grad_input(grad, values, pattern, 2, 4),
+            "grad_input_columns": lambda: ops.grad_input_columns(grad, values, pattern, columns, 2, 4),
+            "grad_weight": lambda: ops.grad_weight(grad, x, pattern, 2, 4),
+            "compress": lambda: ops.compress(self.weight, pattern, 2, 4),
+            "expand": lambda: ops.expand(values, pattern, 2, 4),
+            "compress_columns": lambda: ops.compress_columns(values, pattern, 2, 4)[0],
+            "recompress_columns": lambda: ops.recompress_columns(values, pattern, columns, 2, 4),
+        }
+
+    def definitions(self) -> dict[str, Callable[[], Tensor]]:
+        x, grad, values, pattern, columns = self.x, self.grad, self.values, self.pattern, self.column_pattern
+        return {
+            "linear": lambda: reference.forward(x, values, pattern, self.bias, 2, 4, self.down, self.up),
+            "grad_input": lambda: reference.grad_input(grad, values, pattern, 2, 4),
+            "grad_input_columns": lambda: reference.grad_input_columns(grad, values, pattern, columns, 2, 4),
+            "grad_weight": lambda: reference.grad_weight(grad, x, pattern, 2, 4),
+            "compress": lambda: reference.compress(self.weight, pattern, 2, 4),
+            "expand": lambda: reference.expand(values, pattern, 2, 4),
+            "compress_columns": lambda: reference.compress_columns(values, pattern, 2, 4)[0],
+            "recompress_columns": lambda: reference.recompress_columns(values, pattern, columns, 2, 4),
+        }
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# --- operands that do not fit ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", [(slice(3),), (slice(None), slice(2))], ids=["rows", "columns"])
+@pytest.mark.parametrize("name", Operands(1, 4, 4).calls())
+def test_a_pattern_of_another_weight_is_an_error(name: str, part: tuple[slice, ...]) -> None:
+    """The kernels check nothing: they would read past its end."""
+    given = Operands(5, 16, 24)
+    given.pattern = given.pattern[part]
+    with pytest.raises(RuntimeError):
+        given.calls()[name]()
+
+
+@pytest.mark.parametrize("name", ["grad_input_columns", "recompress_columns"])
+def test_a_column_pattern_of_another_weight_is_an_error(name: str) -> None:
+    given = Operands(5, 16, 24)
+    given.column_pattern = given.column_pattern[:3]
+    with pytest.raises(RuntimeError):
+        given.calls()[name]()
+
+
+@pytest.mark.parametrize("short", ["bias", "down", "up"])
+def test_what_is_added_must_fit(short: str) -> None:
+    given = Operands(5, 16, 24)
+    setattr(given, short, getattr(given, short)[:2])
+    with pytest.raises(RuntimeError):
+        given.calls()["linear"]()
+
+
+def test_a_bias_for_every_token_is_added_as_the_definition_does() -> None:
+    given = Operands(5, 16, 24)
+    given.bias = torch.randn(5, 16)
+    torch.testing.assert_close(given.calls()["linear"](), given.definitions()["linear"]())
+
+
+# --- empty ----------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("sizes", [(5, 0, 24), (5, 16, 0), (0, 16, 24), (1, 0, 0), (0, 0, 0)], ids=str)
+def test_weights_without_rows_or_columns(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    given = Operands(*sizes, dtype)
+    definitions = given.definitions()
+    for name, call in given.calls().items():
+        # In 16 bits the definition rounds the low-rank update by itself.
+        torch.testing.assert_close(call(), definitions[name](), rtol=0.02, atol=0.02, msg=name)
+
+
+# --- places in memory -----------------------------------------------------------------------------------
+
+
+def _moved(tensor: Tensor, by: int) -> Tensor:
+    """A copy that begins so many elements after the start of its memory, as a part of a larger parameter does."""
+    memory = tensor.new_empty(tensor.numel() + by)
+    return memory[by:].copy_(tensor.reshape(-1)).view(tensor.shape)
+
+
+@every_dtype
+@pytest.mark.parametrize("M", [1, 7, 40, 300])
+def test_results_do_not_depend_on_where_operands_lie(M: int, dtype: torch.dtype) -> None:
+    given = Operands(M, 68, 132, dtype)
+    expected = {name: call() for name, call in given.calls().items()}
+    for by in (1, 3, 8):
+        for name, tensor in vars(given).items():
+            setattr(given, name, _moved(tensor, by))
+        for name, call in given.calls().items():
+            assert torch.equal(call(), expected[name]), (name, by)
+
+
+# --- threads --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_python_threads_at_once_while_the_number_of_threads_changes() -> None:
+    """Each gets what it would get alone, bit by bit: working memory belongs to a thread."""
+    if cpu_library.load() is None:
+        pytest.skip("no CPU kernels on this machine")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    sizes = ((1, 100, 260), (4, 132, 64), (40, 64, 132), (130, 36, 76), (17, 260, 64))
+    problems = [Operands(*each, dtype) for each in sizes for dtype in dtypes]
+    torch.set_num_threads(1)
+    expected = [{name: call() for name, call in problem.calls().items()} for problem in problems]
+    wrong: list[tuple[str, int]] = []
+
+    def work(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(15):
+            torch.set_num_threads(draw.choice([1, 2, 3]))
+            which = draw.randrange(len(problems))
+            for name, call in problems[which].calls().items():
+                if not torch.equal(call(), expected[which][name]):
+                    wrong.append((name, which))
+
+    threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
