@@ -59,10 +59,10 @@ using namespace fuzz;
 struct Expected {
   double sum = 0;       // over the kept entries
   double scale = 0;     // of their magnitudes
-  bool dense_finite = true;  // whether the pruned ones would have left it finite too
+  bool dense_finite = true;  // whether the pruned ones, which a dense product multiplies by zero, leave it finite too
   int64_t terms = 0;
-  void add(double a, double b, bool kept = true) {
-    dense_finite &= std::isfinite(a) && std::isfinite(b);
+  void add(double a, double b, bool kept = true) {  // b is a weight where some are pruned
+    dense_finite &= std::isfinite(a) && (!kept || std::isfinite(b));
     if (!kept) return;
     sum += a * b;
     scale += std::fabs(a * b);
@@ -94,7 +94,7 @@ struct Case {
   Random random;
   Type type;
   int64_t M, N, K;
-  bool special;  // an infinity or NaN among the inputs
+  bool special;  // infinities or NaNs among activations or weights
   Pattern pattern;
   Matrix values;
   std::vector<double> dense;  // [N, K]
@@ -118,10 +118,11 @@ struct Case {
     K = (size() + 3) / 4 * 4;
     if (random.once_in(60)) M = 1000 + random.below(300);  // more than one panel
     if (random.once_in(60)) N = 1000 + random.below(100);
-    if (random.once_in(60)) K = 480 + 4 * random.below(40);
+    if (random.once_in(60)) K = (random.once_in(2) ? 480 : 1000) + 4 * random.below(40);
     while (M * N * K > int64_t(2) << 20) (M > N ? M : N) /= 2;
     pattern = draw_pattern(random, N, K);
-    values = contiguous(type, N, K / 2);
+    values = empty(type, N, K / 2, K / 2, 1, random.once_in(3) ? 1 + random.below(7) : 0);  // may be a part of a tensor
+    const int64_t odd = special && random.once_in(2) ? random.below(std::max<int64_t>(1, N * (K / 2))) : -1;
     if (garbage) {
       for (int64_t i = 0; i < pattern.buffer.size(); i++) pattern.buffer.data()[i] = uint8_t(random.below(256));
       return;
@@ -132,7 +133,9 @@ struct Case {
       int64_t next = 0;
       for (int64_t k = 0; k < K; k++)
         if (pattern.kept(n, k)) {
-          encode(type, random.once_in(9) ? double(random.below(3) - 1) : random.normal(), values.at(n, next));
+          const double number = random.once_in(9) ? double(random.below(3) - 1) : random.normal();
+          const double not_finite = random.once_in(2) ? INFINITY : NAN;
+          encode(type, n * (K / 2) + next == odd ? not_finite : number, values.at(n, next));
           dense[size_t(n * K + k)] = decode(type, values.at(n, next));
           slot[size_t(n * K + k)] = next++;
         }
@@ -283,7 +286,7 @@ struct Case {
       for (int64_t n = 0; n < 8 * width; n++) {
         int64_t before = 0;  // how many of the group go before it: larger, or as large and earlier
         for (int64_t other = n / 4 * 4; n < N && other < n / 4 * 4 + 4; other++) {
-          const double mine = std::fabs(weight(n, k)), its = std::fabs(weight(other, k));
+          const double mine = size_of(weight(n, k)), its = size_of(weight(other, k));
           before += its > mine || (its == mine && other < n);
         }
         require(chosen.kept(k, n) == (n < N && before < 2), "compress_columns chose another pattern");
@@ -314,6 +317,12 @@ struct Case {
                 "expand_double_pruned is wrong");
       }
     grad_input(random.once_in(2) ? &given : &chosen);
+  }
+
+  // The magnitude; NaN is larger than infinity, and that larger than any number.
+  static double size_of(double weight) {
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    return std::isnan(weight) ? infinity : std::min(std::fabs(weight), std::numeric_limits<double>::max());
   }
 
   void check_columns(const std::string& name, const Matrix& result, const Pattern& columns) {
