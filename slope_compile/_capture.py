@@ -39,6 +39,8 @@ class Linear:
     device: torch.device
     state: tuple[Tensor, ...] = ()
     """Values, pattern and, if stored, column pattern of a sparse one."""
+    pruned: bool = False
+    """Whether its product stays dense and reads the pruned weight."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +99,10 @@ def _rewrite(module: GraphModule, inputs: Sequence[Any], config: SlopeConfig) ->
     sites = _linears(after)
     context = Context(config, weights)
     run_passes(after, context)  # without weights.commit(): nothing is pruned
-    # Decisions stand in the order of the graph, products too, and a dense linear keeps its node.
+    # Decisions stand in the order of the graph, products too, and what stays a dense linear keeps its node.
     operators = {n.name: (r, n) for r in regions(after) for n in r.graph.nodes}
+    kept = {n for _, n in operators.values()}
+    read = {weight.path: weight for weight in weights.read}
     products = iter([(r, n) for r in regions(after) for n in r.graph.nodes if _calls(n, ops.linear)])
     linears: list[Linear] = []
     marks: dict[Node, int | None] = {}
@@ -107,15 +111,20 @@ def _rewrite(module: GraphModule, inputs: Sequence[Any], config: SlopeConfig) ->
         if decision.reason in OPERATORS:
             region, node = operators[decision.node]
         else:
-            region, node = next(products) if decision.sparse else sites[len(positions)]
+            region, node = sites[len(positions)]
+            if decision.sparse and node not in kept:
+                region, node = next(products)
             positions.append(position)
         marks[node] = position
         x = value(node.all_input_nodes[0])
         state: tuple[Tensor, ...] = ()
-        if decision.sparse:
+        pruned = decision.sparse and not _calls(node, ops.linear)
+        if pruned:
+            state = read[decision.weight].compressed()
+        elif decision.sparse:
             parts = (node.args[1], node.args[2], node.args[7] if len(node.args) > 7 else None)
             state = tuple(_tensor(region, part, weights) for part in parts if isinstance(part, Node))
-        linears.append(Linear(decision, tuple(x.shape), x.dtype, x.device, state))
+        linears.append(Linear(decision, tuple(x.shape), x.dtype, x.device, state, pruned))
     marks |= {node: None for _, node in _linears(after) if node not in marks}
     marks |= {node: position for position, (_, node) in zip(positions, _linears(normal), strict=True)}
     named = {one.decision.node: position for position, one in enumerate(linears) if one.decision.reason in OPERATORS}

@@ -58,15 +58,20 @@ class PrunedWeight:
     transposed: bool
     path: str
 
+    def compressed(self) -> tuple[Tensor, Tensor]:
+        """Values and pattern."""
+        dense = self.weight.detach()
+        dense = dense.t() if self.transposed else dense
+        return ops.compress(dense, self.state.pattern, self.state.nm.keep, self.state.nm.group), self.state.pattern
+
     @torch.no_grad()
     def before_call(self) -> None:
         """Prune the weight again if something that is not pruned was written to it."""
         if self.weight._version == self.state.version:
             return
-        dense = self.weight.t() if self.transposed else self.weight
-        kept = ops.compress(dense, self.state.pattern, self.state.nm.keep, self.state.nm.group)
+        values, _ = self.compressed()
         # Writing only where it is needed: a backward that is still to come may have saved the weight.
-        if int(dense.count_nonzero()) != int(kept.count_nonzero()):
+        if int(self.weight.count_nonzero()) != int(values.count_nonzero()):
             log.info("backend 'slope' prunes %s again, in place: something was written to it", self.path)
             self.weight.copy_(_masked(self.weight, self.state, self.transposed))
         self.state.version = self.weight._version

@@ -26,7 +26,7 @@ from slope_compile.config import SlopeConfig, checked_config
 from slope_compile.errors import ConversionError
 from slope_compile.kernels import ops
 from slope_compile.layers import LinearLayer, linear_layers
-from slope_compile.lowering import DENSE, EXPANDED, lowering
+from slope_compile.lowering import DENSE, EXPANDED, PRUNED, lowering
 from slope_compile.passes.dataflow import dataflow
 from slope_compile.passes.graph import regions
 from slope_compile.passes.profit import example_tokens
@@ -249,6 +249,7 @@ def _facts(linear: Linear, ranks: dict[str, int], peaks: cost.Device | None, mea
         values, pattern = linear.state[:2]
         forward = ops.expand(values, pattern, nm.keep, nm.group)
         N, K = forward.shape
+        M = _example(linear.tokens)
         double = decision.backward == "double_pruned"
         columns = ops.compress_columns(values, pattern, nm.keep, nm.group)[0] if double else None
         facts = dataclasses.replace(
@@ -258,11 +259,13 @@ def _facts(linear: Linear, ranks: dict[str, int], peaks: cost.Device | None, mea
             column_density=None if columns is None else int(columns.count_nonzero()) / forward.numel(),
             bytes_before=N * K * size,
             bytes_after=sum(t.nbytes for t in linear.state),
-            lowering=lowering("forward", _example(linear.tokens), N, K, linear.dtype, linear.device, nm),
+            lowering=PRUNED if linear.pruned else lowering("forward", M, N, K, linear.dtype, linear.device, nm),
         )
         if measure:
-            times = forward_seconds(_example(linear.tokens), forward, values.detach(), pattern, nm)
-            facts = dataclasses.replace(facts, measured_before=times[0], measured_after=times[1])
+            old, new = forward_seconds(M, forward, values.detach(), pattern, nm)
+            facts = dataclasses.replace(facts, measured_before=old, measured_after=old if linear.pruned else new)
+        if linear.pruned:
+            nm = None  # costs what a dense product costs
     if len(facts.shape) != 2:
         return facts
     N, K = facts.shape
@@ -277,10 +280,10 @@ def _facts(linear: Linear, ranks: dict[str, int], peaks: cost.Device | None, mea
     )
     if peaks is None or not peaks.fits(size):
         return facts
-    old, new, even = _predicted(N, K, size, nm, rank, peaks)
+    before_time, after_time, even = _predicted(N, K, size, nm, rank, peaks)
     at = {cost.M: _example(linear.tokens)}
     return dataclasses.replace(
-        facts, seconds_before=float(old.subs(at)), seconds_after=float(new.subs(at)), break_even=even
+        facts, seconds_before=float(before_time.subs(at)), seconds_after=float(after_time.subs(at)), break_even=even
     )
 
 

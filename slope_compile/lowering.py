@@ -9,6 +9,8 @@ from slope_compile.pattern import Pattern
 
 DENSE = "dense"
 EXPANDED = "dense with expanded weight"
+PRUNED = "dense with pruned weight"
+"""Of a drop-in model without gradients, for few tokens: see ``passes.sparsify``."""
 _NAMES = {
     "triton": "Triton", "few": "Gluon for few tokens", "mma_sp": "Gluon mma.sp", "wgmma_sp": "Gluon wgmma.sp",
     "cusparselt": "cuSPARSELt",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import slope_compile as slope
 from masked import masked_copy, masks_of_pruned, picked_now
 from recording import compiled, record
 from recording import fresh_dynamo as fresh_dynamo
@@ -159,6 +160,26 @@ def test_hugging_face_conv1d_stays_dense_and_pruned() -> None:
         assert list(masks) == ["1"]
         model.get_parameter("1.weight").copy_(dense.get_parameter("1.weight"))
         assert_same(run(x), masked_copy(dense, masks)(x))
+
+
+@pytest.mark.parametrize("shape", [FEW, MANY], ids=["few", "many"])
+def test_explained(shape: tuple[int, int], library: None) -> None:
+    model = toy(torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        found = slope.explain(model, token_ids(*shape), measure=True)
+    sparse = [f for f in found.linears if f.sparse]
+    assert [f.path for f in sparse] == list(SPARSE)
+    for facts in sparse:
+        assert facts.density == 0.5
+        assert facts.measured_before
+        assert facts.flops_before is not None
+        assert facts.flops_after is not None
+        dense = facts.lowering == "dense with pruned weight"
+        assert dense == (shape == FEW)
+        assert (facts.flops_after == facts.flops_before) == dense
+        assert (facts.measured_after == facts.measured_before) == dense
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "nothing is pruned"
 
 
 def test_through_inductor(library: None) -> None:
