@@ -150,18 +150,27 @@ def cache_key(level: str, compiler: Compiler, source: Path = SOURCE) -> str:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept: beside Inductor's cache if the user has set that, else the user's own cache; temporary
-    if need be."""
-    root = _chosen_root() or os.environ.get("XDG_CACHE_HOME", "")
-    root = root if os.path.isabs(root) else os.path.expanduser(os.path.join("~", ".cache"))
-    folder = Path(root) / "slope_compile"
-    # A user without a home has a relative one: the folder would depend on where the process stands.
-    problem = _problem(folder) if folder.is_absolute() else "is in no home"
+    """Where libraries are kept: beside Inductor's cache if the user has set that, else the user's own cache; temporary,
+    with a copy of what is there, if it cannot be written."""
+    folder = _users_folder()
+    problem = _problem(folder)
     if problem is None:
         return folder
-    private = Path(_private_folder().name)
+    private = Path(_private_folder(folder).name)
     log.debug("CPU kernels: %s %s; building in %s, for this process alone", folder, problem, private)
     return private
+
+
+def nothing_lasts() -> str | None:
+    """Why what this process writes to :func:`cache_folder` is gone when it ends, if so."""
+    folder = _users_folder()
+    problem = _problem(folder)
+    return None if problem is None else f"{folder} {problem}"
+
+
+def _users_folder() -> Path:
+    root = _chosen_root() or os.environ.get("XDG_CACHE_HOME", "")
+    return Path(root if os.path.isabs(root) else os.path.expanduser(os.path.join("~", ".cache"))) / "slope_compile"
 
 
 def _chosen_root() -> str:
@@ -179,6 +188,8 @@ def _chosen_root() -> str:
 
 def _problem(folder: Path) -> str | None:
     """Why no library can be written to a folder and loaded from it, if so."""
+    if not folder.is_absolute():  # a user without a home: it would depend on where the process stands
+        return "is in no home"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=folder):
@@ -190,9 +201,19 @@ def _problem(folder: Path) -> str | None:
 
 
 @functools.cache
-def _private_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder of this process, removed at its end."""
-    return tempfile.TemporaryDirectory(prefix="slope_compile-", ignore_cleanup_errors=True)
+def _private_folder(instead_of: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder of this process, removed at its end, with what a folder that cannot be written has to read.
+
+    So a read-only home that somebody has filled, an image of a container for instance, spares the compilation.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="slope_compile-", ignore_cleanup_errors=True)
+    try:
+        for path in instead_of.iterdir() if instead_of.is_absolute() else ():
+            if path.suffix in (".so", ".sha256", ".json"):
+                shutil.copy(path, folder.name)
+    except OSError:
+        log.debug("CPU kernels: %s cannot be read", instead_of, exc_info=True)
+    return folder
 
 
 def build(level: str, compiler: Compiler, source: Path = SOURCE) -> Path:

@@ -15,6 +15,7 @@ from slope_compile import cli_inspect, doctor
 from slope_compile.errors import SlopeError
 from slope_compile.kernels import (
     _cusparselt,
+    cpu_build,
     cpu_library,
     cpu_tuning,
     cusparselt_search,
@@ -62,6 +63,8 @@ def run_tune(arguments: argparse.Namespace) -> int:
     if library is None:
         sys.stderr.write("slope-compile tune: there are no CPU kernels to measure; see `slope-compile doctor`\n")
         return 1
+    if _would_be_lost():
+        return 1
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(arguments.threads or before)
@@ -77,6 +80,15 @@ def run_tune(arguments: argparse.Namespace) -> int:
     _write(_speedups(entries))
     _write(f"\nSaved to {path}; every process on this machine goes by it.\n")
     return 0
+
+
+def _would_be_lost() -> bool:
+    """Whether a table could not be kept for other processes; says so."""
+    problem = cpu_build.nothing_lasts()
+    if problem is not None:
+        advice = "name a folder that can be written in TORCHINDUCTOR_CACHE_DIR"
+        sys.stderr.write(f"slope-compile tune: {problem}, so the table would be lost: {advice}\n")
+    return problem is not None
 
 
 def _tune_gpu(name: str, sizes: Sequence[str]) -> int:
@@ -101,6 +113,8 @@ def _tune_gpu(name: str, sizes: Sequence[str]) -> int:
     lacking = gpu_ops.missing(device)
     if lacking is not None:
         sys.stderr.write(f"slope-compile tune: no kernels to measure on {device}: {lacking}\n")
+        return 1
+    if _would_be_lost():
         return 1
     _verify(device, [tuple(map(int, text.split("x"))) for text in sizes])
     entries = []

@@ -29,6 +29,7 @@ from slope_compile.kernels import (
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Tables go to a folder of the test."""
     monkeypatch.setattr("slope_compile.kernels.cpu_build.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("slope_compile.kernels.cpu_build.nothing_lasts", lambda: None)
     cpu_tuning.load.cache_clear()
     yield tmp_path
     cpu_tuning.load.cache_clear()
@@ -71,6 +72,19 @@ def test_tune(own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     out = capsys.readouterr().out
     assert str(own_cache) in out
     assert "grad_weight" in out
+
+
+def test_nothing_is_measured_where_no_table_can_be_kept(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if cpu_library.load() is None:
+        pytest.skip("no CPU library: no C++ compiler, or switched off")
+    monkeypatch.setattr("slope_compile.kernels.cpu_build.nothing_lasts", lambda: "/home cannot be written")
+    assert cli.main(["tune"]) == 1
+    said = capsys.readouterr().err
+    assert "/home cannot be written" in said
+    assert "TORCHINDUCTOR_CACHE_DIR" in said
+    assert list(own_cache.iterdir()) == []
 
 
 @pytest.mark.parametrize(

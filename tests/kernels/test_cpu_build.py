@@ -278,6 +278,29 @@ def test_a_cache_that_cannot_be_written_is_replaced(
     assert cpu_build.build("portable", compiler, source) == library
 
 
+def test_what_a_folder_has_is_used_though_it_cannot_be_written(
+    source: Path, cache: Path, compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapped, calls = counting(compiler, tmp_path)
+    library = cpu_build.build("portable", wrapped, source)
+    (cache / "tuned-portable.json").write_text("{}")
+    assert cpu_build.nothing_lasts() is None
+
+    def refuse(**where: object) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    said = cpu_build.nothing_lasts()
+    assert said is not None
+    assert str(cache) in said
+    copy = cpu_build.build("portable", wrapped, source)
+    assert copy.name == library.name
+    assert copy.parent != cache
+    assert answer(copy) == 24
+    assert calls.read_text().count("called") == 1
+    assert (cpu_build.cache_folder() / "tuned-portable.json").read_text() == "{}"
+
+
 @pytest.mark.skipif(not hasattr(os, "ST_NOEXEC"), reason="this platform does not say how it is mounted")
 def test_a_cache_mounted_noexec_is_replaced(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_build.cache_folder() == cache
