@@ -68,6 +68,7 @@ def test_loading_inside_a_transformation(library: CpuLibrary, monkeypatch: pytes
 
 
 def test_a_failure_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(cpu_library.VARIABLE, raising=False)
     monkeypatch.setattr(cpu_library, "_loader", cpu_library._Loader())
     failures = [OSError("no memory"), OSError("no memory")]
 
