@@ -132,12 +132,10 @@ def _size(record: Record) -> str:
 
 def quality(records: Sequence[Record], form: str = "simple") -> str:
     """Validation loss by variant: mean over seeds, their spread, and the mean difference to dense of the same seed."""
-    dense = {r["facts"]["seed"]: r["facts"] for r in records if r["facts"]["variant"] == "dense"}
     rows = []
     for variant, group in select.grouped(records, lambda r: r["facts"]["variant"]).items():
         losses = [r["facts"]["validation_loss"] for r in group]
-        gaps = [r["facts"]["validation_loss"] - dense[r["facts"]["seed"]]["validation_loss"] for r in group
-                if r["facts"]["seed"] in dense]  # fmt: skip
+        gaps = loss_gaps(records, group)
         rows.append(
             [
                 variant,
@@ -152,6 +150,13 @@ def quality(records: Sequence[Record], form: str = "simple") -> str:
         )
     headers = ["variant", "seeds", "validation loss", "deviation", "minus dense", "range", "parameters", "state, MiB"]
     return in_columns(rows, headers, form)
+
+
+def loss_gaps(records: Sequence[Record], group: Sequence[Record]) -> list[float]:
+    """Validation losses of a group minus that of the dense run with the same seed, where there is one."""
+    dense = {r["facts"]["seed"]: r["facts"]["validation_loss"] for r in records if r["facts"]["variant"] == "dense"}
+    facts = [record["facts"] for record in group if record["facts"]["seed"] in dense]
+    return [fact["validation_loss"] - dense[fact["seed"]] for fact in facts]
 
 
 def quality_setting(record: Record) -> str:

@@ -23,8 +23,6 @@ KEEP_GROUP = (NM.keep, NM.group)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest error of a product, as a share of its largest entry; a benchmark of wrong numbers is worth nothing."""
 
-OURS = ("slope", "slope_exact", "slope_double_pruned")
-
 
 @dataclasses.dataclass(frozen=True)
 class Weight:

@@ -1,4 +1,4 @@
-"""The README's section of measured results: written from committed files, never by hand."""
+"""The README's two sections of measured results, short and long: written from committed files, never by hand."""
 
 from __future__ import annotations
 
@@ -6,29 +6,39 @@ import json
 from pathlib import Path
 
 import pretrain_results
-from benchmarks import gpu_report, records, select, tables, tile_table
+from benchmarks import gpu_report, highlights, records, select, tables, tile_table
 from benchmarks.records import Record
 
-BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+_SECTIONS = ("highlights", "measured")
+"""Names in the comments around each section: ``<!-- measured:begin -->``, ``<!-- measured:end -->``."""
 _FORM = "github"
 _NOTHING = "No results have been committed yet."
 
 
 def updated(text: str, results: Path) -> str:
-    """The README's text with its section as the files in ``results`` have it.
+    """The README's text with its sections as the files in ``results`` have them.
 
     Raises:
-        ValueError: the text has no section, or more than one.
+        ValueError: the text lacks a section, or has one twice.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"expected one {BEGIN} and one {END}")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{section(results)}\n{END}{after}"
+    bodies = (highlights.table(results, _FORM) or _NOTHING, section(results))
+    for name, body in zip(_SECTIONS, bodies, strict=True):
+        begin, end = markers(name)
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"expected one {begin} and one {end}")
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = f"{before}{begin}\n{body}\n{end}{after}"
+    return text
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The comments before and after a section."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
 def section(results: Path) -> str:
-    """The section's text: the demo's tables, those of each results file in order of their names, and those of tiles."""
+    """The long section: the demo's tables, those of each results file in order of their names, and those of tiles."""
     parts = [_demo(path) for path in sorted(results.glob("demo-*.json"))]
     parts += [_benchmark(found) for path in sorted(results.glob("*.jsonl")) if (found := records.read(path))]
     parts += [tile_table.section(path, _FORM) for path in sorted(results.glob("tiles-*.json"))]

@@ -135,11 +135,6 @@ def lifted_inputs(program: ExportedProgram, *inputs: Any) -> list[Any]:
     return [*state, *inputs]
 
 
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    return dict(module.named_parameters()) | dict(module.named_buffers())
-
-
 class Parameters(nn.Module):
     """A module with a weight and a bias that a function reads: ``function(x, w, b)``."""
 

@@ -13,7 +13,7 @@ import torch
 import machine
 import pretrain_results
 from benchmarks import __main__ as command
-from benchmarks import plots, readme, records, runner, select, tables, tile_table
+from benchmarks import highlights, plots, readme, records, runner, select, tables, tile_table
 from benchmarks.cases import Case, Measurement, Run, compare
 from benchmarks.timing import Samples, Summary
 from training import Curves, Kind, Settings
@@ -117,7 +117,8 @@ def test_tables(tmp_path: Path) -> None:
 
 
 def test_readme_is_written_from_committed_files_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    marks = [mark for name in ("highlights", "measured") for mark in readme.markers(name)]
+    text = "before\n{}\nold\n{}\nbetween\n{}\nold\n{}\nafter\n".format(*marks)
     assert readme.updated(text, tmp_path) == text.replace("old", "No results have been committed yet.")
     fixture_records(tmp_path)
     new = readme.updated(text, tmp_path)
@@ -125,8 +126,10 @@ def test_readme_is_written_from_committed_files_alone(tmp_path: Path, capsys: py
     assert "Some CPU" in new
     assert "`python -m benchmarks run --suite cpu`" in new
     assert "Failed: unlucky." in new
-    with pytest.raises(ValueError, match="expected one"):
-        readme.updated("no section", tmp_path)
+    assert new.index("one layer, forward and backward") < new.index("between") < new.index("Single layers")
+    for mark in marks:
+        with pytest.raises(ValueError, match="expected one <!-- "):
+            readme.updated(text.replace(mark, ""), tmp_path)
 
     path = tmp_path / "README.md"
     path.write_text(text)
@@ -135,6 +138,38 @@ def test_readme_is_written_from_committed_files_alone(tmp_path: Path, capsys: py
     assert "is not current" in capsys.readouterr().out
     assert command.main(["report", "--readme", str(path)]) == 0
     assert command.main(["report", "--readme", str(path), "--check"]) == 0
+
+
+def test_highlights_have_a_row_for_each_thing_measured_and_a_column_for_each_machine(tmp_path: Path) -> None:
+    fixture_records(tmp_path)
+    sizes = {"M": 128, "N": 64, "K": 32}
+    forward = {"product": "forward", "seconds": {"dense": 4.0, "wgmma_sp_64x64": 2.0, "wgmma_sp_64x128": 3.0}}
+    exact = {"product": "grad_input", "seconds": {"dense": 4.0, "expanded": 4.0}}
+    columns = {"product": "grad_input_columns", "seconds": {"dense": 4.0, "recompressed": 1.0, "triton 16x16": 2.0}}
+    weight = {"product": "grad_weight", "seconds": {"dense": 4.0, "triton 16x16": 8.0, "dense_and_compressed": 5.0}}
+    few = {"product": "forward", "M": 1, "seconds": {"dense": 1.0, "triton 16x16": 2.0}}
+    products = [entry | sizes for entry in (forward, exact, columns, weight)] + [sizes | few]
+    data = {"machine": {"device": "Some GPU", "driver": "1"}, "products": products}
+    (tmp_path / "tiles-gpu.json").write_text(json.dumps(data))
+    assert cells(highlights.table(tmp_path, "github"))[0] == ["", "Some CPU, AVX2", "Some GPU"]
+    assert cells(highlights.table(tmp_path, "github"))[2:] == [
+        ["training step (gpt2)", "1.25", "-"],
+        ["decoding (gpt2)", "2.00", "-"],
+        ["one layer, forward and backward, 64 tokens or more", "**2.00** (2.00 to 2.00)", "**1.21** (1.09 to 1.33)"],
+        ["one layer, forward, fewer than 64 tokens", "0.50", "0.50"],
+        ["training state (gpt2)", "0.76", "-"],
+    ]
+
+
+def test_highlights_compare_losses_seed_by_seed() -> None:
+    losses = {("dense", 0): 2.0, ("dense", 1): 3.0, ("double_pruned", 0): 2.1, ("double_pruned", 1): 2.7}
+    found: list[records.Record] = [
+        {"status": "ok", "name": "quality", "facts": {"variant": variant, "seed": seed, "validation_loss": loss}}
+        for (variant, seed), loss in losses.items()
+    ]
+    (row,) = (row for row in highlights.ROWS if row.what.startswith("validation loss"))
+    assert row.cell(highlights.Machine(found)) == "**-0.100** (-0.300 to +0.100)"
+    assert row.cell(highlights.Machine()) == "-"
 
 
 def test_demo_table(tmp_path: Path) -> None:
