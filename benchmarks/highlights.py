@@ -58,17 +58,15 @@ class Row:
             return "-"
         middle = statistics.fmean(values) if self.loss else select.geometric_mean(values)
         form = "{:+.3f}" if self.loss else "{:.2f}"
-        low, middle, high = (form.format(value) for value in (min(values), middle, max(values)))
-        return middle if len(values) == 1 else f"**{middle}** ({low} to {high})"
+        low, shown, high = (form.format(value) for value in (min(values), middle, max(values)))
+        return shown if len(values) == 1 else f"**{shown}** ({low} to {high})"
 
 
 def table(results: Path, form: str) -> str:
     """A row for each thing measured, a column for each machine; "" where there is nothing."""
     machines = {name: machine for name, machine in _machines(results).items() if any(r.values(machine) for r in ROWS)}
     found = list(machines.values())
-    rows = [
-        [row.title(found), *map(row.cell, found)] for row in ROWS if any(row.values(machine) for machine in found)
-    ]
+    rows = [[row.title(found), *map(row.cell, found)] for row in ROWS if any(row.values(machine) for machine in found)]
     return f"{in_columns(rows, ['', *machines], form)}\n\n{LEGEND}" if rows else ""
 
 
