@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from slope_compile.config import LayerConfig
 from slope_compile.kernels import ops
 from slope_compile.kernels.metadata import check_pattern
+from slope_compile.log import log
 from slope_compile.outside import Place, in_python
 
 
@@ -98,11 +99,26 @@ class SparseWeight(nn.Module):
         self.column_age = age  # a counter that is read by the host in every step: it stays on the CPU
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:  # type: ignore[no-untyped-def]
+    def _load_from_state_dict(  # type: ignore[no-untyped-def]
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ):
         pattern = state_dict.get(prefix + "pattern")
         if pattern is not None:
             check_pattern(pattern, self.shape[1], self.nm, prefix.removesuffix("."))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        elif (dense := _dense_name(prefix)) in unexpected and not any(key.endswith(".pattern") for key in missing):
+            # Not among the errors: PyTorch would raise those with strict=False too.
+            log.warning(
+                "load_state_dict: %r is dense in this checkpoint and compressed in the model, and is not loaded; "
+                "load a dense checkpoint first, then sparsify_",
+                dense,
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def _dense_name(prefix: str) -> str:
+    """``"a.b.parametrizations.weight.0."`` -> ``"a.b.weight"``: where a dense model has the weight."""
+    owner, _, rest = prefix.rpartition("parametrizations.")
+    return owner + rest.partition(".")[0]
 
 
 class LowRank(nn.Module):

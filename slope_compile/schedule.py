@@ -93,6 +93,9 @@ class AdapterSchedule:
         lr_scale: float = 1.0,
         warmup_steps: int = 0,
     ) -> None:
+        for name, value in (("total_steps", total_steps), ("start_step", start_step), ("warmup_steps", warmup_steps)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ScheduleError(f"{name}: expected a number of optimizer steps, an int, got {value!r}")
         if total_steps < 1:
             raise ScheduleError(f"total_steps: expected 1 or more, got {total_steps}")
         if fraction is not None and start_step is not None:

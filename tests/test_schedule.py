@@ -293,6 +293,9 @@ def test_loading_switches_on_and_off() -> None:
     ("arguments", "message"),
     [
         ({"total_steps": 0}, "total_steps: expected 1 or more, got 0"),
+        ({"total_steps": "100"}, "total_steps: expected a number of optimizer steps, an int, got '100'"),
+        ({"total_steps": 1e4}, "total_steps: expected a number of optimizer steps, an int, got 10000.0"),
+        ({"total_steps": 10, "start_step": 5.5}, "start_step: expected a number of optimizer steps, an int, got 5.5"),
         ({"total_steps": 5, "fraction": 0.1, "start_step": 2}, "fraction and start_step both say when"),
         ({"total_steps": 5, "fraction": 0.0}, r"fraction: expected above 0, up to 1 .*, got 0\.0"),
         ({"total_steps": 5, "fraction": 1.5}, r"fraction: expected above 0, up to 1 .*, got 1\.5"),

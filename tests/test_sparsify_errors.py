@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -164,6 +166,20 @@ def test_state_of_layers_that_stay_dense_is_no_obstacle() -> None:
 
 
 # --- densify_ --------------------------------------------------------------------------------------------------------
+
+
+def test_a_dense_checkpoint_is_to_be_loaded_first(caplog: pytest.LogCaptureFixture) -> None:
+    model = prepared()
+    for strict in (True, False):
+        caplog.clear()
+        with contextlib.suppress(RuntimeError), caplog.at_level(logging.WARNING, "slope_compile"):
+            model.load_state_dict(net().state_dict(), strict=strict)
+        (said,) = caplog.messages
+        assert said.startswith(f"load_state_dict: '{SPARSE[0]}.weight' is dense in this checkpoint and compressed")
+        assert said.endswith("load a dense checkpoint first, then sparsify_")
+    caplog.clear()
+    model.load_state_dict(prepared().state_dict())
+    assert not caplog.messages
 
 
 def test_densify_a_dense_model() -> None:
