@@ -422,3 +422,8 @@ def test_the_readme_lists_them() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [f"| {reason.value} | {WAYS_OUT[reason]} |" for reason in WAYS_OUT]
     assert "\n".join(rows) in text, "\n".join(rows)
+
+
+def test_the_readme_lists_the_public_names() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Public names")[1].split("## Limits")[0]
+    assert [name for name in slope.__all__ if f"`{name}`" not in text] == []
