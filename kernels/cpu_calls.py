@@ -53,7 +53,7 @@ def _linear(
     library = cpu_library.load()
     if library is None:
         return out.copy_(cpu_ops.linear(x, values, pattern, bias, 2, 4, down=down, up=up))
-    way = _way(library, "forward", x, sparse)
+    way = _way(library, "forward", x, values.shape[0], 2 * values.shape[1], sparse)
     return cpu_products.forward(library, way, x, values, pattern, bias, out, down, up)
 
 
@@ -62,7 +62,7 @@ def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, *, out: Tensor, sp
     library = cpu_library.load()
     if library is None:
         return out.copy_(cpu_ops.grad_input(grad, values, pattern, 2, 4))
-    way = _way(library, "grad_input", grad, sparse)
+    way = _way(library, "grad_input", grad, values.shape[0], 2 * values.shape[1], sparse)
     return cpu_products.grad_input(library, way, grad, values, pattern, None, out)
 
 
@@ -73,7 +73,7 @@ def grad_input_columns(
     library = cpu_library.load()
     if library is None:
         return out.copy_(cpu_ops.grad_input_columns(grad, values, pattern, column_pattern, 2, 4))
-    way = _way(library, "grad_input_columns", grad, sparse)
+    way = _way(library, "grad_input_columns", grad, values.shape[0], 2 * values.shape[1], sparse)
     return cpu_products.grad_input(library, way, grad, values, pattern, column_pattern, out)
 
 
@@ -82,9 +82,9 @@ def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, *, out: Tensor, sparse
     library = cpu_library.load()
     if library is None:
         return out.copy_(cpu_ops.grad_weight(grad, x, pattern, 2, 4))
-    way = _way(library, "grad_weight", x, sparse)
+    way = _way(library, "grad_weight", x, grad.shape[1], x.shape[1], sparse)
     return cpu_products.grad_weight(library, way, grad, x, pattern, out)
 
 
-def _way(library: CpuLibrary, op: str, rows: Tensor, sparse: bool | None) -> bool:
-    return cpu_rules.sparse(op, rows.shape[0], rows.dtype, library.isa) if sparse is None else sparse
+def _way(library: CpuLibrary, op: str, rows: Tensor, N: int, K: int, sparse: bool | None) -> bool:
+    return cpu_rules.sparse(op, rows.shape[0], N, K, rows.dtype, library.isa) if sparse is None else sparse

@@ -90,7 +90,7 @@ def linear(
     N, K = values.shape[0], 2 * values.shape[1]
     if library is None or x.shape[-1] != K or not (describes(pattern, N, K) and adds_up(x, N, bias, down, up)):
         return reference.forward(x, values, pattern, bias, keep, group, down, up)
-    sparse = cpu_rules.sparse("forward", tokens(x), x.dtype, library.isa)
+    sparse = cpu_rules.sparse("forward", tokens(x), N, K, x.dtype, library.isa)
     return cpu_products.forward(library, sparse, x, values, pattern, bias, down=down, up=up)
 
 
@@ -101,7 +101,7 @@ def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: 
     if library is None or grad.shape[-1] != N or not describes(pattern, N, K):
         dense_copies.gradient(pattern)
         return reference.grad_input(grad, values, pattern, keep, group)
-    sparse = cpu_rules.sparse("grad_input", tokens(grad), grad.dtype, library.isa)
+    sparse = cpu_rules.sparse("grad_input", tokens(grad), N, K, grad.dtype, library.isa)
     return cpu_products.grad_input(library, sparse, grad, values, pattern, None)
 
 
@@ -115,17 +115,18 @@ def grad_input_columns(
     if library is None or not fits:
         dense_copies.gradient(pattern)
         return reference.grad_input_columns(grad, values, pattern, column_pattern, keep, group)
-    sparse = cpu_rules.sparse("grad_input_columns", tokens(grad), grad.dtype, library.isa)
+    sparse = cpu_rules.sparse("grad_input_columns", tokens(grad), N, K, grad.dtype, library.isa)
     return cpu_products.grad_input(library, sparse, grad, values, pattern, column_pattern)
 
 
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.grad_weight`."""
     library = library_for(keep, group, grad, x)
-    if library is None or grad.shape[:-1] != x.shape[:-1] or not describes(pattern, grad.shape[-1], x.shape[-1]):
+    N, K = grad.shape[-1], x.shape[-1]
+    if library is None or grad.shape[:-1] != x.shape[:-1] or not describes(pattern, N, K):
         dense_copies.gradient(pattern)
         return reference.grad_weight(grad, x, pattern, keep, group)
-    sparse = cpu_rules.sparse("grad_weight", tokens(x), x.dtype, library.isa)
+    sparse = cpu_rules.sparse("grad_weight", tokens(x), N, K, x.dtype, library.isa)
     return cpu_products.grad_weight(library, sparse, grad, x, pattern)
 
 

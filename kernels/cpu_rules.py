@@ -16,17 +16,18 @@ AVX2_OUTER, AVX2_PACKED = 8, 32
 neither wins."""
 
 
-def sparse(op: str, M: int, dtype: torch.dtype, isa: str) -> bool:
-    """Whether the 2:4 kernel computes ``op`` for M tokens.
+def sparse(op: str, M: int, N: int, K: int, dtype: torch.dtype, isa: str) -> bool:
+    """Whether the 2:4 kernel computes ``op`` for M tokens and a weight ``[N, K]``.
 
     Args:
         op: "forward", "grad_input", "grad_input_columns" or "grad_weight".
         M: tokens.
+        N, K: out_features and in_features.
         dtype: of activations and weight.
         isa: level of the library, see ``cpu_build``.
     """
     table = cpu_tuning.load(isa, torch.get_num_threads())
-    measured = None if table is None else table.sparse(op, M, dtype)
+    measured = None if table is None else table.sparse(op, M, N, K, dtype)
     if measured is not None:
         return measured
     if op != "grad_weight":

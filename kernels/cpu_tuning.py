@@ -32,12 +32,15 @@ from slope_compile.pattern import Pattern
 OPS = ("forward", "grad_input", "grad_input_columns", "grad_weight")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS = (1, 4, 16, 64, 256, 1024)
-SHAPES = ((768, 768), (3072, 768), (768, 3072))
+SHAPES = ((768, 768), (3072, 768), (768, 3072), (4096, 4096))
 """(N, K)"""
 
 ROUNDS = 7
 SLOW_SECONDS = 0.5
 """A product that takes longer is measured once and not with more tokens: the winner will not change any more."""
+
+MOST_DECIDED = 4096
+"""Answers that a table remembers."""
 
 MARGIN = 0.97
 """The kernel also wins a near tie: its alternative needs memory for the expanded weight."""
@@ -50,8 +53,10 @@ class Entry:
     op: str
     dtype: str
     tokens: int
+    N: int
+    K: int
     speedup: float
-    """Time of the dense way over time of the kernel, geometric mean over the shapes."""
+    """Time of the dense way over time of the kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +65,28 @@ class Table:
 
     threads: int
     entries: tuple[Entry, ...]
+    _decided: dict[tuple[object, ...], bool | None] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    """What was asked before: products ask at every call."""
 
-    def sparse(self, op: str, M: int, dtype: torch.dtype) -> bool | None:
-        """Whether the kernel won at the number of tokens nearest to M (by ratio); None if nothing like it is there."""
+    def sparse(self, op: str, M: int, N: int, K: int, dtype: torch.dtype) -> bool | None:
+        """Whether the kernel won at the nearest sizes (by their ratios); None if nothing like it is there."""
+        asked = (op, M, N, K, dtype)
+        if asked not in self._decided:
+            if len(self._decided) >= MOST_DECIDED:
+                self._decided.clear()
+            self._decided[asked] = self._nearest(*asked)
+        return self._decided[asked]
+
+    def _nearest(self, op: str, M: int, N: int, K: int, dtype: torch.dtype) -> bool | None:
         near = [e for e in self.entries if e.op == op and DTYPES[e.dtype] is dtype]
         if not near:
             return None
-        return min(near, key=lambda e: abs(math.log(e.tokens / max(1, M)))).speedup >= MARGIN
+
+        def distance(entry: Entry) -> float:
+            pairs = ((entry.tokens, M), (entry.N, N), (entry.K, K))
+            return sum(abs(math.log(measured / max(1, wanted))) for measured, wanted in pairs)
+
+        return min(near, key=distance).speedup >= MARGIN
 
 
 def table_path(isa: str, threads: int) -> Path:
@@ -104,21 +124,15 @@ def load(isa: str, threads: int) -> Table | None:
 def measure(library: CpuLibrary) -> Iterator[Entry]:
     """Measure every case with the current number of threads; some minutes."""
     for name, dtype in DTYPES.items():
-        too_slow = set()
-        problems = [_Problem(N, K, dtype) for N, K in SHAPES]
-        for tokens in TOKENS:
-            for op in OPS:
-                if op in too_slow:
-                    continue
-                ratios = []
-                for problem in problems:
-                    kernel, dense = problem.ways(library, op, tokens)
-                    ratio, slowest = _compare(kernel, dense)
-                    ratios.append(ratio)
+        for N, K in SHAPES:
+            too_slow = set()
+            problem = _Problem(N, K, dtype)
+            for tokens in TOKENS:
+                for op in (op for op in OPS if op not in too_slow):
+                    ratio, slowest = _compare(*problem.ways(library, op, tokens))
                     if slowest > SLOW_SECONDS:
                         too_slow.add(op)
-                        break
-                yield Entry(op, name, tokens, statistics.geometric_mean(ratios))
+                    yield Entry(op, name, tokens, N, K, ratio)
 
 
 class _Problem:

@@ -72,7 +72,8 @@ def run_tune(arguments: argparse.Namespace) -> int:
         entries = []
         for entry in cpu_tuning.measure(library):
             entries.append(entry)
-            sys.stderr.write(f"{entry.op} {entry.dtype} {entry.tokens} tokens: {entry.speedup:.2f}\n")
+            case = f"{entry.op} {entry.dtype} {entry.N}x{entry.K} {entry.tokens} tokens"
+            sys.stderr.write(f"{case}: {entry.speedup:.2f}\n")
         path = cpu_tuning.save(cpu_tuning.Table(threads, tuple(entries)), library.isa)
     finally:
         torch.set_num_threads(before)
@@ -161,10 +162,11 @@ def _times(entries: Sequence[gpu_tuning.Entry]) -> str:
 
 
 def _speedups(entries: Sequence[cpu_tuning.Entry]) -> str:
-    found = {(e.op, e.dtype, e.tokens): e.speedup for e in entries}
-    lines = dict.fromkeys((e.op, e.dtype) for e in entries)
-    rows = [(*line, *(found.get((*line, tokens)) for tokens in cpu_tuning.TOKENS)) for line in lines]
-    return tabulate.tabulate(rows, headers=doctor.HEADERS, floatfmt=".2f", missingval="-")
+    found = {(e.op, e.dtype, f"{e.N}x{e.K}", e.tokens): e.speedup for e in entries}
+    lines = dict.fromkeys(key[:3] for key in found)
+    rows = [(*line, *(found.get((*line, M)) for M in cpu_tuning.TOKENS)) for line in lines]
+    headers = ("product", "dtype", "N x K", *map(str, cpu_tuning.TOKENS))
+    return tabulate.tabulate(rows, headers=headers, floatfmt=".2f", missingval="-")
 
 
 def _write(text: str) -> None:

@@ -20,7 +20,7 @@ from slope_compile.pattern import Pattern
 
 HEADERS = ("product", "dtype", *map(str, cpu_tuning.TOKENS))
 SIZE = 4096
-"""N and K for which GPU choices are shown; the rule for CPUs does not depend on them."""
+"""N and K for which choices are shown."""
 
 
 def add_parser(commands: Any) -> None:

@@ -27,7 +27,7 @@ def lowering(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.
         return EXPANDED
     if device.type == "cpu" and dtype in cpu_products.CODES:
         library = cpu_library.load()
-        if library is not None and cpu_rules.sparse(op, M, dtype, library.isa):
+        if library is not None and cpu_rules.sparse(op, M, N, K, dtype, library.isa):
             return f"2:4 kernel, {library.isa}"
     if device.type == "cuda" and dtype in triton_products.DTYPES and gpu_ops.available(device):
         way = gpu_calls.chosen(op, M, N, K, dtype, device)

@@ -72,6 +72,7 @@ def test_tune(own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     out = capsys.readouterr().out
     assert str(own_cache) in out
     assert "grad_weight" in out
+    assert "16x24" in out
 
 
 def test_nothing_is_measured_where_no_table_can_be_kept(

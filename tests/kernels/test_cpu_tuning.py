@@ -32,47 +32,72 @@ def library() -> CpuLibrary:
 
 
 def test_the_rule_without_measurements() -> None:
-    assert cpu_rules.sparse("forward", 1, torch.float32, "avx2")
-    assert cpu_rules.sparse("grad_input", 512, torch.float16, "avx512")
-    assert cpu_rules.sparse("grad_weight", 8, torch.float32, "avx2")
-    assert not cpu_rules.sparse("grad_weight", 16, torch.float32, "avx2")
-    assert cpu_rules.sparse("grad_weight", 64, torch.float32, "avx2")
-    assert cpu_rules.sparse("grad_weight", 16, torch.float32, "avx512")
+    assert cpu_rules.sparse("forward", 1, 768, 768, torch.float32, "avx2")
+    assert cpu_rules.sparse("grad_input", 512, 768, 768, torch.float16, "avx512")
+    assert cpu_rules.sparse("grad_weight", 8, 768, 768, torch.float32, "avx2")
+    assert not cpu_rules.sparse("grad_weight", 16, 768, 768, torch.float32, "avx2")
+    assert cpu_rules.sparse("grad_weight", 64, 768, 768, torch.float32, "avx2")
+    assert cpu_rules.sparse("grad_weight", 16, 768, 768, torch.float32, "avx512")
     # Dense bfloat16 has instructions of its own there.
     for M in (1, 64, 512):
         for op in ("forward", "grad_input", "grad_input_columns", "grad_weight"):
-            assert cpu_rules.sparse(op, M, torch.bfloat16, "avx512_bf16")
-    assert cpu_rules.sparse("forward", 512, torch.bfloat16, "avx2")
+            assert cpu_rules.sparse(op, M, 768, 768, torch.bfloat16, "avx512_bf16")
+    assert cpu_rules.sparse("forward", 512, 768, 768, torch.bfloat16, "avx2")
 
 
 def test_what_was_measured_decides() -> None:
     entries = (
-        Entry("forward", "float32", 1, 2.0),
-        Entry("forward", "float32", 64, 0.5),
-        Entry("forward", "float32", 1024, 1.5),
+        Entry("forward", "float32", 1, 768, 768, 2.0),
+        Entry("forward", "float32", 64, 768, 768, 0.5),
+        Entry("forward", "float32", 1024, 768, 768, 1.5),
     )
     cpu_tuning.save(Table(torch.get_num_threads(), entries), "avx2")
     # The nearest number of tokens by ratio: 8 lies as near to 1 as to 64.
     for M, expected in ((1, True), (7, True), (9, False), (200, False), (300, True), (10**6, True), (0, True)):
-        assert cpu_rules.sparse("forward", M, torch.float32, "avx2") is expected, M
+        assert cpu_rules.sparse("forward", M, 768, 768, torch.float32, "avx2") is expected, M
     # What was not measured goes by the rule: other products, dtypes, levels.
-    assert cpu_rules.sparse("grad_input", 64, torch.float32, "avx2")
-    assert cpu_rules.sparse("forward", 64, torch.bfloat16, "avx2")
-    assert cpu_rules.sparse("forward", 64, torch.float32, "portable")
+    assert cpu_rules.sparse("grad_input", 64, 768, 768, torch.float32, "avx2")
+    assert cpu_rules.sparse("forward", 64, 768, 768, torch.bfloat16, "avx2")
+    assert cpu_rules.sparse("forward", 64, 768, 768, torch.float32, "portable")
+
+
+def test_the_nearest_weight_decides() -> None:
+    entries = tuple(
+        Entry("forward", "float32", tokens, N, K, speedup)
+        for N, K, speedup in ((768, 768, 2.0), (4096, 4096, 0.5), (768, 3072, 0.6))
+        for tokens in (1, 64)
+    )
+    cpu_tuning.save(Table(torch.get_num_threads(), entries), "avx2")
+    for N, K, expected in (
+        (768, 768, True), (64, 64, True), (1000, 700, True), (0, 768, True),
+        (4096, 4096, False), (11008, 4096, False), (768, 3072, False), (700, 2500, False),
+    ):  # fmt: skip
+        for M in (1, 100):
+            assert cpu_rules.sparse("forward", M, N, K, torch.float32, "avx2") is expected, (M, N, K)
+
+
+def test_what_was_decided_is_remembered_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_tuning, "MOST_DECIDED", 3)
+    table = Table(1, (Entry("forward", "float32", 64, 768, 768, 0.5),))
+    for _ in range(2):
+        for M in range(10):
+            assert table.sparse("forward", M, 768, 768, torch.float32) is False
+            assert table.sparse("forward", M, 768, 768, torch.bfloat16) is None
+            assert len(table._decided) <= 3
 
 
 def test_another_number_of_threads_is_another_table() -> None:
     threads = torch.get_num_threads()
-    cpu_tuning.save(Table(threads + 1, (Entry("forward", "float32", 64, 0.1),)), "avx2")
-    assert cpu_rules.sparse("forward", 64, torch.float32, "avx2")
+    cpu_tuning.save(Table(threads + 1, (Entry("forward", "float32", 64, 768, 768, 0.1),)), "avx2")
+    assert cpu_rules.sparse("forward", 64, 768, 768, torch.float32, "avx2")
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"threads": 1, "entries": [{"op": "forward"}]}'])
 def test_a_damaged_table_is_said_and_ignored(text: str, caplog: pytest.LogCaptureFixture) -> None:
     cpu_tuning.table_path("avx2", torch.get_num_threads()).write_text(text)
     with caplog.at_level(logging.WARNING, "slope_compile"):
-        assert cpu_rules.sparse("forward", 64, torch.float32, "avx2")
-        assert cpu_rules.sparse("forward", 64, torch.float32, "avx2")
+        assert cpu_rules.sparse("forward", 64, 768, 768, torch.float32, "avx2")
+        assert cpu_rules.sparse("forward", 64, 768, 768, torch.float32, "avx2")
     (record,) = caplog.records
     assert "slope-compile tune" in record.getMessage()
 
@@ -82,8 +107,8 @@ def test_measuring(library: CpuLibrary, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(cpu_tuning, "SHAPES", ((16, 24),))
     monkeypatch.setattr(cpu_tuning, "SLOW_SECONDS", 60.0)
     entries = list(cpu_tuning.measure(library))
-    assert {(e.op, e.dtype, e.tokens) for e in entries} == {
-        (op, dtype, tokens) for op in cpu_tuning.OPS for dtype in cpu_tuning.DTYPES for tokens in (1, 20)
+    assert {(e.op, e.dtype, e.tokens, e.N, e.K) for e in entries} == {
+        (op, dtype, tokens, 16, 24) for op in cpu_tuning.OPS for dtype in cpu_tuning.DTYPES for tokens in (1, 20)
     }
     assert all(0 < e.speedup < float("inf") for e in entries)
     path = cpu_tuning.save(Table(3, tuple(entries)), library.isa)
@@ -128,7 +153,7 @@ def test_the_choice_reaches_the_operators(library: CpuLibrary, monkeypatch: pyte
     p = cpu_tuning._Problem(16, 24, torch.float32)
     x, grad = p.numbers(32, 24), p.numbers(32, 16)
     for speedup in (2.0, 0.5):
-        entries = tuple(Entry(op, "float32", 32, speedup) for op in cpu_tuning.OPS)
+        entries = tuple(Entry(op, "float32", 32, 16, 24, speedup) for op in cpu_tuning.OPS)
         cpu_tuning.save(Table(torch.get_num_threads(), entries), library.isa)
         cpu_ops.linear(x, p.values, p.pattern, None, 2, 4)
         cpu_ops.grad_input(grad, p.values, p.pattern, 2, 4)
