@@ -96,7 +96,11 @@ def _drop_in(machine: Machine) -> list[Record]:
 
 
 def _decoding(machine: Machine) -> list[Record]:
-    return select.ok(machine.records, "decode")
+    return [record for record in select.ok(machine.records, "decode") if select.ours(record) != DROP_IN]
+
+
+def _drop_in_decoding(machine: Machine) -> list[Record]:
+    return [record for record in select.ok(machine.records, "decode") if select.ours(record) == DROP_IN]
 
 
 def _states(machine: Machine) -> list[Record]:
@@ -158,6 +162,7 @@ ROWS = (
     Row("training step", _speed(_prepared), _prepared),
     Row("training step, drop-in", _speed(_drop_in), _drop_in),
     Row("decoding", _speed(_decoding), _decoding),
+    Row("decoding, drop-in", _speed(_drop_in_decoding), _drop_in_decoding),
     Row(f"one layer, forward and backward, {FEW} tokens or more", _layers),
     Row(f"one layer, forward, fewer than {FEW} tokens", _forward),
     Row("training state", _state, _states),

@@ -269,6 +269,13 @@ def _warn(model: nn.Module, config: SlopeConfig, decisions: Sequence[Decision]) 
     _warned[model] = config
     for rule in config.unused([d.weight for d in decisions]):
         log.warning("backend 'slope': %s matches no linear layer of %s", rule, type(model).__name__)
+    with_rank = next((d.weight for d in decisions if d.sparse and config.layer(d.weight).adapter_rank), None)
+    if with_rank is not None:
+        log.warning(
+            "backend 'slope': adapter_rank = %d (first: %s) has no effect on a dense %s; adapters need "
+            "slope_compile.sparsify_ before the model is compiled",
+            config.layer(with_rank).adapter_rank, with_rank, type(model).__name__,
+        )  # fmt: skip
     if not any(d.sparse for d in decisions):
         reasons = "\n".join(f"  {d.weight or 'the model'}: {d.why}" for d in decisions)
         log.warning("backend 'slope': %s runs dense, no linear layer is eligible:\n%s", type(model).__name__, reasons)

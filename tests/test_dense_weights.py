@@ -103,6 +103,17 @@ def test_rules_without_effect_are_said_once_each(caplog: pytest.LogCaptureFixtur
     assert "  head: output head" in dense
 
 
+def test_adapters_that_will_not_come_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    run = compiled(toy(), options={"adapter_rank": 4})
+    with caplog.at_level(logging.WARNING, "slope_compile"):
+        run(token_ids())
+        run(token_ids(2, 3))
+    found = [r.getMessage() for r in caplog.records if "adapter_rank" in r.getMessage()]
+    assert len(found) == 1
+    for text in ("adapter_rank = 4", "blocks.0.out", "dense Toy", "sparsify_"):
+        assert text in found[0]
+
+
 def test_exclusion_by_path() -> None:
     masks = pruned(toy(), include=(r"blocks\.\d\.(up|down)",), exclude=(r"blocks\.1\.down",))
     assert list(masks) == ["blocks.0.up", "blocks.0.down", "blocks.1.up"]
