@@ -140,14 +140,14 @@ class _Problem:
 
     def __init__(self, N: int, K: int, dtype: torch.dtype) -> None:
         self.N, self.K, self.dtype = N, K, dtype
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
         nm = Pattern(2, 4)
         self.pattern = pack_mask(random_mask(N, K, nm, seed=0, path="tune"))
         self.values = self.numbers(N, K // 2)
         self.column_values, self.column_pattern = reference.compress_columns(self.values, self.pattern, 2, 4)
 
     def numbers(self, *sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=self.generator).to(self.dtype)
+        return torch.randn(*sizes, generator=self.generator, device="cpu").to(self.dtype)
 
     def ways(self, library: CpuLibrary, op: str, M: int) -> tuple[Callable[[], object], Callable[[], object]]:
         """The kernel and its dense alternative on M fresh random tokens, as ``cpu_ops`` chooses between them."""

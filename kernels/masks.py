@@ -26,7 +26,7 @@ def magnitude_mask(weight: Tensor, nm: Pattern) -> Tensor:
 def random_mask(N: int, K: int, nm: Pattern, seed: int, path: str) -> Tensor:
     """Keep a uniformly random choice of each group, on the CPU.
 
-    It depends on seed, module path and shape only, not on any global generator, device, rank or order of calls.
+    It depends on seed, module path and shape only, not on any global generator, default device, rank or order of calls.
     """
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

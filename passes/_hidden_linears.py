@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+from slope_compile.passes._higher_order import in_transform
 from slope_compile.passes.graph import value
 
 
@@ -87,7 +88,7 @@ def trace(node: Node) -> GraphModule | None:
     inputs = node.all_input_nodes
     values = [value(n) for n in inputs]
     mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
-    if mode is None or any(v is None for v in values):
+    if mode is None or any(v is None or in_transform(v) for v in values):
         return None
 
     def run(*given: Any) -> Any:

@@ -1,7 +1,10 @@
 """Higher-order operators: graphs that are called from other graphs, and where a call holds its body.
 
+Function transforms (``torch.vmap``, ``torch.func.grad``) are no such operators: Dynamo leaves calls in the graph that
+begin and end them, and wrapped values between.
+
 Private names used, tested on torch 2.11 and 2.13: ``torch._ops.HigherOrderOperator`` and the calling conventions of the
-operators below (the operands follow the body).
+operators below (the operands follow the body); ``torch._C._functorch.is_functorch_wrapped_tensor``.
 """
 
 from __future__ import annotations
@@ -23,10 +26,21 @@ _BODY_POSITION = {
 """Operator -> position of its body among the call's arguments.  Passes enter these and no others."""
 
 
+def is_higher_order(node: Node) -> bool:
+    """Whether the node is a call of a higher-order operator."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def in_transform(value: object) -> bool:
+    """Whether a value is one inside a function transform: what wraps it is gone when passes run."""
+    return isinstance(value, torch.Tensor) and bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
+
+
 def bodies(module: GraphModule, node: Node) -> Iterator[tuple[GraphModule, bool]]:
     """The graphs that a node calls, each with whether passes may enter it."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not is_higher_order(node):
         return
+    assert isinstance(node.target, torch._ops.HigherOrderOperator)
     for position, argument in enumerate(node.args):
         if isinstance(argument, Node) and argument.op == "get_attr":
             body = attribute(module, str(argument.target))

@@ -6,20 +6,21 @@ First version: the down-projections of adapters on sibling layers (q/k/v, gate/u
 
 One pass over ``x [..., K]`` instead of n; the concatenation is ``[R_1 + ... + R_n, K]``, small beside x.
 A group qualifies when its members are down-projections of the same node in the same region with parameters as factors,
-there are two or more, and the graph says how large the factors are.
+there are two or more with no barrier between them (see ``barriers``), and the graph says how large the factors are.
 """
 
 from __future__ import annotations
 
 import collections
 import itertools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from slope_compile.passes.barriers import stretches
 from slope_compile.passes.context import Context
 from slope_compile.passes.graph import META, Region, emit, recompile, regions, replace, value
 from slope_compile.passes.low_rank import DOWN
@@ -38,10 +39,11 @@ class Fuse(PassBase):
         changes = 0
         found = regions(graph_module)
         for region in found:
-            siblings: dict[Node, list[Node]] = collections.defaultdict(list)
+            siblings: dict[tuple[Any, int], list[Node]] = collections.defaultdict(list)
+            stretch = stretches(region.graph)
             for node in region.graph.nodes:
                 if node.meta.get(META) == DOWN and _factor(node).op in ("placeholder", "get_attr"):
-                    siblings[node.args[0]].append(node)
+                    siblings[node.args[0], stretch[node]].append(node)
             for group in siblings.values():
                 if len(group) > 1 and all(isinstance(value(_factor(n)), Tensor) for n in group):
                     _fuse(region, group)

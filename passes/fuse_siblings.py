@@ -5,7 +5,8 @@
 
 The activation is then read (and packed, on a CPU) once instead of n times, in the backward pass too, where in addition
 one input gradient takes the place of n and of the sum of them.  The price is a copy of the compressed weights, so it
-pays for many tokens and not for few: see :func:`pays`.
+pays for many tokens and not for few: see :func:`pays`.  Products with a barrier between them stay apart (see
+``barriers``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from slope_compile.kernels import ops
+from slope_compile.passes.barriers import stretches
 from slope_compile.passes.context import Context
 from slope_compile.passes.graph import Region, emit, recompile, regions, replace, value
 
@@ -54,9 +56,10 @@ class FuseSiblings(PassBase):
         found = regions(graph_module)
         for region in found:
             siblings: dict[Hashable, list[Node]] = collections.defaultdict(list)
+            stretch = stretches(region.graph)
             for node in region.graph.nodes:
                 if node.target is ops.linear and (kind := _kind(node)) is not None:
-                    siblings[kind].append(node)
+                    siblings[kind, stretch[node]].append(node)
             for group in siblings.values():
                 if len(group) > 1 and _profitable(group):
                     _fuse(region, group)

@@ -42,6 +42,7 @@ __all__ = [
 META = "slope"
 """Key of ``node.meta`` under which passes leave notes for later passes."""
 
+
 @dataclasses.dataclass(eq=False)
 class Region:
     """A graph and how its placeholders are bound in the region that calls it."""
@@ -113,9 +114,7 @@ def regions(module: GraphModule) -> list[Region]:
             if child.entered:
                 inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
                 operands = node.args[len(node.args) - len(inputs) :]
-                child.bindings = {
-                    p: a for p, a in zip(inputs, operands, strict=True) if isinstance(a, Node)
-                }
+                child.bindings = {p: a for p, a in zip(inputs, operands, strict=True) if isinstance(a, Node)}
             found.append(child)
     return found
 
@@ -221,15 +220,18 @@ def is_expand(node: Node) -> bool:
 
 
 def is_addmm(node: Node) -> bool:
-    """Whether the node is ``addmm`` with beta = 1, as a function or a method."""
+    """Whether the node is ``addmm`` with beta = 1 and a result of its own, as a function or a method."""
     method = node.op == "call_method" and node.target == "addmm"
     function = node.op == "call_function" and node.target in _ADDMM
     beta = node.kwargs.get("beta", 1)
-    return (method or function) and isinstance(beta, int | float) and beta == 1
+    plain = node.kwargs.keys() <= {"alpha", "beta"}  # with `out` it writes to a tensor
+    return (method or function) and plain and isinstance(beta, int | float) and beta == 1
 
 
 def is_transpose(node: Node) -> bool:
-    """Whether the node is a transposition of a matrix, in any spelling."""
+    """Whether the node is a transposition of a matrix, in any spelling that names no argument."""
+    if node.kwargs:
+        return False
     if node.op == "call_method":
         if node.target == "t":
             return True
@@ -294,7 +296,8 @@ def weight_expression(node: Node, transposed: bool = False) -> WeightExpression:
     parts = [strip_transposes(part) for part in (B, A)]
     if any(flipped is not transposed for _, flipped in parts):
         return WeightExpression(base, transposed)  # a factor in another orientation: not one of our adapters
-    assert isinstance(scale, int | float)
+    if not isinstance(scale, int | float):  # a number that is known when the graph runs: not one of ours either
+        return WeightExpression(base, transposed)
     return WeightExpression(inner, transposed != inner_transposed, parts[1][0], parts[0][0], float(scale))
 
 

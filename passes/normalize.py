@@ -6,7 +6,7 @@ Recognised, with ``w`` a weight expression (a parameter, ``slope.expand`` of one
 2. ``x @ w.T``, ``matmul``, ``mm`` with the weight on the right, in either orientation
 3. ``addmm(b, x, w.T)`` (Hugging Face's Conv1D: ``addmm(b, x, w)`` with w ``[K, N]``), alpha = beta = 1
 4. ``einsum("...k,nk->...n", x, w)`` and the other equations that are a linear with the weight second
-5. a ``call_module`` of ``nn.Linear`` (a symbolically traced graph)
+5. a ``call_module`` of ``nn.Linear`` without hooks (a symbolically traced graph)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from slope_compile.passes._higher_order import in_transform
 from slope_compile.passes.context import Context
 from slope_compile.passes.graph import (
     Region,
@@ -32,6 +33,7 @@ from slope_compile.passes.graph import (
     value,
     weight_source,
 )
+from slope_compile.report import Decision, Reason
 
 LINEAR = torch.ops.aten.linear.default
 _LINEARS = (torch.nn.functional.linear, LINEAR)
@@ -60,8 +62,13 @@ class Normalize(PassBase):
         return PassResult(graph_module, changes > 0)
 
     def _rewrite(self, region: Region, node: Node) -> int:
+        if _is_hooked(region, node):
+            self.context.report.add(
+                Decision(str(node.target), False, Reason.FORWARD_REPLACED, node=node.name, detail="it has hooks")
+            )
+            return 0
         found = _module_call(region, node) or _function_call(node)
-        if found is None:
+        if found is None or _in_transform(node):
             return 0
         x, weight, transposed, bias = found
         if node.op != "call_module" and not says_linear(node) and not self._is_weight(region, weight, transposed):
@@ -96,37 +103,44 @@ def _module_call(region: Region, node: Node) -> Found | None:
     if node.op != "call_module":
         return None
     module = attribute(region.module, str(node.target))
-    if type(module).forward is not torch.nn.Linear.forward or len(node.args) != 1:
+    if type(module).forward is not torch.nn.Linear.forward or len(node.args) + len(node.kwargs) != 1:
         return None
     with region.graph.inserting_before(node):
         weight = region.graph.get_attr(f"{node.target}.weight")
         bias = None if module.bias is None else region.graph.get_attr(f"{node.target}.bias")
-    x = node.args[0]
+    x = node.args[0] if node.args else node.kwargs.get("input")
     return (x, weight, False, bias) if isinstance(x, Node) else None
+
+
+def _is_hooked(region: Region, node: Node) -> bool:
+    """Whether the node calls a linear with hooks, which do more than its forward."""
+    module = attribute(region.module, str(node.target)) if node.op == "call_module" else None
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return isinstance(module, torch.nn.Linear) and any(getattr(module, name) for name in hooks)
 
 
 def _function_call(node: Node) -> Found | None:
     if node.op == "call_method" and node.target in ("matmul", "mm", "__matmul__"):
-        x, weight, transposed, bias = *node.args[:2], True, None
+        if len(node.args) != 2 or node.kwargs:
+            return None
+        x, weight, transposed, bias = *node.args, True, None
     elif node.op != "call_function":
         return None
     elif says_linear(node):
         if node.target is LINEAR and len(node.args) == 3:
             return None
         names = ("input", "weight", "bias")
-        x, weight, bias = (
-            node.args[i] if i < len(node.args) else node.kwargs.get(names[i]) for i in range(3)
-        )
+        x, weight, bias = (node.args[i] if i < len(node.args) else node.kwargs.get(names[i]) for i in range(3))
         transposed = False
-    elif node.target in _MATMULS and len(node.args) == 2:
+    elif node.target in _MATMULS and len(node.args) == 2 and not node.kwargs:  # with `out` it writes to a tensor
         x, weight, transposed, bias = *node.args, True, None
     elif node.target in _ADDMMS and len(node.args) == 3:
-        if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
+        if any(name not in ("alpha", "beta") or factor != 1 for name, factor in node.kwargs.items()):
             return None
         bias, x, weight, transposed = *node.args, True
         if not (isinstance(bias, Node) and _is_row(bias, node)):
             return None
-    elif node.target in _EINSUMS:
+    elif node.target in _EINSUMS and not node.kwargs:
         return _einsum(node)
     else:
         return None
@@ -143,6 +157,15 @@ def says_linear(node: Node) -> bool:
     ``aten.linear`` comes without its third argument from ``torch.export`` when there is no bias.
     """
     return node.op == "call_function" and (node.target in _LINEARS)
+
+
+def stays(region: Region, node: Node) -> bool:
+    """Whether a linear by name is left as it is, since passes do not enter what it stands in."""
+    return says_linear(node) and (not region.entered or _in_transform(node))
+
+
+def _in_transform(node: Node) -> bool:
+    return any(in_transform(value(n)) for n in (node, *node.all_input_nodes))
 
 
 def _is_row(bias: Node, sum_: Node) -> bool:

@@ -42,7 +42,7 @@ from slope_compile.passes.graph import (
     weight_expression,
     weight_source,
 )
-from slope_compile.passes.normalize import LINEAR, says_linear
+from slope_compile.passes.normalize import LINEAR, stays
 from slope_compile.passes.profit import example_tokens, objection
 from slope_compile.pattern import Pattern
 from slope_compile.report import EXPERTS_DETAIL, Decision, Reason
@@ -103,7 +103,7 @@ def _is_linear(node: Node) -> bool:
 
 def _is_site(region: Region, node: Node) -> bool:
     """In a body that passes leave alone nothing has been normalised: what is a linear by name gets its decision too."""
-    return _is_linear(node) or (not region.entered and says_linear(node))
+    return _is_linear(node) or stays(region, node)
 
 
 def _site(region: Region, node: Node) -> Site:
@@ -161,14 +161,9 @@ class _Judge:
     def __call__(self, site: Site) -> Decision:
         if is_expand(site.base):
             return self._prepared(site)
-        if not site.region.entered:
-            return Decision(
-                weight=site.base.name,
-                sparse=False,
-                reason=Reason.HIGHER_ORDER,
-                node=site.node.name,
-                detail=str(site.region.call),
-            )
+        if stays(site.region, site.node):
+            name, around = site.node.name, _around(site)
+            return Decision(site.base.name, sparse=False, reason=Reason.HIGHER_ORDER, node=name, detail=around)
         store = self.context.weights
         tensor = store.tensor(site.base) if site.base_region.parent is None else None
         if tensor is None or tensor.dim() != 2:
@@ -257,6 +252,7 @@ class _Judge:
     def _prepared(self, site: Site) -> Decision:
         values, _, keep, group, double_pruned, *_ = (*site.base.args, False)
         assert isinstance(values, Node) and isinstance(keep, int) and isinstance(group, int)
+        left = stays(site.region, site.node)
         root, origin = site.base_region.origin(values)
         path = self.context.weights.path(origin) if root.parent is None else origin.name
         shape: tuple[int, ...] = ()
@@ -265,14 +261,19 @@ class _Judge:
             shape = (int(N), int(kept) // keep * group)
         return Decision(
             weight=path,
-            sparse=site.region.entered,
-            reason=Reason.PREPARED if site.region.entered else Reason.HIGHER_ORDER,
+            sparse=not left,
+            reason=Reason.HIGHER_ORDER if left else Reason.PREPARED,
             shape=shape,
             pattern=str(Pattern(keep, group)),
             backward="double_pruned" if double_pruned else "exact",
             node=site.node.name,
-            detail="" if site.region.entered else str(site.region.call),
+            detail=_around(site) if left else "",
         )
+
+
+def _around(site: Site) -> str:
+    """What passes do not enter."""
+    return "a function transform" if site.region.entered else str(site.region.call)
 
 
 def _no_parameter(site: Site) -> Reason:

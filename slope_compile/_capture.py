@@ -19,7 +19,7 @@ from slope_compile.kernels import ops
 from slope_compile.passes.context import Context
 from slope_compile.passes.decompose import Decompose
 from slope_compile.passes.graph import Region, regions, value
-from slope_compile.passes.normalize import LINEAR, Normalize, says_linear
+from slope_compile.passes.normalize import LINEAR, Normalize, stays
 from slope_compile.passes.pipeline import run_passes
 from slope_compile.report import Decision, Reason
 
@@ -150,7 +150,7 @@ def _linears(module: GraphModule) -> list[tuple[Region, Node]]:
         (region, node)
         for region in regions(module)
         for node in region.graph.nodes
-        if _calls(node, LINEAR) or (not region.entered and says_linear(node))
+        if _calls(node, LINEAR) or stays(region, node)
     ]
 
 

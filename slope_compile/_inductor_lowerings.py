@@ -136,9 +136,7 @@ def _product(name: str, inputs: Sequence[Any], patterns: dict[int, tuple[Any, An
     nodes = realize_inputs(*inputs)
     layout = ir.FixedLayout(nodes[0].get_device(), nodes[0].get_dtype(), list(sizes))
     ways = _MEASURED if config.max_autotune or config.max_autotune_gemm else _DECIDED_AT_RUN_TIME
-    choices = [
-        _kernels()[f"slope_{name}_{VERSION}{suffix}"].bind(nodes, layout, **way) for suffix, way in ways.items()
-    ]
+    choices = [_kernels()[f"slope_{name}_{VERSION}{suffix}"].bind(nodes, layout, **way) for suffix, way in ways.items()]
     generators = {index: functools.partial(_legal_pattern, *mask) for index, mask in patterns.items()}
     selected = autotune_select_algorithm(f"slope_{name}", choices, nodes, layout, input_gen_fns=generators)
     # torch 2.13 returns the chosen one beside the result
@@ -147,7 +145,7 @@ def _product(name: str, inputs: Sequence[Any], patterns: dict[int, tuple[Any, An
 
 def _legal_pattern(rows: Any, columns: Any, node: Any) -> Tensor:
     """By the weight's sizes: those of the node are symbols where the backend added the pattern as an input."""
-    return torch.full((int(rows), (int(columns) + 7) // 8), _LEGAL_BYTE, dtype=torch.uint8)
+    return torch.full((int(rows), (int(columns) + 7) // 8), _LEGAL_BYTE, dtype=torch.uint8, device="cpu")
 
 
 def _applies(keep: int, group: int, *tensors: Any) -> bool:
@@ -205,9 +203,7 @@ def _grad_input(grad: Any, values: Any, pattern: Any, keep: int, group: int) -> 
     return like(dx, grad, K)
 
 
-def _grad_input_columns(
-    grad: Any, values: Any, pattern: Any, column_pattern: Any, keep: int, group: int
-) -> Any | None:
+def _grad_input_columns(grad: Any, values: Any, pattern: Any, column_pattern: Any, keep: int, group: int) -> Any | None:
     N, K = values.get_size()[0], 2 * values.get_size()[1]
     if not _applies(keep, group, grad, values) or N % 4:
         return None

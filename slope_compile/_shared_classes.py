@@ -1,8 +1,12 @@
 """One class for prepared layers that are alike, so that code compiled for one block serves the others.
 
 ``torch.nn.utils.parametrize`` makes a class for each module, with a property in the place of the weight.  Dynamo guards
-on classes: of forty equal blocks that are compiled one by one, every one would be compiled anew.  The properties know
-the weight's name and nothing else of their module, so layers of one class with the same weights parametrized can share.
+on classes: of forty equal blocks that are compiled one by one, every one would be compiled anew.  A property needs the
+weight's name and nothing else of its module, so layers of one class with the same weights parametrized can share.
+
+The properties are our own: those of ``parametrize`` know the module that the class was made for, keep it alive, and
+``parametrize.cached()`` would find that module's weight for every layer (private names used: ``_cache_enabled`` and
+``_cache``).
 
 When ``parametrize`` changes the class of one layer, that layer gets a class of its own first: the property is deleted
 by ``remove_parametrizations``, and registering a parametrization on another tensor adds one.  Both name the layer
@@ -15,7 +19,8 @@ import sys
 import weakref
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 _Classes = weakref.WeakValueDictionary[frozenset[str], type]
@@ -57,7 +62,8 @@ def share(module: nn.Module) -> None:
     classes = _shared.setdefault(own.__bases__[0], weakref.WeakValueDictionary())
     found = classes.get(names)
     if found is None:
-        found = classes[names] = _Shared(own.__name__, own.__bases__, _contents(own))
+        properties = {name: _property(name) for name in names}
+        found = classes[names] = _Shared(own.__name__, own.__bases__, _contents(own) | properties)
     module.__class__ = found
 
 
@@ -70,3 +76,27 @@ def unshare(module: nn.Module) -> None:
 
 def _contents(cls: type) -> dict[str, Any]:
     return {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+
+
+def _property(name: str) -> property:
+    """What ``parametrize`` puts in the place of a tensor, for any module that has it."""
+
+    def get(module: nn.Module) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            raise RuntimeError("Parametrization is not working with scripting.")
+        parametrizations: Any = module.parametrizations
+        if not parametrize._cache_enabled:
+            computed: Tensor = parametrizations[name]()
+            return computed
+        key = (id(module), name)
+        if parametrize._cache.get(key) is None:
+            parametrize._cache[key] = parametrizations[name]()
+        found = parametrize._cache[key]
+        assert found is not None
+        return found
+
+    def set_original(module: nn.Module, value: Tensor) -> None:
+        parametrizations: Any = module.parametrizations
+        parametrizations[name].right_inverse(value)
+
+    return property(get, set_original)

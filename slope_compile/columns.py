@@ -68,6 +68,8 @@ class StoredColumns:
 
         The first training forward picks too: the model may have been loaded, or trained elsewhere, in the meantime.
         """
+        if self.weight.is_inference():  # nobody trains it
+            return
         _watch_optimizers()
         state = self._state()
         if _seen.get(self.column_age) == state:
@@ -156,5 +158,5 @@ def _stored(
 ) -> StoredColumns | None:
     if column_pattern is None:
         return None
-    age = torch.zeros(1, dtype=torch.int64) if column_age is None else column_age
+    age = torch.zeros(1, dtype=torch.int64, device="cpu") if column_age is None else column_age
     return StoredColumns(values, values.detach, pattern, column_pattern, age, nm, interval)

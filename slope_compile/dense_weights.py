@@ -174,7 +174,7 @@ class DynamoWeights:
             masked = _masked(weight.detach(), state, transposed)
             first = ops.compress(masked.t() if transposed else masked, state.pattern, keep, group)
             _, state.column_pattern = ops.compress_columns(first, state.pattern, keep, group)
-            state.column_age = torch.full((1,), -1, dtype=torch.int64)
+            state.column_age = torch.full((1,), -1, dtype=torch.int64, device="cpu")
         pattern = self._input(node, "pattern", state.pattern)
         with self.graph.inserting_before(before):
             dense = emit(self.graph, torch.ops.aten.t.default, (node,), like=node) if transposed else node

@@ -28,6 +28,7 @@ VALUES, PATTERN, COLUMN_PATTERN = "_values", "_pattern", "_column_pattern"
 ADAPTER_A, ADAPTER_B, ADAPTER_SCALE = "_adapter_A", "_adapter_B", "_adapter_scale"
 
 
+@torch.inference_mode(False)  # what is made in inference mode cannot be trained
 @torch.no_grad()
 def compressed_state(
     weight: Tensor, layer: LayerConfig, transposed: bool, path: str
@@ -48,7 +49,7 @@ def compressed_state(
     if layer.adapter_rank:
         A, B = draw_adapter((N, K), layer, path, values)
         # As bits: a floating buffer would be rounded by module.half() and the like.
-        scale = torch.tensor([layer.adapter_scale], dtype=torch.float64).view(torch.int64)
+        scale = torch.tensor([layer.adapter_scale], dtype=torch.float64, device="cpu").view(torch.int64)
         state |= {ADAPTER_A: nn.Parameter(A), ADAPTER_B: nn.Parameter(B), ADAPTER_SCALE: scale}
     return state
 

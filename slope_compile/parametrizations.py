@@ -37,9 +37,7 @@ class SparseWeight(nn.Module):
     column_pattern: Tensor | None
     column_age: Tensor | None
 
-    def __init__(
-        self, pattern: Tensor, shape: tuple[int, int], layer: LayerConfig, transposed: bool = False
-    ) -> None:
+    def __init__(self, pattern: Tensor, shape: tuple[int, int], layer: LayerConfig, transposed: bool = False) -> None:
         super().__init__()
         self.nm = layer.pattern
         self.shape = shape  # (N, K)
@@ -56,10 +54,8 @@ class SparseWeight(nn.Module):
     def pick_columns(self, values: Tensor) -> None:
         """Pick the column pattern of these values, if it is stored."""
         if self.stores_columns:
-            _, self.column_pattern = ops.compress_columns(
-                values.detach(), self.pattern, self.nm.keep, self.nm.group
-            )
-            self.column_age = torch.full((1,), -1, dtype=torch.int64)
+            _, self.column_pattern = ops.compress_columns(values.detach(), self.pattern, self.nm.keep, self.nm.group)
+            self.column_age = torch.full((1,), -1, dtype=torch.int64, device="cpu")
 
     def forward(self, values: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and self.place is not None:  # in this order: no guard on the place
@@ -133,9 +129,16 @@ class LowRank(nn.Module):
         super().__init__()
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
-        self.scale = scale
+        # As text: a float that differs between two layers of the same code, or is traced with dynamic=True, becomes an
+        # input of Dynamo's graph, and the passes could not read the adapter's expression.  Text stays a constant.
+        self._scale = repr(scale)
         self.transposed = transposed
         self.enabled = False
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product."""
+        return float(self._scale)
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.enabled:
@@ -153,7 +156,7 @@ class LowRank(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Whether the adapters are on, as a tensor, so that any checkpoint format can hold it."""
-        return torch.tensor([self.enabled], dtype=torch.uint8)
+        return torch.tensor([self.enabled], dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.enabled = bool(state.item())

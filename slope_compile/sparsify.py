@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from slope_compile.kernels.masks import choose_mask
 from slope_compile.kernels.metadata import pack_mask
 from slope_compile.layers import ATTENTION_WEIGHTS, LinearLayer, decide, linear_layers, mixture_weights
 from slope_compile.log import log
+from slope_compile.optimizers import optimizers_with_state
 from slope_compile.outside import Place
 from slope_compile.parametrizations import LowRank, SparseWeight, draw_adapter, linear_forward
 from slope_compile.report import Decision, Report
@@ -87,17 +87,9 @@ def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
         )
     _check_convertible("sparsify_", [layer for layer, _ in chosen])
 
-    # Everything that can be computed beforehand is; the originals are held until the last layer is converted, so that
-    # a failure on the way leaves the model as it was.
-    patterns = [_pattern(layer, settings) for layer, settings in chosen]
-    originals = [(layer, layer.weight.data) for layer, _ in chosen]
-    try:
-        for (layer, settings), pattern in zip(chosen, patterns, strict=True):
-            _register(layer, settings, pattern)
-    except BaseException:  # an interrupt, too, leaves a whole model
-        for layer, data in originals:
-            _restore(layer, data)
-        raise
+    # What is made in inference mode can be trained as little as what was made there: it has to be like the weights.
+    with torch.inference_mode(any(layer.weight.is_inference() for layer, _ in chosen)):
+        _convert(chosen)
     report = Report([*(decision for _, decision in decisions), *mixture_weights(model)])
     for layer, decision in decisions:
         if not decision.sparse:
@@ -163,12 +155,27 @@ def add_adapters_(model: nn.Module, config: SlopeConfig) -> list[str]:
     return paths
 
 
+def _convert(chosen: Sequence[tuple[LinearLayer, LayerConfig]]) -> None:
+    """Convert all of these layers or, should one fail, none.
+
+    Everything that can be computed beforehand is; the originals are held until the last layer is converted, so that a
+    failure on the way leaves the model as it was.
+    """
+    patterns = [_pattern(layer, settings) for layer, settings in chosen]
+    originals = [(layer, layer.weight.data) for layer, _ in chosen]
+    try:
+        for (layer, settings), pattern in zip(chosen, patterns, strict=True):
+            _register(layer, settings, pattern)
+    except BaseException:  # an interrupt, too, leaves a whole model
+        for layer, data in originals:
+            _restore(layer, data)
+        raise
+
+
 def _pattern(layer: LinearLayer, settings: LayerConfig) -> Tensor:
     weight = layer.weight.detach()
     weight = weight.t() if layer.transposed else weight
-    return pack_mask(
-        choose_mask(weight.contiguous(), settings.pattern, settings.mask, settings.seed, layer.path)
-    )
+    return pack_mask(choose_mask(weight.contiguous(), settings.pattern, settings.mask, settings.seed, layer.path))
 
 
 def _register(layer: LinearLayer, settings: LayerConfig, pattern: Tensor) -> None:
@@ -214,6 +221,7 @@ def _remove(layer: LinearLayer) -> None:
     weights = [name for name in ("weight", *ATTENTION_WEIGHTS) if name in layer.module._parameters]
     for name in [*weights, *(name for name in layer.module._parameters if name not in weights)]:
         layer.module._parameters[name] = layer.module._parameters.pop(name)
+    layer.weight.data = layer.weight.data.contiguous()  # of a Conv1D it is a transposed view by now
 
 
 def _note(layer: LinearLayer, decision: Decision) -> None:
@@ -261,22 +269,11 @@ def _check_convertible(who: str, layers: Iterable[LinearLayer]) -> None:
                 f"{who}: the weight of {layer.path!r} has a gradient of the old shape; call "
                 "optimizer.zero_grad(set_to_none=True) first, or convert before the first backward"
             )
-    states = {id(p) for optimizer in _optimizers_with_state(layers) for p in optimizer.state}
+    optimizers = optimizers_with_state([layer.weight for layer in layers])
     for layer in layers:
-        if id(layer.weight) in states:
+        if any(layer.weight in optimizer.state for optimizer in optimizers):
             raise ConversionError(
                 f"{who}: an optimizer already has state for the weight of {layer.path!r}, whose shape would no "
                 "longer fit; convert before the first optimizer step, or make a new optimizer afterwards and delete "
                 "the old one"
             )
-
-
-def _optimizers_with_state(layers: list[LinearLayer]) -> list[torch.optim.Optimizer]:
-    """The live optimizers, if any of them may have state for these weights."""
-    # An optimizer's state is a dict with parameters as keys.  Looking for one is a scan of the heap in C; only when
-    # there is one do we pay for the scan in Python (half a second) that finds whose it is.
-    holders = gc.get_referrers(*(layer.weight for layer in layers))
-    if not any(isinstance(holder, dict) and any(isinstance(key, Tensor) for key in holder) for holder in holders):
-        return []
-    # type() rather than isinstance(), which would run __class__ of lazy proxies.
-    return [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]

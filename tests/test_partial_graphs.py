@@ -225,3 +225,18 @@ def test_breaks_inside_containers_of_pytorch(backward: str, monkeypatch: pytest.
     model.zero_grad()
     slope.densify_(model)
     assert all(type(layer).forward is nn.Linear.forward for layer in model.modules() if isinstance(layer, nn.Linear))
+
+
+@pytest.mark.parametrize("transform", [lambda f: torch.vmap(f), lambda f: torch.func.grad(lambda x: f(x).sum())])
+@pytest.mark.parametrize("way", ["A", "B"])
+def test_linears_inside_a_function_transform_stay_dense(way: str, transform: Any) -> None:
+    dense = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)).double()
+    if way == "B":
+        slope.sparsify_(dense)
+    x = torch.randn(3, 8, dtype=torch.float64)
+
+    def transformed(x: torch.Tensor) -> Any:
+        return transform(dense)(x)
+
+    run = torch.compile(transformed, backend=slope.slope, options={"compiler": "aot_eager"})
+    assert_same(run(x).detach(), transform(dense)(x).detach())

@@ -340,3 +340,19 @@ def test_a_state_that_is_not_one() -> None:
     with pytest.raises(slope.ScheduleError, match="load_state_dict: lr_scale, warmup_steps missing; not the state"):
         schedule.load_state_dict({"step_count": 1, "start_step": 2, "total_steps": 3})
     assert schedule.step_count == 0
+
+
+# --- other graphs ----------------------------------------------------------------------------------------------------
+
+
+def test_the_scale_is_a_constant_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where shapes are symbols, or one code runs with several scales, a float would become an input of the graph."""
+    recording = record(monkeypatch)
+    for scale in (0.3, 0.7, 1.1):
+        model = prepared(slope.SlopeConfig(adapter_rank=2, adapter_scale=scale, backward="exact"))
+        draw_B(model)
+        slope.set_adapters(model, True)
+        x = batch()
+        for dynamic in (True, None):
+            assert_same(compiled(model, dynamic=dynamic)(x), model(x))
+    assert all(one.sparse == len(SPARSE) for one in recording)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -159,3 +160,24 @@ def test_classes_go_with_their_layers() -> None:
     del model
     gc.collect()
     assert len(_shared_classes._shared.get(Own, ())) == 0
+
+
+def test_cached_parametrizations_are_each_layer_s_own() -> None:
+    model = blocks()
+    x = torch.randn(4, 8)
+    expected = model(x)
+    with parametrize.cached():
+        assert torch.equal(model(x), expected)
+        up = block(model, 0).up
+        assert up.weight is up.weight
+        assert not torch.equal(up.weight, block(model, 1).up.weight)
+
+
+def test_the_class_keeps_no_layer_alive() -> None:
+    first = blocks(1)
+    kept = blocks(1)
+    gone = weakref.ref(block(first, 0).up)
+    assert type(block(kept, 0).up) is type(block(first, 0).up)
+    del first
+    gc.collect()
+    assert gone() is None

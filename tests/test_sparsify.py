@@ -323,3 +323,27 @@ def test_densify_merges_adapters_that_are_on_and_drops_the_others() -> None:
     assert_same(model(x), output)
     assert bool(model.blocks[0].up.weight[~masks["blocks.0.up"]].any())  # type: ignore[union-attr, index]
     assert not model.blocks[1].up.weight[~masks["blocks.1.up"]].any()  # type: ignore[union-attr, index]
+
+
+def test_densify_leaves_weights_as_they_lay() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(nn.Linear(8, 8), conv1d(16, 8), conv1d(8, 16), nn.Linear(8, 3))
+    strides = [parameter.stride() for parameter in model.parameters()]
+    sparsify_(model)
+    densify_(model)
+    assert [parameter.stride() for parameter in model.parameters()] == strides
+
+
+def test_a_model_prepared_in_inference_mode_can_be_trained() -> None:
+    model = net()
+    with torch.inference_mode():
+        sparsify_(model, SlopeConfig(adapter_rank=2))
+    assert not any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_a_model_made_in_inference_mode_can_be_prepared() -> None:
+    with torch.inference_mode():
+        model = net().requires_grad_(False)
+    sparsify_(model)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    torch.testing.assert_close(torch.compile(model, backend="slope")(x), model(x))

@@ -276,3 +276,45 @@ def test_provenance_is_kept() -> None:
     Normalize(within)(graph_module)
     (linear,) = nodes(graph_module, LINEAR)
     assert linear.meta["stack_trace"] == trace
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        pytest.param(lambda x, w, b, y: torch.mm(x, w.t(), out=y), id="mm"),
+        pytest.param(lambda x, w, b, y: torch.addmm(b, x, w.t(), out=y), id="addmm"),
+        pytest.param(lambda x, w, b, y: torch.matmul(x, w.t(), out=y), id="matmul"),
+    ],
+)
+def test_product_that_writes_to_a_tensor_is_left_alone(product: Callable[..., Tensor]) -> None:
+    def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        y = x.new_zeros(len(x), N)
+        product(x, w, b, y)
+        return y
+
+    module, x = Parameters(forward, N, K), rows(3, K)
+    graph_module, inputs = dynamo_graph(module.requires_grad_(False), x)
+    store = DynamoWeights(graph_module, inputs, SlopeConfig())
+    Normalize(Context(SlopeConfig(), store)).call(graph_module)
+    assert not nodes(graph_module, LINEAR)
+    assert torch.equal(graph_module(*inputs)[0], module(x))
+
+
+def test_module_calls_with_hooks_and_keywords() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hooked, self.plain = (nn.Linear(K, K, dtype=torch.float64) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.plain(input=self.hooked(x))
+            return y
+
+    module, x = Net(), rows(3, K)
+    module.hooked.register_forward_hook(lambda layer, given, result: result * 2)
+    graph_module = symbolic_trace(module)
+    within = context(graph_module)
+    Normalize(within).call(graph_module)
+    assert len(nodes(graph_module, LINEAR)) == 1
+    assert [(d.weight, d.sparse, d.detail) for d in within.report] == [("hooked", False, "it has hooks")]
+    assert torch.equal(graph_module(x), module(x))
