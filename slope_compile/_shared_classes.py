@@ -83,7 +83,7 @@ def _property(name: str) -> property:
 
     def get(module: nn.Module) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            raise RuntimeError("Parametrization is not working with scripting.")
+            raise RuntimeError("torch.jit.script: a sparse weight is computed in Python; densify_ the model first")
         parametrizations: Any = module.parametrizations
         if not parametrize._cache_enabled:
             computed: Tensor = parametrizations[name]()

@@ -55,13 +55,14 @@ def slope(
     graph_module = run_passes(graph_module, context)
     _check_agreement(parsed, context.report)
     columns = _prepared_columns(context, weights)
-    weights.commit(prepared=any(decision.reason is Reason.PREPARED for decision in context.report))
     _log(context.report, len(weights.read))
     if not len(context.report):
         _find_lone_weights(graph_module)
     inputs = [*example_inputs, *weights.extra]
     graph_module.recompile()
     compiled = compile_graph(graph_module, inputs, parsed.compiler, parsed.patches)
+    # Last: where compiling fails, the weights are as they were.
+    weights.commit(prepared=any(decision.reason is Reason.PREPARED for decision in context.report))
     return _calling(compiled, weights, columns)
 
 

@@ -3,7 +3,8 @@
     values --SparseWeight--> dense W^R --LowRank (while enabled)--> W^R + scale * B @ A --> the layer's own forward
 
 Eager mode, other backends, ``state_dict``, optimizers and autocast see ordinary tensors.  Eager computes the exact
-input gradient; the double-pruned one is what ``torch.compile(..., backend="slope")`` adds.
+input gradient; the double-pruned one is what ``torch.compile(..., backend="slope")`` adds.  Forward-mode
+differentiation works in eager mode (private name used: ``torch.autograd.forward_ad._current_level``).
 
 A Conv1D (Hugging Face's transposed linear) stores its weight as ``[K, N]``: ``transposed=True``.  ``values`` are
 ``[N, K * keep / group]`` all the same.
@@ -15,10 +16,11 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from slope_compile.config import LayerConfig
-from slope_compile.kernels import ops
+from slope_compile.kernels import ops, reference
 from slope_compile.kernels.metadata import check_pattern
 from slope_compile.log import log
 from slope_compile.outside import Place, in_python
@@ -60,16 +62,20 @@ class SparseWeight(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and self.place is not None:  # in this order: no guard on the place
             in_python(self.place)
-        weight: Tensor = ops.expand(
-            values,
-            self.pattern,
-            self.nm.keep,
-            self.nm.group,
-            self.double_pruned,
-            self.column_pattern,
-            self.column_age,
-            self.interval,
-        )
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            # The operators have no rule for forward mode, and autograd would drop the tangent without a word.
+            weight = reference.expand(values, self.pattern, self.nm.keep, self.nm.group)
+        else:
+            weight = ops.expand(
+                values,
+                self.pattern,
+                self.nm.keep,
+                self.nm.group,
+                self.double_pruned,
+                self.column_pattern,
+                self.column_age,
+                self.interval,
+            )
         return weight.t() if self.transposed else weight
 
     def right_inverse(self, weight: Tensor) -> Tensor:

@@ -172,6 +172,7 @@ ERROR_CASES: dict[str, tuple[Callable[[], Any], str]] = {
     # adapters
     "no_adapters": (lambda: slope.set_adapters(blocks(), True), "set_adapters adapter_rank"),
     "steps": (lambda: schedule(total_steps=0), "total_steps 1 0"),
+    "steps_in_words": (lambda: schedule(total_steps="ten"), "total_steps int 'ten'"),
     "start_twice": (lambda: schedule(fraction=0.5, start_step=3), "fraction start_step one"),
     "fraction": (lambda: schedule(fraction=2.0), "fraction 1 2.0"),
     "start_step": (lambda: schedule(start_step=-1), "start_step 0 -1"),

@@ -225,6 +225,18 @@ def test_nothing_is_pruned_when_the_options_are_bad(options: dict[str, Any]) -> 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_nothing_is_pruned_when_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("slope_compile.backend.compile_graph", broken)
+    model = toy()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="out of memory"):
+        compiled(model)(token_ids())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_frozen_weights_are_pruned_and_stay_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     recording = record(monkeypatch)
     dense, ids = toy(), token_ids()

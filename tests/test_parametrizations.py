@@ -17,6 +17,7 @@ from slope_compile.errors import PatternError
 from slope_compile.kernels import ops
 from slope_compile.layers import LinearLayer
 from slope_compile.parametrizations import LowRank, SparseWeight
+from slope_compile.schedule import set_adapters
 from slope_compile.sparsify import densify_, sparsify_
 from tolerances import assert_same
 
@@ -383,3 +384,26 @@ def test_a_prepared_model_equals_its_twin_after_all_that() -> None:
     dense = copy.deepcopy(model)
     sparsify_(model, SlopeConfig(seed=6))
     assert_equals_masked_dense(model, dense, batch())
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_forward_mode_differentiation(adapters: bool) -> None:
+    """Tangents of values, input and bias come through: the derivative is that of finite differences."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8)).double()
+    sparsify_(model, SlopeConfig(first_dense=False, heads_dense=False, adapter_rank=2))
+    set_adapters(model, adapters)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    directions = {name: torch.randn_like(p) for name, p in parameters.items()}
+    x, dx = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+
+    def run(state: dict[str, Tensor], x: Tensor) -> Tensor:
+        y: Tensor = torch.func.functional_call(model, state, (x,))
+        return y
+
+    found = torch.func.jvp(run, (parameters, x), (directions, dx))[1]
+    h = 1e-6
+    ahead, behind = (
+        run({n: p + s * h * directions[n] for n, p in parameters.items()}, x + s * h * dx) for s in (1, -1)
+    )
+    torch.testing.assert_close(found, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-8)
