@@ -91,18 +91,18 @@ def kept_columns(pattern: Tensor, K: int, keep: int, group: int) -> Tensor:
         shifts = torch.arange(0, 8, group, dtype=torch.uint8, device=pattern.device)
         codes = ((pattern.unsqueeze(-1) >> shifts) & ((1 << group) - 1)).flatten(1)
     codes = codes[:, : K // group]
-    device = pattern.device
-    # What is made while a CUDA graph is captured is there when the graph runs, in the graph's own memory: not to keep.
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    table = _made_table(keep, group, device) if captured else _kept_table(keep, group, device)
+    # Not to keep on a GPU.  What is made while a CUDA graph is captured, or while Inductor warms up before it captures,
+    # lies in the graph's own memory; and another stream might read the table before this one has written it.
+    on_cpu = pattern.device.type == "cpu"
+    table = _kept_table(keep, group) if on_cpu else _made_table(keep, group, pattern.device)
     return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(N, K // group, keep)
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_table(keep: int, group: int, device: torch.device) -> Tensor:
-    """What :func:`_made_table` makes.  A constant, made once."""
+def _kept_table(keep: int, group: int) -> Tensor:
+    """What :func:`_made_table` makes on the CPU.  A constant, made once."""
     with torch.inference_mode(False):
-        return _made_table(keep, group, device)
+        return _made_table(keep, group, torch.device("cpu"))
 
 
 def _made_table(keep: int, group: int, device: torch.device) -> Tensor:

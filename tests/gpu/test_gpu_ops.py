@@ -98,6 +98,24 @@ def test_a_first_call_while_a_graph_is_captured(name: str, monkeypatch: pytest.M
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.gpu
+def test_a_first_call_leaves_nothing_in_the_memory_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor warms up in the memory of the graph that it will capture, and refuses what is left there."""
+    p = draw(Pattern(2, 4), Shape((10,), 20, 9), torch.bfloat16)
+    arguments = [t.cuda() for t in (p.x, p.values, p.pattern, p.bias)]
+    ops.linear(*arguments, *p.ints)  # cuBLAS, which keeps its workspace, is there
+    monkeypatch.setattr(self_tests, "_ended", set())
+    gpu_self_test.passes.cache_clear()
+    metadata._kept_table.cache_clear()
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        ops.linear(*arguments, *p.ints)
+    torch.cuda.synchronize()
+    blocks = [block for segment in pool.snapshot() for block in segment["blocks"]]
+    assert blocks
+    assert all(block["state"] != "active_allocated" for block in blocks)
+
+
 @every_dtype
 def test_the_self_test_passes(dtype: torch.dtype) -> None:
     assert gpu_self_test.passes(torch.device(DEVICE), dtype)

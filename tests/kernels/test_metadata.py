@@ -79,6 +79,16 @@ def test_kept_columns_can_be_used_in_autograd_after_a_first_call_in_inference_mo
     assert weight.grad.sum() == 6
 
 
+def test_no_table_is_kept_but_on_the_cpu() -> None:
+    """On a GPU it may lie in the memory of a CUDA graph, which then is not the graph's to use again."""
+    metadata._kept_table.cache_clear()
+    pattern = packed(draw_mask(2, 8, TWO_FOUR))
+    assert kept_columns(pattern.to("meta"), 8, 2, 4).shape == (2, 2, 2)
+    assert metadata._kept_table.cache_info().currsize == 0
+    kept_columns(pattern, 8, 2, 4)
+    assert metadata._kept_table.cache_info().currsize == 1
+
+
 @pytest.mark.parametrize(("keep", "group"), [(1, 2), (2, 4), (1, 4), (4, 8), (3, 8)])
 def test_the_table_of_every_code_is_made_where_it_is_used(keep: int, group: int) -> None:
     """Of illegal codes too; by nothing that a CUDA graph cannot hold, as a copy from the host."""
