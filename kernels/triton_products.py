@@ -73,10 +73,11 @@ def forward(
     y = x.new_empty(*x.shape[:-1], N) if out is None else out
     rows = _rows(x)
     M = rows.shape[0]
-    t, b = (x, x) if low_rank is None else (low_rank[0].reshape(M, -1).contiguous(), low_rank[1].contiguous())
-    R = 0 if low_rank is None else b.shape[1]
     if M * N == 0:
         return y
+    t, b, R = x, x, 0 if low_rank is None else low_rank[1].shape[1]
+    if low_rank is not None:
+        t, b = low_rank[0].reshape(M, R).contiguous(), low_rank[1].contiguous()
     if K == 0:
         y.zero_()
         if R:

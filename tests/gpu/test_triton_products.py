@@ -270,7 +270,10 @@ def test_zero_sizes(M: int, N: int, K: int) -> None:
     values = torch.ones(N, K // 2, device=DEVICE)
     pattern = packed(mask).to(DEVICE)
     x, grad, bias = (torch.ones(*size, device=DEVICE) for size in ((M, K), (M, N), (N,)))
-    assert torch.equal(triton_products.forward(x, values, pattern, bias), F.linear(x, x.new_zeros(N, K), bias))
+    for R in (None, 0, 3):
+        low_rank = None if R is None else (torch.ones(M, R, device=DEVICE), torch.ones(N, R, device=DEVICE))
+        expected = F.linear(x, x.new_zeros(N, K), bias) + (R or 0)
+        assert torch.equal(triton_products.forward(x, values, pattern, bias, low_rank), expected)
     assert torch.equal(triton_products.grad_input(grad, values, pattern), grad.new_zeros(M, K))
     assert torch.equal(triton_products.grad_weight(grad, x, pattern), grad.new_zeros(N, K // 2))
     assert triton_products.expand(values, pattern).shape == (N, K)
