@@ -11,10 +11,11 @@ product (activation, residual, cast) runs in the same kernel.  Their other gain 
 Inductor's own launcher, with nothing of ours in between.  What comes before a product is not drawn into it: activations
 are read once per tile of outputs, and a prologue would be computed as often.
 
-Private names used, tested on torch 2.13: ``torch._inductor.select_algorithm.TritonTemplate``, ``SymbolicGridFn``,
-``ExternKernelChoice``, ``autotune_select_algorithm``; ``ir.ExternKernel.require_stride_order``,
-``require_contiguous``, ``realize_input``, ``copy_input``, ``ir.FixedLayout``; ``codegen.triton.texpr`` through the
-template's own hooks.  Importing this module imports Inductor: only where a graph is compiled.
+Private names used, tested on torch 2.11 and 2.13: ``torch._inductor.select_algorithm.TritonTemplate``,
+``SymbolicGridFn``, ``ExternKernelChoice``, ``autotune_select_algorithm``; ``ir.ExternKernel.require_stride_order``,
+``require_contiguous``, ``realize_input``, ``copy_input``, ``ir.FixedLayout``; ``virtualized.V.graph.sizevars`` and
+``unaligned_buffers``; ``codegen.triton.texpr`` through the template's own hooks.  Importing this module imports
+Inductor: only where a graph is compiled.
 """
 
 from __future__ import annotations
@@ -279,7 +280,7 @@ class Lowerings:
         M = rows.get_size()[0]
         generators: Generators = {i: functools.partial(_legal_pattern, *mask) for i, mask in masks.items()}
         choices: list[Any] = []
-        if not isinstance(M, int | sympy.Integer):
+        if not all(isinstance(size, int | sympy.Integer) for size in (M, N, K, R)):
             choices.append(self.calls[f"{name}."].bind(inputs, layout))
             return _selected(name, choices, inputs, layout, generators)
         dtype, device = rows.get_dtype(), rows.get_device()
@@ -315,8 +316,13 @@ def _constants(kernel: str, tile: Config, K: int, reduced: int, inputs: list[Any
     even = reduced % block == 0
     constants = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "EVEN": even, "PRECISION": _precision()}
     if kernel != "grad_weight":
-        constants["WORDS"] = tile.BK % 32 == 0 and K % 32 == 0 and _offset_divides(inputs[2], 4)
+        constants["WORDS"] = tile.BK % 32 == 0 and K % 32 == 0 and _words(inputs[2])
     return constants
+
+
+def _words(pattern: Any) -> bool:
+    """Whether a pattern begins at a word: Inductor aligns no input that was not when the graph was compiled."""
+    return pattern.get_name() not in V.graph.unaligned_buffers and _offset_divides(pattern, 4)
 
 
 def _selected(name: str, choices: list[Any], inputs: list[Any], layout: Any, generators: Generators) -> Any:

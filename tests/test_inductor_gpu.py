@@ -28,7 +28,7 @@ from offline_inductor import Program, compile_kernel, generated, offline_gpu
 from recording import compiled
 from recording import fresh_dynamo as fresh_dynamo
 from slope_compile import _inductor_gpu
-from slope_compile.kernels import cpu_build, gpu_calls, gpu_tuning, triton_configs
+from slope_compile.kernels import cpu_build, gpu_calls, gpu_tuning, ops, triton_configs
 
 pytest.importorskip("triton")
 
@@ -226,6 +226,31 @@ def test_symbolic_token_counts_are_looked_up_when_they_are_known(monkeypatch: py
     assert forward.calls == ["linear_2"]
     assert sorted(backward.calls) == ["grad_input_columns_2", "grad_weight_2"]
     assert not forward.products + backward.products
+
+
+def test_a_pattern_off_the_words_is_read_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph's input that does not begin at 16 bytes when it is compiled may begin anywhere; Inductor copies none."""
+
+    def words() -> set[str]:
+        torch._dynamo.reset()
+        found = programs(monkeypatch, lambda: call(One(256, 384), 128, 256, 384))
+        texts = [text for program in found for text in program.kernels.values() if "_sums(" in text]
+        assert len(texts) == 2
+        return {value for text in texts for value in re.findall(r"WORDS : tl.constexpr = (\w+)", text)}
+
+    assert words() == {"True"}
+    monkeypatch.setattr("torch._inductor.graph.should_assume_input_aligned", lambda t: t.dtype is not torch.uint8)
+    assert words() == {"False"}
+
+
+def test_a_weight_of_symbolic_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with symbolic token counts: by the table, when they are known."""
+    values, pattern = torch.randn(64, 48).bfloat16(), torch.full((64, 12), 0x33, dtype=torch.uint8)
+    for tensor in (values, pattern):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    run = torch.compile(lambda *given: ops.linear(*given, None, 2, 4), backend=slope.slope)
+    (program,) = programs(monkeypatch, lambda: run(torch.randn(32, 96).bfloat16(), values, pattern))
+    assert program.calls == ["linear_2"]
 
 
 @pytest.mark.parametrize("backward", ["exact", "double_pruned"])
