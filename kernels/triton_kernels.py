@@ -11,7 +11,8 @@ are copied to shared memory ahead of their use, bytes are waited for in every st
 launchers answer that case themselves.
 
 Each product is a function that returns the sums of a tile, and a kernel around it that stores them.  The lowerings of
-``slope_compile._inductor_gpu`` put the same functions into kernels that Inductor generates.
+``slope_compile._inductor_gpu`` put the same functions into kernels that Inductor generates, and for the forward product
+its parts around a load of x that Inductor writes.
 """
 
 import triton
@@ -21,41 +22,59 @@ from slope_compile.kernels.triton_tiles import expanded, kept, nibbles, tile_of
 
 
 @triton.jit
+def forward_weights(V, P, rn, K, stride_p, BK: tl.constexpr, WORDS: tl.constexpr):
+    """Where the first block of rows rn is, of the values ``[BN, BK / 2]`` and of the pattern."""
+    LOADS: tl.constexpr = BK // (32 if WORDS else 8)
+    rn = rn.to(tl.int64)
+    v_at = V + rn[:, None] * (K // 2) + tl.arange(0, BK // 2)[None, :]
+    p_row = P + rn[:, None] * stride_p  # [BN, 1]
+    p_at = (p_row.to(tl.pointer_type(tl.int32)) if WORDS else p_row) + tl.arange(0, LOADS)[None, :]  # [BN, LOADS]
+    return v_at, p_at
+
+
+@triton.jit
+def forward_step(
+    acc, x, v_at, p_at, k, in_n, K, stride_p,
+    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``acc [BM, BN]`` and what the features from k on add: ``x [BM, BK]`` times that block of W, transposed."""
+    EACH: tl.constexpr = 8 if WORDS else 2  # groups in what is loaded of a pattern at once
+    rv = tl.arange(0, BK // 2)
+    rb = tl.arange(0, BK // (4 * EACH))
+    if EVEN:
+        v = tl.load(v_at, mask=in_n, other=0.0)
+        codes = tl.load(p_at, mask=in_n, other=0)
+    else:
+        v = tl.load(v_at, mask=in_n & (rv < K // 2 - k // 2)[None, :], other=0.0)
+        codes = tl.load(p_at, mask=in_n & (rb * (EACH // 2) < stride_p - k // 8)[None, :], other=0)
+    w = expanded(v, nibbles(codes, BN, BK // 4, EACH), BN, BK // 4)  # [BN, BK]
+    return tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+
+
+@triton.jit
 def forward_sums(
     X, V, P, rm, rn, M, N, K, stride_xm, stride_p,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """float32 ``[BM, BN]``: X W^T at rows rm and columns rn."""
-    EACH: tl.constexpr = 8 if WORDS else 2  # groups in what is loaded of a pattern at once
-    LOADS: tl.constexpr = BK // (4 * EACH)
     rm = rm.to(tl.int64)
-    rn = rn.to(tl.int64)
     rk = tl.arange(0, BK)
-    rv = tl.arange(0, BK // 2)
-    rb = tl.arange(0, LOADS)
     in_m = (rm < M)[:, None]
     in_n = (rn < N)[:, None]
     x_at = X + rm[:, None] * stride_xm + rk[None, :]  # [BM, BK]
-    v_at = V + rn[:, None] * (K // 2) + rv[None, :]  # [BN, BK / 2]
-    p_row = P + rn[:, None] * stride_p  # [BN, 1]
-    p_at = (p_row.to(tl.pointer_type(tl.int32)) if WORDS else p_row) + rb[None, :]  # [BN, LOADS]
+    v_at, p_at = forward_weights(V, P, rn, K, stride_p, BK, WORDS)
     acc = tl.zeros((BM, BN), tl.float32)
     tl.assume(K > 0)
     for k in range(0, K, BK):
         if EVEN:
             x = tl.load(x_at, mask=in_m, other=0.0)
-            v = tl.load(v_at, mask=in_n, other=0.0)
-            codes = tl.load(p_at, mask=in_n, other=0)
         else:
             x = tl.load(x_at, mask=in_m & (rk < K - k)[None, :], other=0.0)
-            v = tl.load(v_at, mask=in_n & (rv < K // 2 - k // 2)[None, :], other=0.0)
-            codes = tl.load(p_at, mask=in_n & (rb * (EACH // 2) < stride_p - k // 8)[None, :], other=0)
-        w = expanded(v, nibbles(codes, BN, BK // 4, EACH), BN, BK // 4)  # [BN, BK]
-        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+        acc = forward_step(acc, x, v_at, p_at, k, in_n, K, stride_p, BN, BK, EVEN, WORDS, PRECISION)
         x_at += BK
         v_at += BK // 2
-        p_at += LOADS
+        p_at += BK // (32 if WORDS else 8)
     return acc
 
 

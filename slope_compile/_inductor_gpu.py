@@ -8,8 +8,10 @@ counts then are the table's, and no count recompiles anything.
 
 The templates are the tile functions of ``kernels.triton_kernels`` with a store that Inductor extends: what follows a
 product (activation, residual, cast) runs in the same kernel.  Their other gain is that a call is one launch by
-Inductor's own launcher, with nothing of ours in between.  What comes before a product is not drawn into it: activations
-are read once per tile of outputs, and a prologue would be computed as often.
+Inductor's own launcher, with nothing of ours in between.  Of the forward product Inductor extends the load of x too:
+where nothing else reads x (gradients of a weight do), it draws in what makes x if that neither reads more bytes than it
+writes nor, in 16 bits, computes anything: a copy to another layout, a gather.  Activations and norms stay kernels of
+their own; x is read once per tile of outputs, and they would be computed as often.  Gradients have no such load.
 
 Private names used, tested on torch 2.11 and 2.13: ``torch._inductor.select_algorithm.TritonTemplate``,
 ``SymbolicGridFn``, ``ExternKernelChoice``, ``autotune_select_algorithm``; ``ir.ExternKernel.require_stride_order``,
@@ -80,9 +82,19 @@ _FORWARD = """
     pm, pn = tile_of(M, N, BM, BN, 8)
     rm = pm * BM + tl.arange(0, BM)
     rn = pn * BN + tl.arange(0, BN)
-    acc = forward_sums(
-        X, V, P, rm, rn, M, N, K, {{stride("X", 0)}}, {{stride("P", 0)}}, BM, BN, BK, EVEN, WORDS, PRECISION
-    )
+    rk = tl.arange(0, BK)
+    v_at, p_at = forward_weights(V, P, rn, K, {{stride("P", 0)}}, BK, WORDS)
+    in_n = (rn < N)[:, None]
+    acc = tl.zeros((BM, BN), tl.float32)
+    tl.assume(K > 0)
+    for k in range(0, K, BK):
+        idx_m = rm.to(INDEX_DTYPE)[:, None]
+        idx_n = (k + rk).to(INDEX_DTYPE)[None, :]
+        in_x = (idx_m < M){% if not EVEN %} & (idx_n < K){% endif %}
+        {{load_input("X", "x", ("idx_m", "idx_n"), mask="in_x", indent_width=8, index_shape=("BM", "BK"))}}
+        acc = forward_step(acc, x, v_at, p_at, k, in_n, K, {{stride("P", 0)}}, BN, BK, EVEN, WORDS, PRECISION)
+        v_at += BK // 2
+        p_at += BK // (32 if WORDS else 8)
     {% if HAS_LOW_RANK %}
     R = {{size("T", 1)}}
     acc = low_rank_sums(acc, T, B, rm, rn, M, N, R, BM, BN, BR, PRECISION)
@@ -150,9 +162,10 @@ def _templates() -> dict[str, TritonTemplate]:
     from slope_compile.kernels import triton_kernels, triton_tiles
 
     tiles = (triton_tiles.tile_of, triton_tiles.nibbles, triton_tiles.expanded)
+    steps = (triton_kernels.forward_weights, triton_kernels.forward_step)
     picking = (triton_tiles.elements, triton_tiles.kept)
     parts: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
-        "forward": (_grid_forward, _FORWARD, (*tiles, triton_kernels.forward_sums, triton_kernels.low_rank_sums)),
+        "forward": (_grid_forward, _FORWARD, (*tiles, *steps, triton_kernels.low_rank_sums)),
         "grad_input": (_grid_grad_input, _GRAD_INPUT, (*tiles, triton_kernels.grad_input_sums)),
         "grad_weight": (_grid_grad_weight, _GRAD_WEIGHT, (*tiles, *picking, triton_kernels.grad_weight_kept)),
     }

@@ -1,7 +1,8 @@
 """Kernels that Inductor generated, run by Triton's interpreter on CPU tensors and compared with float64.
 
 ``TRITON_INTERPRET=1 python tests/interpret_generated.py kernels.json``: run by ``test_inductor_gpu``, which writes the
-file.  Each is a product of a bfloat16 layer whose output goes through ``relu(y) + residual``.
+file.  Each is a product of a bfloat16 layer whose output goes through ``relu(y) + residual``, or whose input
+comes ``turned``, as ``[K, M]``.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ def check(case: dict[str, Any], kernel: Any) -> None:
     names = names[: kernel.fn.__code__.co_argcount]
     outputs = [name for name in names if name.startswith("out_ptr")]
     others = [name for name in names if name.startswith("in_ptr")]
-    if "forward_sums(" in case["source"]:
+    if "turned" in case:
+        assert "arg_X" not in names
+        given[others.pop()] = x.t().contiguous()
+        assert not others
+    if "forward_step(" in case["source"]:
         truth, scale = product(x, weight.t())
         if case["bias"]:
             truth, scale = truth + bias.double(), scale + bias.double().abs()

@@ -125,7 +125,7 @@ class Program:
         """How often each kernel with a product of ours is launched: by "forward", "grad_input", "grad_weight"."""
         found: Counter[str] = Counter()
         for name, text in self.kernels.items():
-            for product in ("forward_sums", "grad_input_sums", "grad_weight_kept"):
+            for product in ("forward_step", "grad_input_sums", "grad_weight_kept"):
                 if f"def {product}(" in text:
                     found[product.rpartition("_")[0]] += len(re.findall(rf"\b{name}\.run\(", self.source))
         return found

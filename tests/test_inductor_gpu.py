@@ -132,7 +132,7 @@ def test_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     # between the rows of tokens that a product writes and the batch that the GELU reads, and gives it its own kernel.
     fused = torch.__version__ >= "2.12"
     (gelu,) = (text for text in inference.kernels.values() if "tanh" in text)
-    assert ("def forward_sums" in gelu) == fused
+    assert ("def forward_step" in gelu) == fused
     assert inference.products.total() == sparse
     for program in (forward, backward, inference):
         assert "torch.ops.slope." not in re.sub(r"(?m)^\s*#.*$", "", program.source)
@@ -169,8 +169,40 @@ def test_bias_activation_and_residual_run_inside_the_product(fused: bool, monkey
     (program,) = programs(monkeypatch, infer)
     assert program.products == Counter({"forward": 1})
     assert len(program.kernels) == (1 if fused else 2)
-    (product,) = (name for name, text in program.kernels.items() if "def forward_sums(" in text)
+    (product,) = (name for name, text in program.kernels.items() if "def forward_step(" in text)
     assert ("relu" in product) == ("add" in product) == fused
+
+
+class Turned(nn.Module):
+    """A product of tokens ``[K, M]``, whose features lie apart."""
+
+    def __init__(self, N: int, K: int, bias: bool = True) -> None:
+        super().__init__()
+        self.layer = nn.Linear(K, N, bias=bias).bfloat16()
+        slope.sparsify_(self, slope.SlopeConfig(first_dense=False, heads_dense=False, column_refresh="never"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x.t())
+        return y
+
+
+def call_turned(model: nn.Module, M: int, K: int, **arguments: Any) -> Any:
+    with torch.no_grad():
+        return compiled(model, **arguments)(torch.randn(K, M).bfloat16())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_copy_of_the_tokens_runs_inside_the_product(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the option of that name, Inductor's, switches it off; asynchronous copies stay ahead of use."""
+    options = {} if fused else {"prologue_fusion": False}
+    run = functools.partial(call_turned, Turned(256, 384), 128, 384, compiler="inductor", options=options)
+    (program,) = programs(monkeypatch, run)
+    assert program.products == Counter({"forward": 1})
+    assert len(program.kernels) == (1 if fused else 2)
+    (product,) = (text for text in program.kernels.values() if "def forward_step(" in text)
+    result = compile_kernel(product)
+    assert (result.spills, result.warnings, result.loop_loads) == (0, (), 0)
+    assert "HGMMA" in result.tensor_core
 
 
 @pytest.mark.parametrize("way", ["triton", "mma_sp", "cusparselt", "expanded"])
@@ -199,7 +231,7 @@ def test_adapters_are_added_up_in_the_same_kernel(monkeypatch: pytest.MonkeyPatc
     (program,) = programs(monkeypatch, infer)
     assert program.products == Counter({"forward": 1})
     assert program.dense == 1  # x A^T
-    (kernel,) = (text for text in program.kernels.values() if "def forward_sums" in text)
+    (kernel,) = (text for text in program.kernels.values() if "def forward_step" in text)
     assert "acc = low_rank_sums(" in kernel
     result = compile_kernel(kernel)
     assert (result.spills, result.warnings) == (0, ())
@@ -312,7 +344,11 @@ def test_generated_kernels_compute_the_product(monkeypatch: pytest.MonkeyPatch, 
             for name, text in program.kernels.items():
                 if "def tile_of" in text:
                     kernels.append({"name": name, "source": text, "M": M, "N": N, "K": K, "bias": bias})
-    assert len(kernels) == 4 * 3
+        torch._dynamo.reset()
+        (program,) = programs(monkeypatch, functools.partial(call_turned, Turned(N, K, bias), M, K))
+        ((name, text),) = program.kernels.items()  # the copy is in it
+        kernels.append({"name": name, "source": text, "M": M, "N": N, "K": K, "bias": bias, "turned": True})
+    assert len(kernels) == 4 * (3 + 1)
     (tmp_path / "kernels.json").write_text(json.dumps(kernels))
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "interpret_generated.py", tmp_path / "kernels.json"],
