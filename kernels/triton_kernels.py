@@ -67,7 +67,7 @@ def forward_sums(
     acc = tl.zeros((BM, BN), tl.float32)
     tl.assume(K > 0)
     for k in range(0, K, BK):
-        if EVEN:
+        if EVEN:  # noqa: SIM108
             x = tl.load(x_at, mask=in_m, other=0.0)
         else:
             x = tl.load(x_at, mask=in_m & (rk < K - k)[None, :], other=0.0)

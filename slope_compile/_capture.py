@@ -1,4 +1,8 @@
-"""A model's graphs before and after the passes, taken from Dynamo while the model runs as it was."""
+"""A model's graphs before and after the passes, taken from Dynamo while the model runs as it was.
+
+Private names used, tested on torch 2.11 and 2.13: ``torch._dynamo.eval_frame.OptimizedModule``,
+``torch._dynamo.config.recompile_limit`` and ``accumulated_recompile_limit``.
+"""
 
 from __future__ import annotations
 
