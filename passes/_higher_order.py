@@ -4,7 +4,8 @@ Function transforms (``torch.vmap``, ``torch.func.grad``) are no such operators:
 begin and end them, and wrapped values between.
 
 Private names used, tested on torch 2.11 and 2.13: ``torch._ops.HigherOrderOperator`` and the calling conventions of the
-operators below (the operands follow the body); ``torch._C._functorch.is_functorch_wrapped_tensor``.
+operators below (the operands follow the body); ``torch._ops.OpOverload`` and its schema;
+``torch._C._functorch.is_functorch_wrapped_tensor``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ _BODY_POSITION = {
 def is_higher_order(node: Node) -> bool:
     """Whether the node is a call of a higher-order operator."""
     return node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def says_what_it_writes(target: object) -> bool | None:
+    """Whether an overload of an operator writes to an argument, by its schema; None for what has none."""
+    return bool(target._schema.is_mutable) if isinstance(target, torch._ops.OpOverload) else None
 
 
 def in_transform(value: object) -> bool:

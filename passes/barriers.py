@@ -11,11 +11,10 @@ import inspect
 import itertools
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from slope_compile.passes._higher_order import is_higher_order
+from slope_compile.passes._higher_order import is_higher_order, says_what_it_writes
 from slope_compile.passes.graph import value
 
 _IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
@@ -41,8 +40,9 @@ def is_barrier(node: Node) -> bool:
         return False
     if node.op == "call_module" or is_higher_order(node) or not (node.users or isinstance(value(node), Tensor)):
         return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
+    writes = says_what_it_writes(node.target)
+    if writes is not None:
+        return writes
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if name.startswith(_MODES) or name.strip("_") in _WRITES or (name.endswith("_") and not name.endswith("__")):
         return True

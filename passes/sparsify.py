@@ -18,10 +18,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from slope_compile.kernels import compressing, ops
+from slope_compile.passes._symbols import at_least
 from slope_compile.passes.context import ColumnSite, Context, Selection
 from slope_compile.passes.graph import (
     META,
@@ -98,7 +98,7 @@ class Sparsify(PassBase):
         settings = self.context.config.layer(node.meta[META].path)
         N, K = reversed(weight.shape) if transposed else weight.shape
         least = compressing.least_tokens(N, K, x.dtype, weight.device, settings.pattern)
-        if least is not None and statically_known_true(math.prod(x.shape[:-1]) >= least):
+        if least is not None and at_least(math.prod(x.shape[:-1]), least):
             return False
         return self.context.weights.pruned(base, settings, transposed)
 
