@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks import select
 from benchmarks.cases import AUTOCAST, Case, Options
 from benchmarks.decode import decode_case
 from benchmarks.models import subjects
@@ -24,5 +25,5 @@ def cases(options: Options) -> list[Case]:
             for dtype in (dtype for dtype in DECODING if subject.decodes and options.wants(dtype)):
                 for batch in BATCHES:
                     found.append(decode_case(subject, batch, dtype, threads, options))
-                found.append(decode_case(subject, 1, dtype, threads, options, "slope_drop_in"))
+                found.append(decode_case(subject, 1, dtype, threads, options, select.DROP_IN))
     return found

@@ -9,6 +9,7 @@ import torch
 from torch._inductor import config as inductor_config
 
 import slope_compile as slope
+from benchmarks import select
 from benchmarks.cases import AUTOCAST, Case, Measurement, Options, Run, compare
 from benchmarks.layers import label
 from benchmarks.models import Subject, prepared
@@ -21,7 +22,7 @@ CONTENDERS: dict[str, tuple[str, bool]] = {
     # Weights become constants that Inductor may repack once: the best that dense inference has.
     "frozen": ("inductor", True),
     "slope": ("slope", False),
-    "slope_drop_in": ("slope", False),
+    select.DROP_IN: ("slope", False),
 }
 """Contender -> backend, and whether Inductor freezes the weights."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -14,8 +15,6 @@ from benchmarks.memory_state import total
 from benchmarks.records import Record
 from benchmarks.tables import in_columns
 
-DROP_IN = "slope_drop_in"
-"""Contender whose weights stay dense-shaped, and its state as large as dense."""
 FEW = 64
 """Tokens below which a product is bound by reading the weight."""
 LEGEND = """\
@@ -87,20 +86,15 @@ def _device(environment: dict[str, Any]) -> str:
     return name if "driver" in environment else f"{name}, {environment['capability']}"
 
 
-def _prepared(machine: Machine) -> list[Record]:
-    return [record for record in select.ok(machine.records, "train") if select.ours(record) != DROP_IN]
+def _models(name: str, drop_in: bool, machine: Machine) -> list[Record]:
+    """Records of whole models; drop-in or prepared."""
+    return [r for r in select.ok(machine.records, name) if (select.ours(r) == select.DROP_IN) == drop_in]
 
 
-def _drop_in(machine: Machine) -> list[Record]:
-    return [record for record in select.ok(machine.records, "train") if select.ours(record) == DROP_IN]
-
-
-def _decoding(machine: Machine) -> list[Record]:
-    return [record for record in select.ok(machine.records, "decode") if select.ours(record) != DROP_IN]
-
-
-def _drop_in_decoding(machine: Machine) -> list[Record]:
-    return [record for record in select.ok(machine.records, "decode") if select.ours(record) == DROP_IN]
+_prepared = functools.partial(_models, "train", False)
+_drop_in = functools.partial(_models, "train", True)
+_decoding = functools.partial(_models, "decode", False)
+_drop_in_decoding = functools.partial(_models, "decode", True)
 
 
 def _states(machine: Machine) -> list[Record]:

@@ -69,6 +69,10 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
+DROP_IN = "slope_drop_in"
+"""Contender whose weights stay dense-shaped, and its state as large as dense."""
+
+
 def ours(record: Record) -> str:
     """The contender of a model's record that is not dense."""
     name: str

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 import slope_compile as slope
+from benchmarks import select
 from benchmarks.cases import AUTOCAST, Case, Measurement, Options, Run, compare
 from benchmarks.layers import label
 from benchmarks.models import Subject, adamw, prepared
 
-DROP_IN = "drop_in"
+DROP_IN = select.DROP_IN.removeprefix("slope_")
 """In the place of a kind of backward: a dense model that the backend makes sparse, by its own defaults."""
 
 

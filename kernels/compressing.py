@@ -20,8 +20,8 @@ UNMEASURED_TOKENS = 512
 """The least on other levels."""
 
 GPU_TOKENS = 4096
-"""On a GPU compressing takes as long as the memory does to read the weight once and write half of it; a sparse product
-of fewer tokens gains no more than that (measured on an H200)."""
+"""On a GPU, estimated: compressing takes at least as long as the memory does to read the weight once and write half of
+it, and what sparse products of 2048 tokens gained on an H200 is no more than that."""
 
 SPARSE_TENSOR_CORES = ("mma_sp", "wgmma_sp", "cusparselt")
 """Ways of a GPU that compute half; the others expand the weight again."""
