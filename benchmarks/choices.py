@@ -110,7 +110,7 @@ def ways_of(
         return gpu_calls.grad_input(grad, w.values, w.pattern, out=dx, way=way)
 
     def double_pruned(w: Weight, way: str) -> object:
-        return gpu_calls.grad_input_columns(grad, w.values, w.pattern, w.column_pattern, out=dx, way=way)
+        return gpu_calls.grad_input_columns(grad, w.values, w.pattern, w.column_mask, out=dx, way=way)
 
     def grad_weight(w: Weight, way: str) -> object:
         return gpu_calls.grad_weight(grad, x, w.pattern, out=dv, way=way)
@@ -151,7 +151,7 @@ def autotuned(problem: Problem) -> Iterator[Choice]:
         call = compiled(
             lambda grad, values, pattern, columns: ops.grad_input_columns(grad, values, pattern, columns, *KEEP_GROUP)
         )
-        return _each(problem, lambda w: call(grad, w.values, w.pattern, w.column_pattern))()
+        return _each(problem, lambda w: call(grad, w.values, w.pattern, w.column_mask))()
 
     def grad_weight() -> Contender:
         call = compiled(lambda grad, x, pattern: ops.grad_weight(grad, x, pattern, *KEEP_GROUP))
@@ -230,7 +230,7 @@ def _gluon(problem: Problem, share: float | None = None) -> Iterator[Choice]:
 
 
 def _gluon_double_pruned(problem: Problem) -> Iterator[Choice]:
-    """The input gradient on the sparse tensor cores, the transposed values made anew for each call as a step does."""
+    """The input gradient on the sparse tensor cores, the transpose made anew for each call as a step does."""
     grad = problem.grad
     # dX [M, K] = dY [M, N] times the transposed weight [K, N]: K is what comes out.
     sizes = (problem.M, problem.K, problem.N, 0)
@@ -238,8 +238,8 @@ def _gluon_double_pruned(problem: Problem) -> Iterator[Choice]:
         product = gluon_choices.product(config)
 
         def double_pruned(w: Weight, product: gluon_choices.Product = product) -> object:
-            values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
-            return product(grad, values, w.column_pattern, None, None)
+            values, pattern = ops.compress_columns(w.values, w.pattern, *KEEP_GROUP, w.column_mask)
+            return product(grad, values, pattern, None, None)
 
         name = f"{config}_double_pruned"
         yield Choice("grad_input", name, "grad_input_double_pruned", _each(problem, double_pruned))
@@ -267,7 +267,7 @@ def _triton(problem: Problem) -> Iterator[Choice]:
             return triton_products.grad_input(grad, w.values, w.pattern, config=config)
 
         def double_pruned(w: Weight, config: Config = config) -> object:
-            return triton_products.grad_input(grad, w.values, w.pattern, w.column_pattern, config=config)
+            return triton_products.grad_input(grad, w.values, w.pattern, w.column_mask, config=config)
 
         yield Choice("grad_input", f"{name}_exact", "grad_input", _each(problem, exact))
         yield Choice("grad_input", f"{name}_double_pruned", "grad_input_double_pruned", _each(problem, double_pruned))

@@ -32,7 +32,7 @@ from benchmarks.products import (
 )
 from benchmarks.suite_tests import suite_case
 from benchmarks.timing import Contender
-from slope_compile.kernels import cpu_rules, gpu_rules, ops
+from slope_compile.kernels import cpu_rules, gpu_rules, ops, reference
 from tolerances import UNIT_ROUNDOFF, in_sequence, relative_error, rounding
 
 TELLING = ((512, 1024, 4096), (37, 132, 268), (16384, 768, 3072), (1, 4096, 4096))
@@ -142,8 +142,7 @@ def _truths(problem: Problem) -> dict[str, Truth]:
     """Every product: exact, in magnitudes, and dense in the problem's dtype."""
     w = problem.weights[0]
     expanded = ops.expand(w.values, w.pattern, *KEEP_GROUP)
-    column_values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
-    twice = ops.expand(column_values, w.column_pattern, *KEEP_GROUP).t()
+    twice = ops.expand(reference.keep_columns(w.values, w.column_mask), w.pattern, *KEEP_GROUP)
     x, grad = problem.x, problem.grad
     A, B = choices.adapter(problem, LOW_RANK)
 

@@ -109,7 +109,7 @@ def _train(
         facts = _facts(name, size, layers, dtype, found, options, floor) | {
             "batch": B, "context": T, "tokens": B * T, "state": state, "activations": activations,
             "optimizer": options.optimizer,
-            # A step that refreshes the column patterns is one in a hundred, and is not among those that were timed.
+            # A step that refreshes the column masks is one in a hundred, and is not among those that were timed.
             "refresh_seconds": given.watch.seconds([lambda: slope.refresh_columns_(found.sparse)]),
         }  # fmt: skip
         return compare("block_train", samples, {each: [each] for each in names}, (DENSE, SPARSE), facts)

@@ -102,7 +102,7 @@ def _states(size: Size, depth: int, dtype: str, options: Options) -> dict[str, S
     found["dense"] = _after_step(model, paths, options)
     found["dense_inference"] = dataclasses.asdict(slope.training_state(model, None, paths))
     _drop_gradients(model, found["dense_inference"])
-    # Without a column pattern, which only training reads.
+    # Without a column mask, which only training reads.
     slope.sparsify_(model, slope.SlopeConfig(backward="exact", mask="magnitude"))
     found["slope_inference"] = dataclasses.asdict(slope.training_state(model, None))
     _drop_gradients(model, found["slope_inference"])

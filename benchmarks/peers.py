@@ -67,8 +67,7 @@ def _expanded(problem: Problem) -> Expand:
 def _expanded_columns(problem: Problem) -> Expand:
     def expanded(i: int) -> Tensor:
         w = problem.weights[i]
-        values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
-        weight: Tensor = ops.expand(values, w.column_pattern, *KEEP_GROUP)
+        weight: Tensor = ops.expand(*ops.compress_columns(w.values, w.pattern, *KEEP_GROUP, w.column_mask), *KEEP_GROUP)
         return weight
 
     return expanded
@@ -92,8 +91,7 @@ def _semi_structured(problem: Problem, kind: str, x: Tensor, weight: Expand) -> 
 def _packed(problem: Problem, x: Tensor, columns: bool) -> Callable[[], Contender]:
     def operand(w: Weight) -> Tensor:
         if columns:
-            values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
-            return _cusparselt.pack(values, w.column_pattern)
+            return _cusparselt.pack(*ops.compress_columns(w.values, w.pattern, *KEEP_GROUP, w.column_mask))
         return _cusparselt.pack(w.values, w.pattern)
 
     def make() -> Contender:

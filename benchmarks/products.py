@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from benchmarks import rotation
 from benchmarks.cases import DTYPES
 from benchmarks.timing import Contender
-from slope_compile.kernels import metadata, ops
+from slope_compile.kernels import metadata, ops, reference
 from slope_compile.kernels.masks import magnitude_mask, random_mask
 from slope_compile.pattern import Pattern
 
@@ -31,7 +31,7 @@ class Weight:
     dense: Tensor
     values: Tensor
     pattern: Tensor
-    column_pattern: Tensor
+    column_mask: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Problem:
 
         pattern = metadata.pack_mask(_mask(N, K, seed, device)).to(device)
         values = normal(N, K // 2)
-        _, column_pattern = ops.compress_columns(values, pattern, *KEEP_GROUP)
-        weights = [Weight(normal(N, K), values, pattern, column_pattern)]
+        column_mask = ops.pick_columns(values, pattern, *KEEP_GROUP)
+        weights = [Weight(normal(N, K), values, pattern, column_mask)]
         smallest = values.nbytes + pattern.nbytes
         count = rotation.copies(smallest, rotation.cache_bytes(device)) if copies is None else copies
         for _ in range(count - 1):
             # The same positions in memory of their own; drawing masks anew would take longer than the measurement.
-            weights.append(Weight(normal(N, K), normal(N, K // 2), pattern.clone(), column_pattern.clone()))
+            weights.append(Weight(normal(N, K), normal(N, K // 2), pattern.clone(), column_mask.clone()))
         return cls(M, N, K, dtype, device, weights, normal(M, K), normal(M, N))
 
     @property
@@ -119,7 +119,7 @@ class Problem:
         }
 
     def columns(self) -> dict[str, Contender]:
-        """The second compression: picking the columns, and compressing with columns that were picked before.
+        """The second compression: picking the columns, and the transpose of those that were picked before.
 
         The contender "copy" reads and writes the dense weight once, as a measure of what memory allows.
         """
@@ -128,16 +128,16 @@ class Problem:
 
         def pick(i: int) -> object:
             w = weights[i % count]
-            return ops.compress_columns(w.values, w.pattern, *KEEP_GROUP)
+            return ops.pick_columns(w.values, w.pattern, *KEEP_GROUP)
 
         def compress(i: int) -> object:
             w = weights[i % count]
-            return ops.recompress_columns(w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
+            return ops.compress_columns(w.values, w.pattern, *KEEP_GROUP, w.column_mask)
 
         return {
             "copy": lambda i: target.copy_(weights[i % count].dense),
-            "compress_columns": pick,
-            "recompress_columns": compress,
+            "pick_columns": pick,
+            "compress_columns": compress,
         }
 
     def truths(self) -> dict[str, Tensor]:
@@ -145,8 +145,7 @@ class Problem:
         w = self.weights[0]
         expanded = ops.expand(w.values, w.pattern, *KEEP_GROUP)
         dense, x, grad = (tensor.float() for tensor in (expanded, self.x, self.grad))
-        column_values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
-        twice = ops.expand(column_values, w.column_pattern, *KEEP_GROUP).t().float()
+        twice = ops.expand(reference.keep_columns(w.values, w.column_mask), w.pattern, *KEEP_GROUP).float()
         grad_weight = grad_weight_product(grad, x)
         return {
             "forward": forward_product(x, dense),
@@ -216,12 +215,7 @@ def grad_weight_product(grad: Tensor, x: Tensor) -> Tensor:
 def double_pruned_product(grad: Tensor, weight: Weight) -> Tensor:
     """Input gradient with the columns that were picked before, as a training step computes it."""
     w = weight
-    # One operator where the library has it; two say the same.
-    if hasattr(torch.ops.slope, "grad_input_columns"):
-        product: Tensor = torch.ops.slope.grad_input_columns(grad, w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
-        return product
-    values = ops.recompress_columns(w.values, w.pattern, w.column_pattern, *KEEP_GROUP)
-    product = ops.linear(grad, values, w.column_pattern, None, *KEEP_GROUP)
+    product: Tensor = ops.grad_input_columns(grad, w.values, w.pattern, w.column_mask, *KEEP_GROUP)
     return product
 
 

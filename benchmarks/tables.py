@@ -85,7 +85,7 @@ def columns(records: Iterable[Record], form: str = "simple") -> str:
         ]
         for record in records
     ]
-    return in_columns(rows, ["N x K", "dtype", "threads", "copy, ms", "pick, ms", "recompress, ms"], form)
+    return in_columns(rows, ["N x K", "dtype", "threads", "copy, ms", "pick, ms", "compress, ms"], form)
 
 
 def models(records: Iterable[Record], form: str = "simple") -> str:

@@ -49,7 +49,7 @@ def table(products: list[dict[str, Any]], form: str) -> str:
 
 
 def fastest(seconds: dict[str, float]) -> float:
-    """The least time of a 2:4 way, its column pattern picked beforehand."""
+    """The least time of a 2:4 way, its columns picked beforehand."""
     return min(value for way, value in _best(seconds).items() if way != "recompressed")
 
 

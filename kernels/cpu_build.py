@@ -24,7 +24,7 @@ from typing import NamedTuple
 from slope_compile.kernels._cpu_compiler import inductor_compilers
 from slope_compile.log import log
 
-ABI = 2
+ABI = 3
 """Version of the C interface that the Python side speaks; see ``slope_cpu_abi``."""
 
 SOURCE = Path(__file__).parent / "csrc" / "slope_cpu.cpp"

@@ -67,14 +67,14 @@ def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, *, out: Tensor, sp
 
 
 def grad_input_columns(
-    grad: Tensor, values: Tensor, pattern: Tensor, column_pattern: Tensor, *, out: Tensor, sparse: bool | None = None
+    grad: Tensor, values: Tensor, pattern: Tensor, column_mask: Tensor, *, out: Tensor, sparse: bool | None = None
 ) -> Tensor:
     """``out [M, K] = dY W^{R,C}``, double-pruned."""
     library = cpu_library.load()
     if library is None:
-        return out.copy_(cpu_ops.grad_input_columns(grad, values, pattern, column_pattern, 2, 4))
+        return out.copy_(cpu_ops.grad_input_columns(grad, values, pattern, column_mask, 2, 4))
     way = _way(library, "grad_input_columns", grad, values.shape[0], 2 * values.shape[1], sparse)
-    return cpu_products.grad_input(library, way, grad, values, pattern, column_pattern, out)
+    return cpu_products.grad_input(library, way, grad, values, pattern, column_mask, out)
 
 
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, *, out: Tensor, sparse: bool | None = None) -> Tensor:

@@ -32,20 +32,18 @@ _SPARSE = (_POINTER, _POINTER)  # values, pattern
 _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
     # x, W, bias, down, up, R, y, M, N, K
     "forward": (_INT, (*_START, *_MATRIX, *_SPARSE, *[_POINTER] * 3, _LONG, _POINTER, *[_LONG] * 3)),
-    # grad, W, column pattern, dx, M, N, K
+    # grad, W, column mask, dx, M, N, K
     "grad_input": (_INT, (*_START, *_MATRIX, *_SPARSE, _POINTER, _POINTER, *[_LONG] * 3)),
     # grad, x, pattern, dv, accumulate, M, N, K
     "grad_weight": (_INT, (*_START, *_MATRIX, *_MATRIX, _POINTER, _POINTER, _INT, *[_LONG] * 3)),
     # dense, pattern, values, N, K
     "compress": (_INT, (*_START, *_MATRIX, _POINTER, _POINTER, _LONG, _LONG)),
-    # W, dense, N, K
-    "expand": (_INT, (*_START, *_SPARSE, _POINTER, _LONG, _LONG)),
-    # W, column pattern, dense, N, K
-    "expand_double_pruned": (_INT, (*_START, *_SPARSE, _POINTER, _POINTER, _LONG, _LONG)),
-    # W, column values, column pattern, N, K
-    "compress_columns": (_INT, (*_START, *_SPARSE, _POINTER, _POINTER, _LONG, _LONG)),
-    # W, column pattern, column values, N, K
-    "recompress_columns": (_INT, (*_START, *_SPARSE, _POINTER, _POINTER, _LONG, _LONG)),
+    # W, column mask, dense, N, K
+    "expand": (_INT, (*_START, *_SPARSE, _POINTER, _POINTER, _LONG, _LONG)),
+    # W, column mask, N, K
+    "pick_columns": (_INT, (*_START, *_SPARSE, _POINTER, _LONG, _LONG)),
+    # W, column mask, column values, column pattern, N, K
+    "compress_columns": (_INT, (*_START, *_SPARSE, *[_POINTER] * 3, _LONG, _LONG)),
     # pattern, N, K
     "illegal_groups": (_LONG, (_POINTER, _LONG, _LONG)),
 }
@@ -67,9 +65,8 @@ class CpuLibrary:
     grad_weight: Function
     compress: Function
     expand: Function
-    expand_double_pruned: Function
+    pick_columns: Function
     compress_columns: Function
-    recompress_columns: Function
     illegal_groups: Function
     isa: str
     """The level it was built for."""

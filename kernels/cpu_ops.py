@@ -33,6 +33,11 @@ def describes(pattern: Tensor, N: int, K: int) -> bool:
     return pattern.dtype is torch.uint8 and pattern.shape == (N, (K + 7) // 8) and K % 4 == 0
 
 
+def masks(column_mask: Tensor, N: int, K: int) -> bool:
+    """Whether a column mask has the form of one of ``[N, K]``."""
+    return column_mask.dtype is torch.uint8 and column_mask.shape == (N, (K // 2 + 7) // 8)
+
+
 def adds_up(x: Tensor, N: int, bias: Tensor | None, down: Tensor | None, up: Tensor | None) -> bool:
     """Whether bias ``[N]``, down ``[..., R]`` and up ``[N, R]``, as far as there are any, go with x ``[..., K]``."""
     if bias is not None and bias.shape != (N,):
@@ -59,7 +64,7 @@ def expand(
     keep: int,
     group: int,
     double_pruned: bool = False,
-    column_pattern: Tensor | None = None,
+    column_mask: Tensor | None = None,
     column_age: Tensor | None = None,
     interval: int = 0,
 ) -> Tensor:
@@ -78,7 +83,7 @@ def linear(
     keep: int,
     group: int,
     double_pruned: bool = False,
-    column_pattern: Tensor | None = None,
+    column_mask: Tensor | None = None,
     down: Tensor | None = None,
     up: Tensor | None = None,
 ) -> Tensor:
@@ -106,17 +111,17 @@ def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: 
 
 
 def grad_input_columns(
-    grad: Tensor, values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int
+    grad: Tensor, values: Tensor, pattern: Tensor, column_mask: Tensor, keep: int, group: int
 ) -> Tensor:
-    """See :func:`reference.grad_input_columns`: the entries that both patterns keep, read from the forward storage."""
+    """See :func:`reference.grad_input_columns`: the values that the column mask keeps too."""
     library = library_for(keep, group, grad, values)
     N, K = values.shape[0], 2 * values.shape[1]
-    fits = grad.shape[-1] == N and describes(pattern, N, K) and describes(column_pattern, K, N)
+    fits = grad.shape[-1] == N and describes(pattern, N, K) and masks(column_mask, N, K)
     if library is None or not fits:
         dense_copies.gradient(pattern)
-        return reference.grad_input_columns(grad, values, pattern, column_pattern, keep, group)
+        return reference.grad_input_columns(grad, values, pattern, column_mask, keep, group)
     sparse = cpu_rules.sparse("grad_input_columns", tokens(grad), N, K, grad.dtype, library.isa)
-    return cpu_products.grad_input(library, sparse, grad, values, pattern, column_pattern)
+    return cpu_products.grad_input(library, sparse, grad, values, pattern, column_mask)
 
 
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
@@ -130,22 +135,25 @@ def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int)
     return cpu_products.grad_weight(library, sparse, grad, x, pattern)
 
 
-def compress_columns(values: Tensor, pattern: Tensor, keep: int, group: int) -> tuple[Tensor, Tensor]:
-    """See :func:`reference.compress_columns`."""
+def pick_columns(values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
+    """See :func:`reference.pick_columns`."""
     library = library_for(keep, group, values)
     N, K = values.shape[0], 2 * values.shape[1]
     if library is None or N % 4 or not describes(pattern, N, K):
-        return reference.compress_columns(values, pattern, keep, group)
-    return cpu_products.compress_columns(library, values, pattern)
+        return reference.pick_columns(values, pattern, keep, group)
+    return cpu_products.pick_columns(library, values, pattern)
 
 
-def recompress_columns(values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int) -> Tensor:
-    """See :func:`reference.recompress_columns`."""
+def compress_columns(
+    values: Tensor, pattern: Tensor, keep: int, group: int, column_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See :func:`reference.compress_columns`."""
     library = library_for(keep, group, values)
     N, K = values.shape[0], 2 * values.shape[1]
-    if library is None or not (describes(pattern, N, K) and describes(column_pattern, K, N)):
-        return reference.recompress_columns(values, pattern, column_pattern, keep, group)
-    return cpu_products.recompress_columns(library, values, pattern, column_pattern)
+    fits = N % 4 == 0 and describes(pattern, N, K) and (column_mask is None or masks(column_mask, N, K))
+    if library is None or not fits:
+        return reference.compress_columns(values, pattern, keep, group, column_mask)
+    return cpu_products.compress_columns(library, values, pattern, column_mask)
 
 
 IMPLEMENTATIONS = {
@@ -155,7 +163,7 @@ IMPLEMENTATIONS = {
     "grad_input": grad_input,
     "grad_input_columns": grad_input_columns,
     "grad_weight": grad_weight,
+    "pick_columns": pick_columns,
     "compress_columns": compress_columns,
-    "recompress_columns": recompress_columns,
 }
 """Operator -> its implementation for CPU tensors."""

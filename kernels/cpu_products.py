@@ -69,16 +69,16 @@ def grad_input(
     grad: Tensor,
     values: Tensor,
     pattern: Tensor,
-    column_pattern: Tensor | None,
+    column_mask: Tensor | None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The input gradient by the 2:4 kernel or by a dense one; exact without a column pattern."""
+    """The input gradient by the 2:4 kernel or by a dense one; exact without a column mask."""
     N, K = values.shape[0], values.shape[1] * 2
     if not sparse:
-        return _give(torch.matmul(grad, expand(library, values, pattern, column_pattern)), out)
+        return _give(torch.matmul(grad, expand(library, values, pattern, column_mask)), out)
     rows = as_matrix(grad)
     values, pattern = values.contiguous(), pattern.contiguous()
-    column_pattern = None if column_pattern is None else column_pattern.contiguous()
+    column_mask = None if column_mask is None else column_mask.contiguous()
     dx = grad.new_empty(*grad.shape[:-1], K) if out is None else out
     status = library.grad_input(
         CODES[grad.dtype],
@@ -87,7 +87,7 @@ def grad_input(
         *rows.stride(),
         values.data_ptr(),
         pattern.data_ptr(),
-        None if column_pattern is None else column_pattern.data_ptr(),
+        None if column_mask is None else column_mask.data_ptr(),
         dx.data_ptr(),
         rows.shape[0],
         N,
@@ -147,53 +147,62 @@ def compress(library: CpuLibrary, weight: Tensor, pattern: Tensor) -> Tensor:
     return values
 
 
-def expand(library: CpuLibrary, values: Tensor, pattern: Tensor, column_pattern: Tensor | None = None) -> Tensor:
-    """Dense ``[N, K]`` of values ``[N, K / 2]``; with a column pattern the entries that both keep, ``W^{R,C}``."""
+def expand(library: CpuLibrary, values: Tensor, pattern: Tensor, column_mask: Tensor | None = None) -> Tensor:
+    """Dense ``[N, K]`` of values ``[N, K / 2]``; with a column mask uint8 ``[N, ceil(K / 16)]`` W^{R,C}."""
     N, K = values.shape[0], values.shape[1] * 2
     values, pattern = values.contiguous(), pattern.contiguous()
+    column_mask = None if column_mask is None else column_mask.contiguous()
     dense = values.new_empty(N, K)
-    start = (CODES[values.dtype], torch.get_num_threads(), values.data_ptr(), pattern.data_ptr())
-    if column_pattern is None:
-        library.expand(*start, dense.data_ptr(), N, K)
-    else:
-        library.expand_double_pruned(*start, column_pattern.contiguous().data_ptr(), dense.data_ptr(), N, K)
+    library.expand(
+        CODES[values.dtype],
+        torch.get_num_threads(),
+        values.data_ptr(),
+        pattern.data_ptr(),
+        None if column_mask is None else column_mask.data_ptr(),
+        dense.data_ptr(),
+        N,
+        K,
+    )
     return dense
 
 
-def compress_columns(library: CpuLibrary, values: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
-    """The second pruning: column values ``[K, N / 2]`` and column pattern uint8 ``[K, ceil(N / 8)]``."""
+def pick_columns(library: CpuLibrary, values: Tensor, pattern: Tensor) -> Tensor:
+    """The second pruning: column mask uint8 ``[N, ceil(K / 16)]``; N is a multiple of 4."""
     N, K = values.shape[0], values.shape[1] * 2
     values, pattern = values.contiguous(), pattern.contiguous()
+    column_mask = pattern.new_empty(N, (K // 2 + 7) // 8)
+    library.pick_columns(
+        CODES[values.dtype],
+        torch.get_num_threads(),
+        values.data_ptr(),
+        pattern.data_ptr(),
+        column_mask.data_ptr(),
+        N,
+        K,
+    )
+    return column_mask
+
+
+def compress_columns(
+    library: CpuLibrary, values: Tensor, pattern: Tensor, column_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """W^{R,C}'s transpose: column values ``[K, N / 2]`` and column pattern uint8 ``[K, ceil(N / 8)]``; N in fours."""
+    N, K = values.shape[0], values.shape[1] * 2
+    values, pattern = values.contiguous(), pattern.contiguous()
+    column_mask = None if column_mask is None else column_mask.contiguous()
     column_values, column_pattern = values.new_empty(K, N // 2), pattern.new_empty(K, (N + 7) // 8)
     library.compress_columns(
         CODES[values.dtype],
         torch.get_num_threads(),
         values.data_ptr(),
         pattern.data_ptr(),
+        None if column_mask is None else column_mask.data_ptr(),
         column_values.data_ptr(),
         column_pattern.data_ptr(),
         N,
         K,
     )
     return column_values, column_pattern
-
-
-def recompress_columns(library: CpuLibrary, values: Tensor, pattern: Tensor, column_pattern: Tensor) -> Tensor:
-    """Column values ``[K, N / 2]`` for a given column pattern."""
-    N, K = values.shape[0], values.shape[1] * 2
-    values, pattern, column_pattern = values.contiguous(), pattern.contiguous(), column_pattern.contiguous()
-    column_values = values.new_empty(K, N // 2)
-    library.recompress_columns(
-        CODES[values.dtype],
-        torch.get_num_threads(),
-        values.data_ptr(),
-        pattern.data_ptr(),
-        column_pattern.data_ptr(),
-        column_values.data_ptr(),
-        N,
-        K,
-    )
-    return column_values
 
 
 def check(status: int, name: str, M: int, N: int, K: int) -> None:

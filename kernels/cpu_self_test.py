@@ -37,9 +37,8 @@ class Kernels(Protocol):
     grad_weight: Function
     compress: Function
     expand: Function
-    expand_double_pruned: Function
+    pick_columns: Function
     compress_columns: Function
-    recompress_columns: Function
     illegal_groups: Function
 
 
@@ -77,18 +76,21 @@ class _Case:
         """Name and outcome of each check."""
         yield "illegal_groups", self.illegal_groups()
         yield "compress", self.compress()
-        yield "expand", self.expand()
+        yield "expand", self.expand(self.dense, None)
         yield "forward", self.forward()
         yield "grad_input", self.grad_input(self.dense, None)
         yield "grad_weight", self.grad_weight(accumulate=0)
         yield "grad_weight (accumulated)", self.grad_weight(accumulate=1)
         if self.N % 4 == 0:
-            column_values, column_pattern = reference.compress_columns(self.values, self.pattern, 2, 4)
-            yield "compress_columns", self.compress_columns(column_values, column_pattern)
-            yield "recompress_columns", self.recompress_columns(column_values, column_pattern)
-            dense = reference.expand(column_values, column_pattern, 2, 4).t()
-            yield "expand_double_pruned", self.expand_double_pruned(dense, column_pattern)
-            yield "grad_input (double-pruned)", self.grad_input(dense, column_pattern)
+            mask = reference.pick_columns(self.values, self.pattern, 2, 4)
+            yield "pick_columns", self.pick_columns(mask)
+            yield "compress_columns", self.compress_columns(self.values, None)
+            smallest = reference.pick_columns(1 / self.values, self.pattern, 2, 4)  # not what would be picked
+            yield "compress_columns (masked)", self.compress_columns(self.values, smallest)
+            for kept in (mask, smallest):
+                dense = reference.expand(reference.keep_columns(self.values, kept), self.pattern, 2, 4)
+                yield "expand (double-pruned)", self.expand(dense, kept)
+                yield "grad_input (double-pruned)", self.grad_input(dense, kept)
 
     def illegal_groups(self) -> bool:
         damaged = self.pattern.clone()
@@ -107,22 +109,12 @@ class _Case:
         )
         return same and torch.equal(values, self.values)
 
-    def expand(self) -> bool:
+    def expand(self, expected: Tensor, column_mask: Tensor | None) -> bool:
         dense = _unwritten(self.dense)
         same = _same(
             dense,
             lambda threads, to: self.kernels.expand(
-                self.code, threads, _at(self.values), _at(self.pattern), to, self.N, self.K
-            ),
-        )
-        return same and torch.equal(dense, self.dense)
-
-    def expand_double_pruned(self, expected: Tensor, column_pattern: Tensor) -> bool:
-        dense = _unwritten(self.dense)
-        same = _same(
-            dense,
-            lambda threads, to: self.kernels.expand_double_pruned(
-                self.code, threads, _at(self.values), _at(self.pattern), _at(column_pattern), to, self.N, self.K
+                self.code, threads, _at(self.values), _at(self.pattern), _at(column_mask), to, self.N, self.K
             ),
         )
         return same and torch.equal(dense, expected)
@@ -142,14 +134,14 @@ class _Case:
         right = torch.cat([self.dense, up, self.bias.unsqueeze(1)], 1).t()
         return same and _near(y, left, right)
 
-    def grad_input(self, dense: Tensor, column_pattern: Tensor | None) -> bool:
+    def grad_input(self, dense: Tensor, column_mask: Tensor | None) -> bool:
         grad = self.grad
         dx = _unwritten(grad.new_empty(self.M, self.K))
         same = _same(
             dx,
             lambda threads, to: self.kernels.grad_input(
                 self.code, threads, _at(grad), *grad.stride(), _at(self.values), _at(self.pattern),
-                _at(column_pattern), to, self.M, self.N, self.K,
+                _at(column_mask), to, self.M, self.N, self.K,
             ),
         )  # fmt: skip
         return same and _near(dx, grad, dense)
@@ -171,25 +163,26 @@ class _Case:
         truth, scale = (reference.compress(dense, self.pattern, 2, 4) for dense in (truth, scale))
         return same and _within(dv, truth, scale, self.M + 1)
 
-    def compress_columns(self, column_values: Tensor, column_pattern: Tensor) -> bool:
-        values, pattern = _unwritten(column_values), torch.full_like(column_pattern, 255)
+    def pick_columns(self, expected: Tensor) -> bool:
+        mask = torch.full_like(expected, 255)
         same = _same(
-            values,
-            lambda threads, to: self.kernels.compress_columns(
-                self.code, threads, _at(self.values), _at(self.pattern), to, _at(pattern), self.N, self.K
+            mask,
+            lambda threads, to: self.kernels.pick_columns(
+                self.code, threads, _at(self.values), _at(self.pattern), to, self.N, self.K
             ),
         )
-        return same and torch.equal(values, column_values) and torch.equal(pattern, column_pattern)
+        return same and torch.equal(mask, expected)
 
-    def recompress_columns(self, column_values: Tensor, column_pattern: Tensor) -> bool:
-        values = _unwritten(column_values)
+    def compress_columns(self, values: Tensor, column_mask: Tensor | None) -> bool:
+        column_values, column_pattern = reference.compress_columns(values, self.pattern, 2, 4, column_mask)
+        found, pattern = _unwritten(column_values), torch.full_like(column_pattern, 255)
         same = _same(
-            values,
-            lambda threads, to: self.kernels.recompress_columns(
-                self.code, threads, _at(self.values), _at(self.pattern), _at(column_pattern), to, self.N, self.K
+            found,
+            lambda threads, to: self.kernels.compress_columns(
+                self.code, threads, _at(values), _at(self.pattern), _at(column_mask), to, _at(pattern), self.N, self.K
             ),
         )
-        return same and torch.equal(values, column_values)
+        return same and torch.equal(found, column_values) and torch.equal(pattern, column_pattern)
 
 
 def _at(tensor: Tensor | None) -> int | None:

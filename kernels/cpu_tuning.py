@@ -144,7 +144,7 @@ class _Problem:
         nm = Pattern(2, 4)
         self.pattern = pack_mask(random_mask(N, K, nm, seed=0, path="tune"))
         self.values = self.numbers(N, K // 2)
-        self.column_values, self.column_pattern = reference.compress_columns(self.values, self.pattern, 2, 4)
+        self.column_mask = reference.pick_columns(self.values, self.pattern, 2, 4)
 
     def numbers(self, *sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=self.generator, device="cpu").to(self.dtype)
@@ -158,7 +158,7 @@ class _Problem:
                 library, sparse, grad, self.values, self.pattern, None
             ),
             "grad_input_columns": lambda sparse: cpu_products.grad_input(
-                library, sparse, grad, self.values, self.pattern, self.column_pattern
+                library, sparse, grad, self.values, self.pattern, self.column_mask
             ),
             "grad_weight": lambda sparse: cpu_products.grad_weight(library, sparse, grad, x, self.pattern),
         }

@@ -196,21 +196,21 @@ def grad_input_columns(
     grad: Tensor,
     values: Tensor,
     pattern: Tensor,
-    column_pattern: Tensor,
+    column_mask: Tensor,
     *,
     out: Tensor,
     way: str | None = None,
     tile: str = "",
 ) -> Tensor:
-    """``out [M, K] = dY W^{R,C}``, double-pruned; N is a multiple of 4."""
-    if not gpu_ops.usable(2, 4, grad, values, pattern, column_pattern):
-        return out.copy_(reference.grad_input_columns(grad, values, pattern, column_pattern, 2, 4))
+    """``out [M, K] = dY W^{R,C}``, double-pruned."""
+    if not gpu_ops.usable(2, 4, grad, values, pattern, column_mask):
+        return out.copy_(reference.grad_input_columns(grad, values, pattern, column_mask, 2, 4))
     way = way or _way("grad_input_columns", grad, values.shape[0], values.shape[1] * 2)
     if way == "triton":
-        return triton_products.grad_input(grad, values, pattern, column_pattern, out=out)
-    column_values = triton_products.recompress_columns(values, pattern, column_pattern)  # [K, N / 2], of the transpose
-    if way == "expanded":
-        return _dense(grad, triton_products.expand(column_values, column_pattern).t(), None, out)
+        return triton_products.grad_input(grad, values, pattern, column_mask, out=out)
+    if way == "expanded" or values.shape[0] % 4:  # of other numbers of rows there are no groups
+        return _dense(grad, triton_products.expand(values, pattern, column_mask), None, out)
+    column_values, column_pattern = triton_products.compress_columns(values, pattern, column_mask)  # of the transpose
     return _sparse_operand(way, grad, column_values, column_pattern, None, out, tile=tile)
 
 

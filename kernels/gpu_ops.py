@@ -85,7 +85,7 @@ def expand(
     keep: int,
     group: int,
     double_pruned: bool = False,
-    column_pattern: Tensor | None = None,
+    column_mask: Tensor | None = None,
     column_age: Tensor | None = None,
     interval: int = 0,
 ) -> Tensor:
@@ -103,7 +103,7 @@ def linear(
     keep: int,
     group: int,
     double_pruned: bool = False,
-    column_pattern: Tensor | None = None,
+    column_mask: Tensor | None = None,
     down: Tensor | None = None,
     up: Tensor | None = None,
 ) -> Tensor:
@@ -129,17 +129,15 @@ def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: 
 
 
 def grad_input_columns(
-    grad: Tensor, values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int
+    grad: Tensor, values: Tensor, pattern: Tensor, column_mask: Tensor, keep: int, group: int
 ) -> Tensor:
-    """See :func:`reference.grad_input_columns`: the entries that both patterns keep, read from the forward storage."""
+    """See :func:`reference.grad_input_columns`: the column mask is read along with the values."""
     N, K = values.shape[0], values.shape[1] * 2
-    if not usable(keep, group, grad, values, pattern, column_pattern) or grad.shape[-1] != N or N % 4:
-        return reference.grad_input_columns(grad, values, pattern, column_pattern, keep, group)
+    if not usable(keep, group, grad, values, pattern, column_mask) or grad.shape[-1] != N:
+        return reference.grad_input_columns(grad, values, pattern, column_mask, keep, group)
     if _sparse("grad_input_columns", grad, N, K):
-        return triton_products.grad_input(grad, values, pattern, column_pattern)
-    column_values = triton_products.recompress_columns(values, pattern, column_pattern)
-    expanded = triton_products.expand(column_values, column_pattern)  # [K, N]
-    return torch.nn.functional.linear(grad, expanded).contiguous()
+        return triton_products.grad_input(grad, values, pattern, column_mask)
+    return torch.matmul(grad, triton_products.expand(values, pattern, column_mask)).contiguous()
 
 
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
@@ -160,18 +158,20 @@ def compress(weight: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     return triton_products.compress(weight, pattern)
 
 
-def compress_columns(values: Tensor, pattern: Tensor, keep: int, group: int) -> tuple[Tensor, Tensor]:
-    """See :func:`reference.compress_columns`: one kernel, nothing dense in memory."""
+def pick_columns(values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
+    """See :func:`reference.pick_columns`: one kernel, nothing dense in memory."""
     if not usable(keep, group, values, pattern) or values.shape[0] % 4:
-        return reference.compress_columns(values, pattern, keep, group)
-    return triton_products.compress_columns(values, pattern)
+        return reference.pick_columns(values, pattern, keep, group)
+    return triton_products.pick_columns(values, pattern)
 
 
-def recompress_columns(values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int) -> Tensor:
-    """See :func:`reference.recompress_columns`: one kernel, nothing dense in memory."""
-    if not usable(keep, group, values, pattern, column_pattern) or values.shape[0] % 4:
-        return reference.recompress_columns(values, pattern, column_pattern, keep, group)
-    return triton_products.recompress_columns(values, pattern, column_pattern)
+def compress_columns(
+    values: Tensor, pattern: Tensor, keep: int, group: int, column_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See :func:`reference.compress_columns`: one kernel, nothing dense in memory."""
+    if not usable(keep, group, values, pattern, column_mask) or values.shape[0] % 4:
+        return reference.compress_columns(values, pattern, keep, group, column_mask)
+    return triton_products.compress_columns(values, pattern, column_mask)
 
 
 IMPLEMENTATIONS = {
@@ -181,7 +181,7 @@ IMPLEMENTATIONS = {
     "grad_input": grad_input,
     "grad_input_columns": grad_input_columns,
     "grad_weight": grad_weight,
+    "pick_columns": pick_columns,
     "compress_columns": compress_columns,
-    "recompress_columns": recompress_columns,
 }
 """Operator -> its implementation for CUDA tensors."""

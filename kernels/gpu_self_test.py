@@ -35,57 +35,58 @@ def passes(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _checks(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
     with torch.no_grad(), torch.inference_mode(False):
-        mask, columns = _mask(N, K).to(device), _mask(K, N).to(device)
+        mask, columns = _mask(N, K).to(device), _mask(K, N).t().to(device)
+        pattern = pack_mask(mask)
+        stays = reference.compress(columns, pattern, 2, 4)
         values = _numbers(N, K // 2, 7).to(device, dtype)
         sizes = ((M, K, 5), (M, N, 5), (1, N, 5), (M, R, 7), (N, R, 5))
         x, grad, bias, down, up = (_numbers(*size).to(device, dtype) for size in sizes)
-        problem = (mask, columns, values, x, grad)
+        problem = (pattern, stays, values, x, grad)
         return _finite(*problem, bias[0], down, up) | _not_finite(*problem)
 
 
 def _finite(
-    mask: Tensor, columns: Tensor, values: Tensor, x: Tensor, grad: Tensor, bias: Tensor, down: Tensor, up: Tensor
+    pattern: Tensor, stays: Tensor, values: Tensor, x: Tensor, grad: Tensor, bias: Tensor, down: Tensor, up: Tensor
 ) -> dict[str, bool]:
-    pattern, column_pattern = pack_mask(mask), pack_mask(columns)
+    column_mask = pack_mask(stays)
     exact, dy, inputs = values.double(), grad.double(), x.double()
     dense = reference.expand(exact, pattern, 2, 4)
+    twice = reference.expand(exact * stays, pattern, 2, 4)
     y = reference.forward(inputs, exact, pattern, None, 2, 4)
     picked, picked_pattern = triton_products.compress_columns(values, pattern)
     truth, true_pattern = reference.compress_columns(exact, pattern, 2, 4)
-    both = (values, pattern, column_pattern)
+    given, given_pattern = triton_products.compress_columns(values, pattern, column_mask)
+    true_given, true_given_pattern = reference.compress_columns(exact, pattern, 2, 4, column_mask)
     pairs = {
         "forward": (triton_products.forward(x, values, pattern, bias), y + bias.double()),
         "forward with a low-rank update": (
             triton_products.forward(x, values, pattern, None, (down, up)), y + down.double() @ up.double().t(),
         ),
-        "grad_input": (
-            triton_products.grad_input(grad, values, pattern), reference.grad_input(dy, exact, pattern, 2, 4),
-        ),
-        "grad_input_columns": (
-            triton_products.grad_input(grad, *both),
-            reference.grad_input_columns(dy, exact, pattern, column_pattern, 2, 4),
-        ),
+        "grad_input": (triton_products.grad_input(grad, values, pattern), dy @ dense),
+        "grad_input_columns": (triton_products.grad_input(grad, values, pattern, column_mask), dy @ twice),
         "grad_weight": (
             triton_products.grad_weight(grad, x, pattern), reference.grad_weight(dy, inputs, pattern, 2, 4),
         ),
         "expand": (triton_products.expand(values, pattern), dense),
+        "expand of the columns": (triton_products.expand(values, pattern, column_mask), twice),
         "compress": (triton_products.compress(dense.to(values.dtype), pattern), exact),
+        "pick_columns": (
+            triton_products.pick_columns(values, pattern), reference.pick_columns(exact, pattern, 2, 4).double(),
+        ),
         "compress_columns": (picked, truth),
         "the pattern of compress_columns": (picked_pattern, true_pattern.double()),
-        "recompress_columns": (
-            triton_products.recompress_columns(*both),
-            reference.recompress_columns(exact, pattern, column_pattern, 2, 4),
-        ),
+        "compress_columns with a mask": (given, true_given),
+        "the pattern of compress_columns with a mask": (given_pattern, true_given_pattern.double()),
     }  # fmt: skip
     return {name: equal(*pair) for name, pair in pairs.items()}
 
 
-def _not_finite(mask: Tensor, columns: Tensor, values: Tensor, x: Tensor, grad: Tensor) -> dict[str, bool]:
+def _not_finite(pattern: Tensor, stays: Tensor, values: Tensor, x: Tensor, grad: Tensor) -> dict[str, bool]:
     """Weights that count, weights that the columns drop, and sums of which not all are kept."""
-    pattern, column_pattern = pack_mask(mask), pack_mask(columns)
+    column_mask = pack_mask(stays)
     odd, odd_x, odd_grad = unusual(values), unusual(x), unusual(grad)
-    dense = reference.expand(values, pattern, 2, 4).masked_fill_(mask & ~columns.t(), torch.nan)
-    dropped = reference.compress(dense, pattern, 2, 4)
+    dropped = values.masked_fill(~stays, torch.nan)
+    twice = reference.expand(values.double() * stays, pattern, 2, 4)
     pairs = {
         "forward": (
             triton_products.forward(x, odd, pattern), reference.forward(x.double(), odd.double(), pattern, None, 2, 4),
@@ -94,13 +95,18 @@ def _not_finite(mask: Tensor, columns: Tensor, values: Tensor, x: Tensor, grad: 
             triton_products.grad_input(grad, odd, pattern),
             reference.grad_input(grad.double(), odd.double(), pattern, 2, 4),
         ),
-        "grad_input_columns": (
-            triton_products.grad_input(grad, dropped, pattern, column_pattern),
-            reference.grad_input_columns(grad.double(), values.double(), pattern, column_pattern, 2, 4),
-        ),
+        "grad_input_columns": (triton_products.grad_input(grad, dropped, pattern, column_mask), grad.double() @ twice),
         "grad_weight": (
             triton_products.grad_weight(odd_grad, odd_x, pattern),
             reference.grad_weight(odd_grad.double(), odd_x.double(), pattern, 2, 4),
+        ),
+        "expand of the columns": (triton_products.expand(dropped, pattern, column_mask), twice),
+        "compress_columns with a mask": (
+            triton_products.compress_columns(dropped, pattern, column_mask)[0],
+            reference.compress_columns(values.double(), pattern, 2, 4, column_mask)[0],
+        ),
+        "pick_columns": (
+            triton_products.pick_columns(odd, pattern), reference.pick_columns(odd, pattern, 2, 4).double(),
         ),
     }  # fmt: skip
     return {f"{name} of what is not finite": equal(*pair) for name, pair in pairs.items()}

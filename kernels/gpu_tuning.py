@@ -223,7 +223,7 @@ class Problem:
         self.N, self.K, self.dtype, self.device = N, K, dtype, device
         self.pattern = pack_mask(random_mask(N, K, Pattern(2, 4), seed=0, path="tune")).to(device)
         self.values = self._numbers(N, K // 2)
-        _, self.column_pattern = reference.compress_columns(self.values, self.pattern, 2, 4)
+        self.column_mask = reference.pick_columns(self.values, self.pattern, 2, 4)
         self.x = self.grad = self.values
 
     def draw(self, M: int) -> None:
@@ -236,7 +236,7 @@ class Problem:
         return {
             "forward": (self.x, *weight),
             "grad_input": (self.grad, *weight),
-            "grad_input_columns": (self.grad, *weight, self.column_pattern),
+            "grad_input_columns": (self.grad, *weight, self.column_mask),
             "grad_weight": (self.grad, self.x, self.pattern),
         }[op]
 

@@ -7,14 +7,17 @@ legal values), the group that comes first in the low half of its byte, and every
 **Values**: ``[N, K * keep / group]``, row by row in the order of their columns, nothing permuted, no padding: of a 2:4
 group with kept columns ``i0 < i1`` entry ``2 g`` is ``W[n, 4 g + i0]`` and entry ``2 g + 1`` is ``W[n, 4 g + i1]``.
 
+**Column mask**: ``uint8 [N, ceil(K * keep / group / 8)]``; bit ``i`` of byte ``[n, j]`` is 1 when the *value*
+``[n, 8 j + i]`` is in W^{R,C} too.  What the first pruning dropped needs no bit.  Of the kept values of a column, at
+most ``keep`` of ``group`` neighbouring rows have theirs set.  Bits past the last value are 0.
+
 =====================  ================================  =======================================================
 what                   where                             bits a dense element (2:4, 16-bit weights)
 =====================  ================================  =======================================================
 values                 the Parameter; gradient and       8 each (dense: 16)
                        optimizer state have its shape
 pattern                buffer, static                    1
-column pattern         buffer ``uint8 [K, ceil(N/8)]``,  1, where the configuration stores it
-                       the same layout of W's transpose
+column mask            buffer ``uint8 [N, ceil(K/16)]``  1/2, where the configuration stores it
 column age             buffer ``int64 [1]`` on the CPU   -
 =====================  ================================  =======================================================
 
@@ -25,8 +28,9 @@ pattern alike) stay natural, and each kernel finds its operands by shifts, masks
 - *Gluon, mma.sp and wgmma.sp*: the two values of a group are one 32-bit word of the A fragment as it is; the selectors
   ``i0 | i1 << 2`` of eight groups come from one word of the pattern in a handful of operations.
 - *exact input gradient*: the same storage, expanded along the rows that the sum runs over.
-- *double-pruned input gradient*: the same storage and the column pattern; an entry counts where both keep it.  On
-  sparse tensor cores its values ``[K, N / 2]`` are derived for the call in one pass (``recompress_columns``) and freed.
+- *double-pruned input gradient*: the same storage and the column mask, whose bits go with the values as they are read.
+  On sparse tensor cores values ``[K, N / 2]`` and pattern of the transpose are derived for the call in one pass
+  (``compress_columns``) and freed.
 - *weight gradient*: writes ``[N, K / 2]`` in this order; a dense ``[N, K]`` is nowhere in memory.
 - *cuSPARSELt*: derives its packed operand for the call and frees it; whoever wants one kept asks for ``Packed`` there.
 - *expanded*: derives the dense weight for the call and frees it.

@@ -6,14 +6,14 @@
 | ``expand(values, pattern)`` | values -> dense ``[N, K]``; carries the directions for the compiled rewrite |
 | ``linear(x, values, pattern, bias)`` | forward product ``Y = X W^T + bias`` (``+ down up^T``, a low-rank branch) |
 | ``grad_input(grad, values, pattern)`` | exact input gradient ``dX = dY W`` |
-| ``grad_input_columns(grad, values, pattern, column_pattern)`` | double-pruned ``dX = dY W^{R,C}`` |
+| ``grad_input_columns(grad, values, pattern, column_mask)`` | double-pruned ``dX = dY W^{R,C}`` |
 | ``grad_weight(grad, x, pattern)`` | ``dY^T X`` at the kept positions, compressed |
-| ``compress_columns(values, pattern)`` | second pruning by magnitude: transposed values and pattern |
-| ``recompress_columns(values, pattern, column_pattern)`` | transposed values for a given column pattern |
+| ``pick_columns(values, pattern)`` | second pruning by magnitude: the column mask, of the values that stay |
+| ``compress_columns(values, pattern, column_mask)`` | W^{R,C}'s transpose, values and pattern; picked without a mask |
 
 The double-pruned input gradient ``dX = dY W^{R,C}`` is the forward product of dY with the transposed compressed
-weight, ``linear(dY, column_values, column_pattern)``.  Where the column pattern is given, ``grad_input_columns`` says
-the same without asking for the transposed values: a kernel may read the forward storage instead.
+weight, ``linear(dY, column_values, column_pattern)``.  Where a column mask is given, ``grad_input_columns`` says the
+same without asking for the transposed values: a kernel may read the forward storage instead.
 
 All are closed under differentiation, so second derivatives work: each gradient is again one of these operators
 (``compress`` and ``expand`` are each other's adjoints; the three products differentiate into one another).
@@ -36,20 +36,20 @@ _SCHEMAS = {
     "compress": "(Tensor weight, Tensor pattern, int keep, int group) -> Tensor",
     "expand": (
         "(Tensor values, Tensor pattern, int keep, int group, bool double_pruned=False, "
-        "Tensor? column_pattern=None, Tensor? column_age=None, int interval=0) -> Tensor"
+        "Tensor? column_mask=None, Tensor? column_age=None, int interval=0) -> Tensor"
     ),
     "linear": (
         "(Tensor x, Tensor values, Tensor pattern, Tensor? bias, int keep, int group, "
-        "bool double_pruned=False, Tensor? column_pattern=None, Tensor? down=None, Tensor? up=None) -> Tensor"
+        "bool double_pruned=False, Tensor? column_mask=None, Tensor? down=None, Tensor? up=None) -> Tensor"
     ),
     "grad_input": "(Tensor grad, Tensor values, Tensor pattern, int keep, int group) -> Tensor",
     "grad_input_columns": (
-        "(Tensor grad, Tensor values, Tensor pattern, Tensor column_pattern, int keep, int group) -> Tensor"
+        "(Tensor grad, Tensor values, Tensor pattern, Tensor column_mask, int keep, int group) -> Tensor"
     ),
     "grad_weight": "(Tensor grad, Tensor x, Tensor pattern, int keep, int group) -> Tensor",
-    "compress_columns": "(Tensor values, Tensor pattern, int keep, int group) -> (Tensor, Tensor)",
-    "recompress_columns": (
-        "(Tensor values, Tensor pattern, Tensor column_pattern, int keep, int group) -> Tensor"
+    "pick_columns": "(Tensor values, Tensor pattern, int keep, int group) -> Tensor",
+    "compress_columns": (
+        "(Tensor values, Tensor pattern, int keep, int group, Tensor? column_mask=None) -> (Tensor, Tensor)"
     ),
 }
 for _name, _schema in _SCHEMAS.items():
@@ -61,8 +61,8 @@ linear = torch.ops.slope.linear.default
 grad_input = torch.ops.slope.grad_input.default
 grad_input_columns = torch.ops.slope.grad_input_columns.default
 grad_weight = torch.ops.slope.grad_weight.default
+pick_columns = torch.ops.slope.pick_columns.default
 compress_columns = torch.ops.slope.compress_columns.default
-recompress_columns = torch.ops.slope.recompress_columns.default
 
 
 # --- definitions -----------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def _expand_definition(
     keep: int,
     group: int,
     double_pruned: bool = False,
-    column_pattern: Tensor | None = None,
+    column_mask: Tensor | None = None,
     column_age: Tensor | None = None,
     interval: int = 0,
 ) -> Tensor:
@@ -91,7 +91,7 @@ def _linear_definition(
     keep: int,
     group: int,
     double_pruned: bool = False,
-    column_pattern: Tensor | None = None,
+    column_mask: Tensor | None = None,
     down: Tensor | None = None,
     up: Tensor | None = None,
 ) -> Tensor:
@@ -105,8 +105,8 @@ _DEFINITIONS = {
     "grad_input": reference.grad_input,
     "grad_input_columns": reference.grad_input_columns,
     "grad_weight": reference.grad_weight,
+    "pick_columns": reference.pick_columns,
     "compress_columns": reference.compress_columns,
-    "recompress_columns": reference.recompress_columns,
 }
 for _name, _definition in _DEFINITIONS.items():
     _lib.impl(_name, _definition, "CompositeExplicitAutograd")
@@ -147,7 +147,7 @@ def _(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: int) -> T
 
 
 @torch.library.register_fake("slope::grad_input_columns", lib=_lib)
-def _(grad: Tensor, values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int) -> Tensor:
+def _(grad: Tensor, values: Tensor, pattern: Tensor, column_mask: Tensor, keep: int, group: int) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], values.shape[1] // keep * group)
 
 
@@ -156,15 +156,17 @@ def _(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor
     return grad.new_empty(grad.shape[-1], x.shape[-1] // group * keep)
 
 
+@torch.library.register_fake("slope::pick_columns", lib=_lib)
+def _(values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
+    return pattern.new_empty(values.shape[0], (values.shape[1] + 7) // 8)
+
+
 @torch.library.register_fake("slope::compress_columns", lib=_lib)
-def _(values: Tensor, pattern: Tensor, keep: int, group: int) -> tuple[Tensor, Tensor]:
+def _(
+    values: Tensor, pattern: Tensor, keep: int, group: int, column_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     N, K = values.shape[0], values.shape[1] // keep * group
     return values.new_empty(K, N // group * keep), pattern.new_empty(K, (N + 7) // 8)
-
-
-@torch.library.register_fake("slope::recompress_columns", lib=_lib)
-def _(values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int) -> Tensor:
-    return values.new_empty(values.shape[1] // keep * group, values.shape[0] // group * keep)
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
@@ -192,21 +194,21 @@ def _expand_backward(ctx: Any, grad_weight: Tensor) -> tuple[Any, ...]:
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, values, pattern, _, keep, group, double_pruned, column_pattern, down, up = inputs
-    ctx.save_for_backward(x, values, pattern, column_pattern, down, up)
+    x, values, pattern, _, keep, group, double_pruned, column_mask, down, up = inputs
+    ctx.save_for_backward(x, values, pattern, column_mask, down, up)
     ctx.nm = (keep, group)
     ctx.double_pruned = double_pruned
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, values, pattern, column_pattern, down, up = ctx.saved_tensors
+    x, values, pattern, column_mask, down, up = ctx.saved_tensors
     grad_x = grad_values = grad_bias = grad_down = grad_up = None
     if ctx.needs_input_grad[0] and ctx.double_pruned:
-        if column_pattern is None:
+        if column_mask is None:
             column_values, column_pattern = compress_columns(values, pattern, *ctx.nm)
             grad_x = linear(grad, column_values, column_pattern, None, *ctx.nm)
         else:
-            grad_x = grad_input_columns(grad, values, pattern, column_pattern, *ctx.nm)
+            grad_x = grad_input_columns(grad, values, pattern, column_mask, *ctx.nm)
     elif ctx.needs_input_grad[0]:
         grad_x = grad_input(grad, values, pattern, *ctx.nm)
     if ctx.needs_input_grad[1]:
@@ -232,14 +234,12 @@ def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _grad_input_columns_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grad_out, values, pattern, column_pattern = ctx.saved_tensors
+    grad_out, values, pattern, column_mask = ctx.saved_tensors
     grad_grad = grad_values = None
     if ctx.needs_input_grad[0]:
-        column_values = recompress_columns(values, pattern, column_pattern, *ctx.nm)
-        grad_grad = grad_input(grad, column_values, column_pattern, *ctx.nm)
+        grad_grad = linear(grad, reference.keep_columns(values, column_mask), pattern, None, *ctx.nm)
     if ctx.needs_input_grad[1]:
-        column_grad = grad_weight(grad, grad_out, column_pattern, *ctx.nm)  # [K, N keep/group]
-        grad_values = _columns_adjoint(column_grad, pattern, column_pattern, *ctx.nm)
+        grad_values = reference.keep_columns(grad_weight(grad_out, grad, pattern, *ctx.nm), column_mask)
     return grad_grad, grad_values, None, None, None, None
 
 
@@ -254,29 +254,28 @@ def _grad_weight_backward(ctx: Any, grad_values: Tensor) -> tuple[Any, ...]:
     )
 
 
-def _columns_adjoint(
-    grad_column_values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int
-) -> Tensor:
-    dense: Tensor = expand(grad_column_values, column_pattern, keep, group).t()  # [K, N] -> [N, K]
-    adjoint: Tensor = compress(dense, pattern, keep, group)
-    return adjoint
+def _pick_columns_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.mark_non_differentiable(output)
+
+
+def _pick_columns_backward(ctx: Any, _: Any) -> tuple[Any, ...]:
+    return None, None, None, None
 
 
 def _compress_columns_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, pattern, keep, group = inputs
-    ctx.save_for_backward(pattern, output[1])
+    _, pattern, keep, group, column_mask = inputs
+    ctx.save_for_backward(pattern, output[1], column_mask)
     ctx.nm = (keep, group)
     ctx.mark_non_differentiable(output[1])
 
 
 def _compress_columns_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    pattern, column_pattern = ctx.saved_tensors
-    return _columns_adjoint(grad, pattern, column_pattern, *ctx.nm), None, None, None
-
-
-def _recompress_columns_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    pattern, column_pattern = ctx.saved_tensors
-    return _columns_adjoint(grad, pattern, column_pattern, *ctx.nm), None, None, None, None
+    pattern, column_pattern, column_mask = ctx.saved_tensors
+    dense: Tensor = expand(grad, column_pattern, *ctx.nm).t()  # [K, N] -> [N, K]
+    grad_values: Tensor = compress(dense, pattern, *ctx.nm)
+    if column_mask is not None:
+        grad_values = reference.keep_columns(grad_values, column_mask)
+    return grad_values, None, None, None, None
 
 
 for _name, _backward, _setup in (
@@ -287,15 +286,11 @@ for _name, _backward, _setup in (
     (
         "grad_input_columns",
         _grad_input_columns_backward,
-        _save(grad_input_columns, "grad", "values", "pattern", "column_pattern"),
+        _save(grad_input_columns, "grad", "values", "pattern", "column_mask"),
     ),
     ("grad_weight", _grad_weight_backward, _save(grad_weight, "grad", "x", "pattern")),
+    ("pick_columns", _pick_columns_backward, _pick_columns_setup),
     ("compress_columns", _compress_columns_backward, _compress_columns_setup),
-    (
-        "recompress_columns",
-        _recompress_columns_backward,
-        _save(recompress_columns, "pattern", "column_pattern"),
-    ),
 ):
     torch.library.register_autograd(f"slope::{_name}", _backward, setup_context=_setup, lib=_lib)
 

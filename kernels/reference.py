@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from slope_compile.kernels.masks import magnitude_mask
-from slope_compile.kernels.metadata import kept_columns, pack_mask
+from slope_compile.kernels.metadata import kept_columns, pack_mask, unpack_mask
 from slope_compile.pattern import Pattern
 
 
@@ -82,11 +82,10 @@ def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: 
 
 
 def grad_input_columns(
-    grad: Tensor, values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int
+    grad: Tensor, values: Tensor, pattern: Tensor, column_mask: Tensor, keep: int, group: int
 ) -> Tensor:
-    """``dX = dY W^{R,C}``, double-pruned by a given column pattern uint8 ``[K, ceil(N / 8)]``."""
-    column_values = recompress_columns(values, pattern, column_pattern, keep, group)
-    return forward(grad, column_values, column_pattern, None, keep, group)
+    """``dX = dY W^{R,C}``, double-pruned by a column mask uint8 ``[N, ceil(K * keep / group / 8)]``."""
+    return grad_input(grad, keep_columns(values, column_mask), pattern, keep, group)
 
 
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
@@ -95,23 +94,35 @@ def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int)
     return compress(dense, pattern, keep, group)
 
 
-def compress_columns(values: Tensor, pattern: Tensor, keep: int, group: int) -> tuple[Tensor, Tensor]:
-    """The second, column-wise compression: pick W^{R,C} from W^R by magnitude, groups along N.
+def pick_columns(values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
+    """The second, column-wise pruning: pick W^{R,C} from W^R by magnitude, groups along N.
 
-    The result is the ordinary compressed form of (W^{R,C})^T ``[K, N]``: exactly ``keep`` slots a group, of which
-    those without a surviving weight hold explicit zeros.
+    Returns:
+        The column mask, uint8 ``[N, ceil(K * keep / group / 8)]``: which of the values stay (see ``metadata``).
+    """
+    transposed = expand(values, pattern, keep, group).t().contiguous()  # [K, N]
+    mask = magnitude_mask(transposed, Pattern(keep, group)).t().contiguous()  # [N, K]
+    return pack_mask(compress(mask, pattern, keep, group))
+
+
+def keep_columns(values: Tensor, column_mask: Tensor) -> Tensor:
+    """The values of W^{R,C}: ``[N, K * keep / group]``, zero where the column mask drops them."""
+    return values.masked_fill(~unpack_mask(column_mask, values.shape[1]), 0)
+
+
+def compress_columns(
+    values: Tensor, pattern: Tensor, keep: int, group: int, column_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The ordinary compressed form of (W^{R,C})^T ``[K, N]``, groups along N, for products that want it that way.
+
+    Without a column mask W^{R,C} is picked here.  Each group has exactly ``keep`` slots, the largest magnitudes (of
+    equal ones the first) of what there is: those without a surviving weight hold explicit zeros.
 
     Returns:
         ``(column_values [K, N * keep / group], column_pattern uint8 [K, ceil(N / 8)])``.
     """
+    if column_mask is not None:
+        values = keep_columns(values, column_mask)
     transposed = expand(values, pattern, keep, group).t().contiguous()  # [K, N]
     column_pattern = pack_mask(magnitude_mask(transposed, Pattern(keep, group)))
     return compress(transposed, column_pattern, keep, group), column_pattern
-
-
-def recompress_columns(
-    values: Tensor, pattern: Tensor, column_pattern: Tensor, keep: int, group: int
-) -> Tensor:
-    """The column-wise values for a column pattern that is given: ``[K, N * keep / group]``."""
-    transposed = expand(values, pattern, keep, group).t().contiguous()  # [K, N]
-    return compress(transposed, column_pattern, keep, group)

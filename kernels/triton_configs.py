@@ -26,7 +26,7 @@ class Config:
     """Compute capabilities (90 for 9.0) that have the registers, shared memory and compiler for it; none: all."""
 
 
-CONVERSIONS = ("expand", "compress", "compress_columns")
+CONVERSIONS = ("expand", "compress", "compress_columns", "pick_columns")
 """Kernels that know no tokens."""
 
 FEW_TOKENS = 32
@@ -58,6 +58,7 @@ HALF = {
     "expand": (Config(0, 32, 128, 4, 1),),
     "compress": (Config(0, 32, 128, 4, 1),),
     "compress_columns": (Config(0, 64, 64, 4, 1),),
+    "pick_columns": (Config(0, 32, 128, 4, 1),),
 }
 """bfloat16 and float16; in the order of the tokens they are meant for."""
 
@@ -76,6 +77,7 @@ SINGLE = {
     "expand": (Config(0, 32, 64, 4, 1),),
     "compress": (Config(0, 32, 64, 4, 1),),
     "compress_columns": (Config(0, 32, 32, 4, 1),),
+    "pick_columns": (Config(0, 32, 64, 4, 1),),
 }
 """float32."""
 

@@ -8,28 +8,47 @@ is an argument or the result.
 import triton
 import triton.language as tl
 
-from slope_compile.kernels.triton_tiles import expanded, kept, largest_two, magnitude_keys, nibbles, packed
+from slope_compile.kernels.triton_tiles import (
+    expanded,
+    kept,
+    largest_two,
+    magnitude_keys,
+    nibbles,
+    packed,
+    packed_flags,
+    staying,
+)
 
 
 @triton.jit
-def stored_tile(V, P, rn, pk, N, K, stride_p, BN: tl.constexpr, BK: tl.constexpr):
-    """Dense ``[BN, BK]`` of the rows rn and the columns ``pk BK`` to ``pk BK + BK - 1`` of a stored weight."""
+def stored_tile(
+    V, P, C, rn, pk, N, K, stride_p, stride_c, BN: tl.constexpr, BK: tl.constexpr, HAS_COLUMNS: tl.constexpr
+):
+    """Dense ``[BN, BK]`` of the rows rn and the columns ``pk BK`` to ``pk BK + BK - 1`` of a stored weight, and its
+    nibbles; with HAS_COLUMNS of those values alone that the column mask ``C uint8 [N, ceil(K / 16)]`` keeps."""
     rv = pk * (BK // 2) + tl.arange(0, BK // 2)
     rb = pk * (BK // 8) + tl.arange(0, BK // 8)
     in_n = (rn < N)[:, None]
     v = tl.load(V + rn[:, None] * (K // 2) + rv[None, :], mask=in_n & (rv < K // 2)[None, :], other=0.0)
     codes = tl.load(P + rn[:, None] * stride_p + rb[None, :], mask=in_n & (rb < stride_p)[None, :], other=0)
-    return expanded(v, nibbles(codes, BN, BK // 4, 2), BN, BK // 4)
+    nibble = nibbles(codes, BN, BK // 4, 2)
+    if HAS_COLUMNS:
+        rc = pk * (BK // 16) + tl.arange(0, BK // 16)
+        stays = tl.load(C + rn[:, None] * stride_c + rc[None, :], mask=in_n & (rc < stride_c)[None, :], other=0)
+        v = staying(v, stays, BN, BK // 2, 8)
+    return expanded(v, nibble, BN, BK // 4), nibble
 
 
 @triton.jit
-def expand(V, P, W, N, K, stride_p, BN: tl.constexpr, BK: tl.constexpr):
-    """``W [N, K]`` dense, zero where pruned, of values ``V [N, K / 2]``."""
+def expand(
+    V, P, C, W, N, K, stride_p, stride_c, BN: tl.constexpr, BK: tl.constexpr, HAS_COLUMNS: tl.constexpr
+):  # fmt: skip
+    """``W [N, K]`` dense, zero where pruned, of values ``V [N, K / 2]``; with HAS_COLUMNS W^{R,C}."""
     tiles = tl.cdiv(K, BK)
     pn, pk = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     rn = (pn * BN + tl.arange(0, BN)).to(tl.int64)
     rk = pk * BK + tl.arange(0, BK)
-    w = stored_tile(V, P, rn, pk, N, K, stride_p, BN, BK)
+    w, _ = stored_tile(V, P, C, rn, pk, N, K, stride_p, stride_c, BN, BK, HAS_COLUMNS)
     tl.store(W + rn[:, None] * K + rk[None, :], w, mask=(rn < N)[:, None] & (rk < K)[None, :])
 
 
@@ -51,12 +70,12 @@ def compress(W, P, V, N, K, stride_wn, stride_wk, stride_p, BN: tl.constexpr, BK
 
 @triton.jit
 def compress_columns(
-    V, P, CV, C, N, K, stride_p, stride_c, BN: tl.constexpr, BK: tl.constexpr, PICK: tl.constexpr
+    V, P, C, CV, CP, N, K, stride_p, stride_c, stride_cp, BN: tl.constexpr, BK: tl.constexpr, HAS_COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """``CV [K, N / 2]``: of W's transpose what its pattern ``C uint8 [K, ceil(N / 8)]`` keeps, which PICK picks first.
+    """Values ``CV [K, N / 2]`` and pattern ``CP uint8 [K, ceil(N / 8)]`` of the transpose; with HAS_COLUMNS of W^{R,C}.
 
-    PICK keeps the two largest magnitudes of four neighbours along N, of equal ones the first, and writes C.  N is a
-    multiple of 4.  A kept position at which W is pruned gets an explicit zero.
+    The two largest magnitudes of four neighbours along N, of equal ones the first, among zeros for what is pruned.  N
+    is a multiple of 4.
     """
     tiles = tl.cdiv(K, BK)
     pn, pk = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -64,16 +83,32 @@ def compress_columns(
     rk = (pk * BK + tl.arange(0, BK)).to(tl.int64)
     ru = pn * (BN // 2) + tl.arange(0, BN // 2)
     rc = pn * (BN // 8) + tl.arange(0, BN // 8)
+    group = pn * (BN // 4) + tl.arange(0, BN // 4)
     in_k = (rk < K)[:, None]
-    in_c = in_k & (rc < stride_c)[None, :]
-    w = tl.trans(stored_tile(V, P, rn, pk, N, K, stride_p, BN, BK))  # [BK, BN]
-    c_at = C + rk[:, None] * stride_c + rc[None, :]  # [BK, BN / 8]
-    if PICK:
-        nibble = largest_two(magnitude_keys(w), BK, BN // 4)
-        group = pn * (BN // 4) + tl.arange(0, BN // 4)
-        nibble = tl.where((group < N // 4)[None, :], nibble, 0)
-        tl.store(c_at, packed(nibble, BK, BN // 4), mask=in_c)
-    else:
-        nibble = nibbles(tl.load(c_at, mask=in_c, other=0), BK, BN // 4, 2)
+    w, _ = stored_tile(V, P, C, rn, pk, N, K, stride_p, stride_c, BN, BK, HAS_COLUMNS)
+    w = tl.trans(w)  # [BK, BN]
+    nibble = largest_two(magnitude_keys(w), BK, BN // 4)
+    nibble = tl.where((group < N // 4)[None, :], nibble, 0)
+    codes = packed(nibble, BK, BN // 4)
+    tl.store(CP + rk[:, None] * stride_cp + rc[None, :], codes, mask=in_k & (rc < stride_cp)[None, :])
     cv = kept(w, nibble, BK, BN // 4)
     tl.store(CV + rk[:, None] * (N // 2) + ru[None, :], cv, mask=in_k & (ru < N // 2)[None, :])
+
+
+@triton.jit
+def pick_columns(V, P, C, N, K, stride_p, stride_c, BN: tl.constexpr, BK: tl.constexpr):
+    """Column mask ``C uint8 [N, ceil(K / 16)]``: which values are among the two largest of four neighbours along N.
+
+    Magnitudes, of equal ones the first, among zeros for what is pruned.  N is a multiple of 4.
+    """
+    tiles = tl.cdiv(K, BK)
+    pn, pk = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    rn = (pn * BN + tl.arange(0, BN)).to(tl.int64)
+    rv = pk * (BK // 2) + tl.arange(0, BK // 2)
+    rc = pk * (BK // 16) + tl.arange(0, BK // 16)
+    w, nibble = stored_tile(V, P, C, rn, pk, N, K, stride_p, stride_c, BN, BK, False)
+    picked = largest_two(magnitude_keys(tl.trans(w)), BK, BN // 4)
+    dense = tl.trans(tl.reshape((picked[:, :, None] >> tl.arange(0, 4)[None, None, :]) & 1, (BK, BN)))
+    stays = tl.where((rv < K // 2)[None, :], kept(dense, nibble, BN, BK // 4), 0)
+    mask = (rn < N)[:, None] & (rc < stride_c)[None, :]
+    tl.store(C + rn[:, None] * stride_c + rc[None, :], packed_flags(stays, BN, BK // 16), mask=mask)

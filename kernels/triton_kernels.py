@@ -2,13 +2,14 @@
 
 Importing this module imports Triton: only ``triton_products`` does, at the first launch.  Storage is that of
 ``metadata`` (values ``[N, K / 2]`` in the order of their columns, pattern uint8 ``[N, ceil(K / 8)]``, one nibble a
-group); nothing is repacked.  A value that is not kept never takes part: it is selected, not multiplied by zero.
+group, column mask uint8 ``[N, ceil(K / 16)]``, one bit a value); nothing is repacked.  What is not kept never takes
+part: values are selected, not multiplied by zero.
 
 Sums are float32.  The features of a token lie side by side, tokens are a stride apart.  Row numbers are 64-bit before
 they meet a stride.  ``EVEN`` says that the reduction is a multiple of its block, so that its loads need no mask.
-``WORDS`` says that the rows of the pattern are whole 32-bit words, at addresses that are multiples of 4: only words
-are copied to shared memory ahead of their use, bytes are waited for in every step.  A reduction is never empty: the
-launchers answer that case themselves.
+``WORDS`` says that the rows of the pattern are whole 32-bit words, at addresses that are multiples of 4, and
+``COLUMN_WORDS`` the same of the column mask: only words are copied to shared memory ahead of their use, bytes are
+waited for in every step.  A reduction is never empty: the launchers answer that case themselves.
 
 Each product is a function that returns the sums of a tile, and a kernel around it that stores them.  The lowerings of
 ``slope_compile._inductor_gpu`` put the same functions into kernels that Inductor generates, and for the forward product
@@ -18,7 +19,7 @@ its parts around a load of x that Inductor writes.
 import triton
 import triton.language as tl
 
-from slope_compile.kernels.triton_tiles import expanded, kept, nibbles, tile_of
+from slope_compile.kernels.triton_tiles import expanded, kept, nibbles, staying, tile_of
 
 
 @triton.jit
@@ -120,14 +121,13 @@ def forward(
 def grad_input_sums(
     DY, V, P, C, rm, pk, M, N, K, stride_ym, stride_p, stride_c,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    HAS_COLUMNS: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr, COLUMN_WORDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """float32 ``[BM, BK]``: DY W at rows rm and the columns ``pk BK`` to ``pk BK + BK - 1``."""
     EACH: tl.constexpr = 8 if WORDS else 2
     LOADS: tl.constexpr = BK // (4 * EACH)
     rm = rm.to(tl.int64)
-    rk = (pk * BK + tl.arange(0, BK)).to(tl.int64)
     rv = pk * (BK // 2) + tl.arange(0, BK // 2)
     rb = pk * LOADS + tl.arange(0, LOADS)
     rn = tl.arange(0, BN).to(tl.int64)
@@ -137,9 +137,10 @@ def grad_input_sums(
     dy_at = DY + rm[:, None] * stride_ym + rn[None, :]  # [BM, BN]
     v_at = V + rn[:, None] * (K // 2) + rv[None, :]  # [BN, BK / 2]
     p_row = P + rn[:, None] * stride_p  # [BN, 1]
-    # Byte j of column k holds the rows 8 j to 8 j + 7.
-    rc = tl.arange(0, BN // 8)
-    c_at = C + rk[None, :] * stride_c + rc[:, None]  # [BN / 8, BK]
+    FLAGS: tl.constexpr = 32 if COLUMN_WORDS else 8  # values that one load of the column mask says of
+    rc = pk * (BK // (2 * FLAGS)) + tl.arange(0, BK // (2 * FLAGS))
+    in_c = (rc * (FLAGS // 8) < stride_c)[None, :]
+    c_row = C + rn[:, None] * stride_c  # [BN, 1]
     if TRANSPOSED:  # noqa: SIM108 - the two have different types
         acc = tl.zeros((BK, BM), tl.float32)
     else:
@@ -156,12 +157,15 @@ def grad_input_sums(
             dy = tl.load(dy_at, mask=in_m & in_n[None, :], other=0.0)
             v = tl.load(v_at, mask=in_n[:, None] & in_v, other=0.0)
             codes = tl.load(p_at, mask=in_n[:, None] & in_b, other=0)
-        w = expanded(v, nibbles(codes, BN, BK // 4, EACH), BN, BK // 4)  # [BN, BK]
         if HAS_COLUMNS:
-            bits = tl.load(c_at, mask=(rc < stride_c - n // 8)[:, None] & (rk < K)[None, :], other=0).to(tl.int32)
-            rows = (bits[:, None, :] >> tl.arange(0, 8)[None, :, None]) & 1
-            w = tl.where(tl.reshape(rows, (BN, BK)) != 0, w, tl.zeros_like(w))
-            c_at += BN // 8
+            c_at = (c_row.to(tl.pointer_type(tl.int32)) if COLUMN_WORDS else c_row) + rc[None, :]
+            if EVEN:  # noqa: SIM108
+                stays = tl.load(c_at, mask=in_c, other=0)
+            else:
+                stays = tl.load(c_at, mask=in_n[:, None] & in_c, other=0)
+            v = staying(v, stays, BN, BK // 2, FLAGS)
+            c_row += BN * stride_c
+        w = expanded(v, nibbles(codes, BN, BK // 4, EACH), BN, BK // 4)  # [BN, BK]
         if TRANSPOSED:
             acc = tl.dot(tl.trans(w), tl.trans(dy), acc, input_precision=PRECISION)
         else:
@@ -179,10 +183,10 @@ def grad_input(
     DY, V, P, C, DX,
     M, N, K, stride_ym, stride_p, stride_c,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    HAS_COLUMNS: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr, GROUP: tl.constexpr = 8,
+    HAS_COLUMNS: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr, COLUMN_WORDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr = 8,
 ):  # fmt: skip
-    """``DX [M, K] = DY [M, N] W``; with HAS_COLUMNS of those entries of W that ``C uint8 [K, ceil(N / 8)]`` keeps too.
+    """``DX [M, K] = DY [M, N] W``; with HAS_COLUMNS of those values of W that ``C uint8 [N, ceil(K / 16)]`` keeps.
 
     TRANSPOSED computes ``W^T DY^T``: the other form with float32 on tensor cores ends sm_90's compiler with an error.
     """
@@ -191,7 +195,7 @@ def grad_input(
     rk = pk * BK + tl.arange(0, BK)
     acc = grad_input_sums(
         DY, V, P, C, rm, pk, M, N, K, stride_ym, stride_p, stride_c,
-        BM, BN, BK, HAS_COLUMNS, EVEN, WORDS, TRANSPOSED, PRECISION,
+        BM, BN, BK, HAS_COLUMNS, EVEN, WORDS, COLUMN_WORDS, TRANSPOSED, PRECISION,
     )  # fmt: skip
     mask = (rm < M)[:, None] & (rk < K)[None, :]
     tl.store(DX + rm.to(tl.int64)[:, None] * K + rk[None, :], acc.to(DX.dtype.element_ty), mask=mask)

@@ -91,7 +91,7 @@ def forward(
             M, N, K, R, rows.stride(0), pattern.stride(0),
             BM=config.BM, BN=config.BN, BK=config.BK, BR=16 if R <= 16 else 32,
             HAS_BIAS=bias is not None, HAS_LOW_RANK=R > 0, EVEN=K % config.BK == 0,
-            WORDS=_words(pattern, config), PRECISION=precision(), num_warps=config.warps, num_stages=config.stages,
+            WORDS=_words(pattern, config.BK), PRECISION=precision(), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return y
 
@@ -100,11 +100,11 @@ def grad_input(
     grad: Tensor,
     values: Tensor,
     pattern: Tensor,
-    column_pattern: Tensor | None = None,
+    column_mask: Tensor | None = None,
     config: Config | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``dX = dY W``: grad ``[..., N]`` -> contiguous ``[..., K]``; with a column pattern that of ``W^{R,C}``."""
+    """``dX = dY W``: grad ``[..., N]`` -> contiguous ``[..., K]``; with a column mask that of ``W^{R,C}``."""
     N, K = values.shape[0], values.shape[1] * 2
     dx = grad.new_empty(*grad.shape[:-1], K) if out is None else out
     rows = _rows(grad)
@@ -113,13 +113,14 @@ def grad_input(
         return dx.zero_()
     config = config or triton_configs.default("grad_input", M, grad.dtype, _aligned(N, K, rows), arch(grad.device))
     values, pattern = values.contiguous(), pattern.contiguous()
-    columns = pattern if column_pattern is None else column_pattern.contiguous()
+    columns = pattern if column_mask is None else column_mask.contiguous()
     with device_of(grad):
         _kernels().grad_input[(_tiles(M, config.BM) * _tiles(K, config.BK),)](
             rows, values, pattern, columns, dx,
             M, N, K, rows.stride(0), pattern.stride(0), columns.stride(0),
             BM=config.BM, BN=config.BN, BK=config.BK,
-            HAS_COLUMNS=column_pattern is not None, EVEN=N % config.BN == 0, WORDS=_words(pattern, config),
+            HAS_COLUMNS=column_mask is not None, EVEN=N % config.BN == 0, WORDS=_words(pattern, config.BK),
+            COLUMN_WORDS=column_mask is not None and _words(columns, config.BK // 2),
             TRANSPOSED=grad.dtype is torch.float32, PRECISION=precision(),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -149,18 +150,20 @@ def grad_weight(
     return values_grad
 
 
-def expand(values: Tensor, pattern: Tensor, config: Config | None = None) -> Tensor:
-    """Dense ``[N, K]`` of values ``[N, K / 2]``."""
+def expand(values: Tensor, pattern: Tensor, column_mask: Tensor | None = None, config: Config | None = None) -> Tensor:
+    """Dense ``[N, K]`` of values ``[N, K / 2]``; with a column mask ``W^{R,C}``."""
     N, K = values.shape[0], values.shape[1] * 2
     dense = values.new_empty(N, K)
     if N * K == 0:
         return dense
     config = config or triton_configs.default("expand", 0, values.dtype)
     values, pattern = values.contiguous(), pattern.contiguous()
+    columns = pattern if column_mask is None else column_mask.contiguous()
     with device_of(values):
         _conversions().expand[(_tiles(N, config.BN) * _tiles(K, config.BK),)](
-            values, pattern, dense, N, K, pattern.stride(0),
-            BN=config.BN, BK=config.BK, num_warps=config.warps, num_stages=config.stages,
+            values, pattern, columns, dense, N, K, pattern.stride(0), columns.stride(0),
+            BN=config.BN, BK=config.BK, HAS_COLUMNS=column_mask is not None,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return dense
 
@@ -181,32 +184,44 @@ def compress(weight: Tensor, pattern: Tensor, config: Config | None = None) -> T
     return values
 
 
-def compress_columns(values: Tensor, pattern: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]:
-    """W^{R,C} by magnitude: ``(column_values [K, N / 2], column_pattern uint8 [K, ceil(N / 8)])``; N is in fours."""
-    column_pattern = pattern.new_empty(values.shape[1] * 2, -(-values.shape[0] // 8))
-    return _columns(values, pattern, column_pattern, True, config), column_pattern
+def compress_columns(
+    values: Tensor, pattern: Tensor, column_mask: Tensor | None = None, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """The transpose of W^{R,C}: ``(column_values [K, N / 2], column_pattern uint8 [K, ceil(N / 8)])``; N is in fours.
 
-
-def recompress_columns(
-    values: Tensor, pattern: Tensor, column_pattern: Tensor, config: Config | None = None
-) -> Tensor:
-    """The values ``[K, N / 2]`` of the transpose that a given column pattern keeps; N is a multiple of 4."""
-    return _columns(values, pattern, column_pattern.contiguous(), False, config)
-
-
-def _columns(values: Tensor, pattern: Tensor, columns: Tensor, pick: bool, config: Config | None) -> Tensor:
+    Picked by magnitude, among the values that the column mask keeps where there is one.
+    """
     N, K = values.shape[0], values.shape[1] * 2
-    column_values = values.new_empty(K, N // 2)
+    column_values, column_pattern = values.new_empty(K, N // 2), pattern.new_empty(K, -(-N // 8))
     if N * K == 0:
-        return column_values
+        return column_values, column_pattern
     config = config or triton_configs.default("compress_columns", 0, values.dtype)
     values, pattern = values.contiguous(), pattern.contiguous()
+    columns = pattern if column_mask is None else column_mask.contiguous()
     with device_of(values):
         _conversions().compress_columns[(_tiles(N, config.BN) * _tiles(K, config.BK),)](
-            values, pattern, column_values, columns, N, K, pattern.stride(0), columns.stride(0),
-            BN=config.BN, BK=config.BK, PICK=pick, num_warps=config.warps, num_stages=config.stages,
+            values, pattern, columns, column_values, column_pattern,
+            N, K, pattern.stride(0), columns.stride(0), column_pattern.stride(0),
+            BN=config.BN, BK=config.BK, HAS_COLUMNS=column_mask is not None,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return column_values
+    return column_values, column_pattern
+
+
+def pick_columns(values: Tensor, pattern: Tensor, config: Config | None = None) -> Tensor:
+    """The column mask of W^{R,C} by magnitude, uint8 ``[N, ceil(K / 16)]``; N is a multiple of 4."""
+    N, K = values.shape[0], values.shape[1] * 2
+    column_mask = pattern.new_empty(N, -(-K // 16))
+    if N * K == 0:
+        return column_mask
+    config = config or triton_configs.default("pick_columns", 0, values.dtype)
+    values, pattern = values.contiguous(), pattern.contiguous()
+    with device_of(values):
+        _conversions().pick_columns[(_tiles(N, config.BN) * _tiles(K, config.BK),)](
+            values, pattern, column_mask, N, K, pattern.stride(0), column_mask.stride(0),
+            BN=config.BN, BK=config.BK, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return column_mask
 
 
 def _rows(activations: Tensor) -> Tensor:
@@ -215,9 +230,9 @@ def _rows(activations: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _words(pattern: Tensor, config: Config) -> bool:
-    """Whether a pattern can be read by 32-bit words."""
-    return config.BK % 32 == 0 and pattern.stride(0) % 4 == 0 and pattern.data_ptr() % 4 == 0
+def _words(bits: Tensor, width: int) -> bool:
+    """Whether a pattern or a column mask, of whose rows a tile has ``width`` bits, can be read by 32-bit words."""
+    return width % 32 == 0 and bits.stride(0) % 4 == 0 and bits.data_ptr() % 4 == 0
 
 
 def _aligned(N: int, K: int, *activations: Tensor) -> bool:

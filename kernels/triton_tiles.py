@@ -28,6 +28,24 @@ def nibbles(codes, ROWS: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr)
 
 
 @triton.jit
+def flags(codes, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr):
+    """int32 ``[ROWS, COLUMNS]``, 0 or 1, of the integers ``[ROWS, COLUMNS / EACH]``; the lowest bit is the first."""
+    bytes_at = (tl.arange(0, EACH // 8) * 8)[None, None, :]
+    # By way of bytes: the bits of a word one by one take more registers.
+    codes = tl.reshape((codes.to(tl.int32)[:, :, None] >> bytes_at) & 255, (ROWS, COLUMNS // 8))
+    return tl.reshape((codes[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, (ROWS, COLUMNS))
+
+
+@triton.jit
+def staying(v, codes, ROWS: tl.constexpr, VALUES: tl.constexpr, EACH: tl.constexpr):
+    """Values ``[ROWS, VALUES]`` of W^{R,C}: 0 where the column mask, of EACH flags an integer, drops them.
+
+    Selected, so that nothing dropped takes part.
+    """
+    return tl.where(flags(codes, ROWS, VALUES, EACH) != 0, v, tl.zeros_like(v))
+
+
+@triton.jit
 def expanded(v, nibble, ROWS: tl.constexpr, GROUPS: tl.constexpr):
     """Dense tile ``[ROWS, 4 GROUPS]`` of the values ``v [ROWS, 2 GROUPS]``; what is pruned is 0."""
     first, second = tl.split(tl.reshape(v, (ROWS, GROUPS, 2)))
@@ -98,3 +116,10 @@ def packed(nibble, ROWS: tl.constexpr, GROUPS: tl.constexpr):
     """uint8 ``[ROWS, GROUPS / 2]`` of nibbles ``[ROWS, GROUPS]``, the first group in the low half."""
     low, high = tl.split(tl.reshape(nibble, (ROWS, GROUPS // 2, 2)))
     return (low | high << 4).to(tl.uint8)
+
+
+@triton.jit
+def packed_flags(flag, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """uint8 ``[ROWS, BYTES]`` of flags int32 ``[ROWS, 8 BYTES]``, 0 or 1; the first is the lowest bit."""
+    shifted = tl.reshape(flag, (ROWS, BYTES, 8)) << tl.arange(0, 8)[None, None, :]
+    return tl.sum(shifted, axis=2).to(tl.uint8)

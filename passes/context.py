@@ -1,4 +1,4 @@
-"""What the passes of one run share: the configuration, the weights, the report, and the stored column patterns."""
+"""What the passes of one run share: the configuration, the weights, the report, and the stored column masks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from slope_compile.report import Report
 
 @dataclasses.dataclass(frozen=True)
 class ColumnSite:
-    """A stored column pattern that somebody has to refresh between optimizer steps; nodes of the root graph."""
+    """A stored column mask that somebody has to refresh between optimizer steps; nodes of the root graph."""
 
     values: Node
     pattern: Node
-    column_pattern: Node
+    column_mask: Node
     column_age: Node
     nm: Pattern
     interval: int

@@ -82,7 +82,7 @@ def _kind(node: Node) -> Hashable | None:
     if any(not isinstance(value(n), Tensor) for n in (given[X], *tensors)) or not all(map(_early, tensors)):
         return None
     values = value(given[VALUES])
-    if given[COLUMNS] is not None and values.shape[0] % 8:  # its bytes hold 8 rows: no place to put them together
+    if given[DOUBLE_PRUNED] and values.shape[0] % given[GROUP]:  # a group of rows would hold those of two siblings
         return None
     biased, stored = given[BIAS] is not None, given[COLUMNS] is not None
     settings = (given[KEEP], given[GROUP], bool(given[DOUBLE_PRUNED]))
@@ -108,16 +108,17 @@ def _fuse(region: Region, group: Sequence[Node]) -> None:
     for tensor in (each[i] for each in given for i in (VALUES, PATTERN, BIAS, COLUMNS) if each[i] is not None):
         _move_before(tensor, first)
 
-    def joined(argument: int, dim: int) -> Node | None:
+    def joined(argument: int) -> Node | None:
         if given[0][argument] is None:
             return None
-        return emit(graph, torch.ops.aten.cat.default, ([each[argument] for each in given], dim), like=first)
+        return emit(graph, torch.ops.aten.cat.default, ([each[argument] for each in given], 0), like=first)
 
     with graph.inserting_before(first):
-        # values [N_1 + ... + N_n, K keep/group], pattern [sum N, ceil(K/8)], columns [K, sum N / 8], bias [sum N]
-        parts = (joined(VALUES, 0), joined(PATTERN, 0), joined(BIAS, 0), joined(COLUMNS, 1))
+        # With N = N_1 + ... + N_n: values [N, K keep/group], pattern [N, ceil(K/8)], bias [N],
+        # column mask [N, ceil(K keep/group / 8)].
+        values, pattern, bias, columns = map(joined, (VALUES, PATTERN, BIAS, COLUMNS))
         settings = given[0][KEEP : DOUBLE_PRUNED + 1]
-        product = emit(graph, ops.linear, (given[0][X], *parts[:3], *settings, parts[3]), like=first)
+        product = emit(graph, ops.linear, (given[0][X], values, pattern, bias, *settings, columns), like=first)
         ends = list(itertools.accumulate(int(value(each[VALUES]).shape[0]) for each in given))
         slices = [
             emit(graph, torch.ops.aten.slice.Tensor, (product, -1, start, end), like=node)

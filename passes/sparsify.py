@@ -77,12 +77,12 @@ class Sparsify(PassBase):
             return
         else:
             arguments = self._dense(region, base, transposed, node)
-        values, pattern, keep, group, double_pruned, column_pattern = arguments
+        values, pattern, keep, group, double_pruned, column_mask = arguments
         with region.graph.inserting_before(node):
             product = emit(
                 region.graph,
                 ops.linear,
-                (x, values, pattern, bias, keep, group, double_pruned, column_pattern),
+                (x, values, pattern, bias, keep, group, double_pruned, column_mask),
                 like=node,
             )
         replace(node, product)
@@ -114,7 +114,7 @@ class Sparsify(PassBase):
             site = ColumnSite(
                 values=home.origin(values)[1],
                 pattern=home.origin(pattern)[1],
-                column_pattern=home.origin(columns)[1],
+                column_mask=home.origin(columns)[1],
                 column_age=home.origin(age)[1],
                 nm=Pattern(keep, group),
                 interval=interval,
@@ -134,7 +134,7 @@ class Sparsify(PassBase):
         assert N is not None
         rows = N.shape[1] if transposed else N.shape[0]
         double_pruned = settings.double_pruned and rows % settings.pattern.group == 0
-        columns = None if weight.column_pattern is None else region.bring(weight.column_pattern, outermost)
+        columns = None if weight.column_mask is None else region.bring(weight.column_mask, outermost)
         return (
             region.bring(weight.values, outermost),
             region.bring(weight.pattern, outermost),

@@ -22,7 +22,7 @@ class CompressedWeight:
 
     values: Node
     pattern: Node
-    column_pattern: Node | None = None
+    column_mask: Node | None = None
 
 
 class WeightStore(Protocol):

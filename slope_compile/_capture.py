@@ -42,7 +42,7 @@ class Linear:
     dtype: torch.dtype
     device: torch.device
     state: tuple[Tensor, ...] = ()
-    """Values, pattern and, if stored, column pattern of a sparse one."""
+    """Values, pattern and, if stored, column mask of a sparse one."""
     pruned: bool = False
     """Whether its product stays dense and reads the pruned weight."""
 

@@ -15,7 +15,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import GraphModule, Node
 
 from slope_compile.config import LayerConfig
-from slope_compile.graph_state import COLUMN_PATTERN, PATTERN, VALUES, compressed_state
+from slope_compile.graph_state import COLUMN_MASK, PATTERN, VALUES, compressed_state
 from slope_compile.passes.weights import CompressedWeight
 from slope_compile.report import Decision
 from slope_compile.rules import is_router, layer_path
@@ -75,7 +75,7 @@ class ExportedWeights:
             )
             self.state[target + suffix] = tensor
             nodes[suffix] = last
-        return CompressedWeight(nodes[VALUES], nodes[PATTERN], nodes.get(COLUMN_PATTERN))
+        return CompressedWeight(nodes[VALUES], nodes[PATTERN], nodes.get(COLUMN_MASK))
 
 
 def rebuild(program: ExportedProgram, module: GraphModule, weights: ExportedWeights) -> ExportedProgram:

@@ -48,8 +48,11 @@ from slope_compile.kernels.triton_configs import Config
 Generators = dict[int, Callable[[Any], Tensor]]
 """Index of an input -> what the autotuner fills it with."""
 
-_LEGAL_BYTE = 0x33
-"""Two entries of every group kept: what the autotuner may fill a pattern with."""
+Bits = tuple[Any, Any, int]
+"""Rows and bits a row of an input that packs them, and a legal byte of it."""
+
+_PATTERN, _COLUMN_MASK = 0x33, 0xDB
+"""What the autotuner may fill them with: two entries of every group kept; of random values 13 in 16 stay, here 12."""
 
 _CALLS = {
     "linear": gpu_calls.linear,
@@ -121,7 +124,7 @@ _GRAD_INPUT = """
     rk = pk * BK + tl.arange(0, BK)
     acc = grad_input_sums(
         DY, V, P, C, rm, pk, M, N, K, {{stride("DY", 0)}}, {{stride("P", 0)}}, stride_c,
-        BM, BN, BK, HAS_COLUMNS, EVEN, WORDS, TRANSPOSED, PRECISION
+        BM, BN, BK, HAS_COLUMNS, EVEN, WORDS, COLUMN_WORDS, TRANSPOSED, PRECISION
     )
 """ + _STORE.format(rows="rm", columns="rk", height="M", width="K", shape='"BM", "BK"')
 
@@ -162,11 +165,12 @@ def _templates() -> dict[str, TritonTemplate]:
     from slope_compile.kernels import triton_kernels, triton_tiles
 
     tiles = (triton_tiles.tile_of, triton_tiles.nibbles, triton_tiles.expanded)
+    columns = (triton_tiles.flags, triton_tiles.staying)
     steps = (triton_kernels.forward_weights, triton_kernels.forward_step)
     picking = (triton_tiles.elements, triton_tiles.kept)
     parts: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
         "forward": (_grid_forward, _FORWARD, (*tiles, *steps, triton_kernels.low_rank_sums)),
-        "grad_input": (_grid_grad_input, _GRAD_INPUT, (*tiles, triton_kernels.grad_input_sums)),
+        "grad_input": (_grid_grad_input, _GRAD_INPUT, (*tiles, *columns, triton_kernels.grad_input_sums)),
         "grad_weight": (_grid_grad_weight, _GRAD_WEIGHT, (*tiles, *picking, triton_kernels.grad_weight_kept)),
     }
     return {
@@ -222,7 +226,7 @@ class Lowerings:
         keep: int,
         group: int,
         double_pruned: bool = False,
-        column_pattern: Any = None,
+        column_mask: Any = None,
         down: Any = None,
         up: Any = None,
     ) -> Any | None:
@@ -235,7 +239,8 @@ class Lowerings:
         if low_rank:
             flags["BR"] = 16 if V.graph.sizevars.statically_known_leq(up.get_size()[1], 16) else 32
         name = "linear_low_rank" if low_rank else "linear"
-        y = self._product(name, "forward", inputs, {2: (N, 2 * half)}, [rows.get_size()[0], N], flags, 2 * half)
+        masks = {2: (N, 2 * half, _PATTERN)}
+        y = self._product(name, "forward", inputs, masks, [rows.get_size()[0], N], flags, 2 * half)
         return like(y, x, N)
 
     def grad_input(self, grad: Any, values: Any, pattern: Any, keep: int, group: int) -> Any | None:
@@ -244,18 +249,18 @@ class Lowerings:
         return self._grad_input("grad_input", grad, values, [pattern])
 
     def grad_input_columns(
-        self, grad: Any, values: Any, pattern: Any, column_pattern: Any, keep: int, group: int
+        self, grad: Any, values: Any, pattern: Any, column_mask: Any, keep: int, group: int
     ) -> Any | None:
-        if not _applies(keep, group, grad, values) or values.get_size()[0] % 4:
+        if not _applies(keep, group, grad, values):
             return None
-        return self._grad_input("grad_input_columns", grad, values, [pattern, column_pattern])
+        return self._grad_input("grad_input_columns", grad, values, [pattern, column_mask])
 
-    def _grad_input(self, name: str, grad: Any, values: Any, patterns: list[Any]) -> Any:
-        N, K, rows = values.get_size()[0], 2 * values.get_size()[1], _rows(grad)
-        flags = {"HAS_COLUMNS": len(patterns) > 1, "TRANSPOSED": grad.get_dtype() is torch.float32}
-        masks = dict(zip((2, 3), ((N, K), (K, N)), strict=False))
-        masks = {index: masks[index] for index in range(2, 2 + len(patterns))}
-        inputs = [rows, *_whole(values, *patterns)]
+    def _grad_input(self, name: str, grad: Any, values: Any, bits: list[Any]) -> Any:
+        (N, half), rows = values.get_size(), _rows(grad)
+        K = 2 * half
+        flags = {"HAS_COLUMNS": len(bits) > 1, "TRANSPOSED": grad.get_dtype() is torch.float32}
+        masks = {2: (N, K, _PATTERN)} | ({3: (N, half, _COLUMN_MASK)} if len(bits) > 1 else {})
+        inputs = [rows, *_whole(values, *bits)]
         dx = self._product(name, "grad_input", inputs, masks, [rows.get_size()[0], K], flags, N)
         return like(dx, grad, K)
 
@@ -265,14 +270,15 @@ class Lowerings:
             return None
         rows = _rows(grad)
         inputs = [rows, _rows(x), *_whole(pattern)]
-        return self._product("grad_weight", "grad_weight", inputs, {2: (N, K)}, [N, K // 2], {}, rows.get_size()[0])
+        masks = {2: (N, K, _PATTERN)}
+        return self._product("grad_weight", "grad_weight", inputs, masks, [N, K // 2], {}, rows.get_size()[0])
 
     def _product(
         self,
         name: str,
         kernel: str,
         inputs: list[Any],
-        masks: dict[int, tuple[Any, Any]],
+        masks: dict[int, Bits],
         sizes: list[Any],
         flags: Mapping[str, int],
         reduced: Any,
@@ -282,7 +288,7 @@ class Lowerings:
         Args:
             name: of the operator.
             kernel: of the template.
-            masks: index of an input that is a pattern -> rows and columns of the mask that it packs.
+            masks: index of an input that is a pattern or a column mask -> what it packs.
             reduced: length of the reduction.
         """
         rows = inputs[0]
@@ -291,7 +297,7 @@ class Lowerings:
         R = inputs[4].get_size()[1] if name == "linear_low_rank" else 0
         N, K = _weight_sizes(op, inputs, sizes)
         M = rows.get_size()[0]
-        generators: Generators = {i: functools.partial(_legal_pattern, *mask) for i, mask in masks.items()}
+        generators: Generators = {i: functools.partial(_legal_bits, *mask) for i, mask in masks.items()}
         choices: list[Any] = []
         if not all(isinstance(size, int | sympy.Integer) for size in (M, N, K, R)):
             choices.append(self.calls[f"{name}."].bind(inputs, layout))
@@ -329,13 +335,19 @@ def _constants(kernel: str, tile: Config, K: int, reduced: int, inputs: list[Any
     even = reduced % block == 0
     constants = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "EVEN": even, "PRECISION": _precision()}
     if kernel != "grad_weight":
-        constants["WORDS"] = tile.BK % 32 == 0 and K % 32 == 0 and _words(inputs[2])
+        constants["WORDS"] = _words(inputs[2], K, tile.BK)
+    if kernel == "grad_input":
+        constants["COLUMN_WORDS"] = len(inputs) > 3 and _words(inputs[3], K // 2, tile.BK // 2)
     return constants
 
 
-def _words(pattern: Any) -> bool:
-    """Whether a pattern begins at a word: Inductor aligns no input that was not when the graph was compiled."""
-    return pattern.get_name() not in V.graph.unaligned_buffers and _offset_divides(pattern, 4)
+def _words(bits: Any, row: int, width: int) -> bool:
+    """Whether a pattern or a column mask, of whose rows a tile has ``width`` bits, is whole words in memory.
+
+    Inductor aligns no input that was not when the graph was compiled.
+    """
+    begins = bits.get_name() not in V.graph.unaligned_buffers and _offset_divides(bits, 4)
+    return begins and row % 32 == 0 and width % 32 == 0
 
 
 def _selected(name: str, choices: list[Any], inputs: list[Any], layout: Any, generators: Generators) -> Any:
@@ -355,9 +367,9 @@ def _precision() -> str:
     return f'"{triton_products.precision()}"'
 
 
-def _legal_pattern(rows: Any, columns: Any, node: Any) -> Tensor:
-    size = (int(rows), (int(columns) + 7) // 8)
-    return torch.full(size, _LEGAL_BYTE, dtype=torch.uint8, device=node.get_device())
+def _legal_bits(rows: Any, bits: Any, byte: int, node: Any) -> Tensor:
+    size = (int(rows), (int(bits) + 7) // 8)
+    return torch.full(size, byte, dtype=torch.uint8, device=node.get_device())
 
 
 def _applies(keep: int, group: int, *tensors: Any) -> bool:

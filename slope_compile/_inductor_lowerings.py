@@ -30,6 +30,7 @@ from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
 
 from slope_compile.kernels import cpu_calls, cpu_library, cpu_products, ops
+from slope_compile.kernels.metadata import pack_mask, packed_width
 
 MARK = "post_grad_custom_post_pass"
 """The option that carries the mark: one of the few that Inductor lets anybody extend."""
@@ -39,6 +40,9 @@ VERSION = 2
 
 _LEGAL_BYTE = 0x33
 """Two entries of every group kept: what the autotuner may fill a pattern with."""
+
+Generator = Callable[[Any], Tensor]
+"""Inductor's node of an input -> a tensor for the autotuner to measure with."""
 
 
 class Mark(CustomGraphPass):
@@ -128,24 +132,38 @@ def _kernels() -> dict[str, ExternKernelChoice]:
     return {name: ExternKernelChoice(call, name=name) for name, call in names.items()}
 
 
-def _product(name: str, inputs: Sequence[Any], patterns: dict[int, tuple[Any, Any]], sizes: Sequence[Any]) -> Any:
+def _product(name: str, inputs: Sequence[Any], generators: dict[int, Generator], sizes: Sequence[Any]) -> Any:
     """One product of matrices ``inputs`` into a new ``[sizes]`` of the first one's dtype.
 
-    ``patterns``: index of an input that is a pattern -> rows and columns of the mask that it packs.
+    ``generators``: for the inputs, by index, that random numbers will not do for.
     """
     nodes = realize_inputs(*inputs)
     layout = ir.FixedLayout(nodes[0].get_device(), nodes[0].get_dtype(), list(sizes))
     ways = _MEASURED if config.max_autotune or config.max_autotune_gemm else _DECIDED_AT_RUN_TIME
     choices = [_kernels()[f"slope_{name}_{VERSION}{suffix}"].bind(nodes, layout, **way) for suffix, way in ways.items()]
-    generators = {index: functools.partial(_legal_pattern, *mask) for index, mask in patterns.items()}
     selected = autotune_select_algorithm(f"slope_{name}", choices, nodes, layout, input_gen_fns=generators)
     # torch 2.13 returns the chosen one beside the result
     return selected[0] if isinstance(selected, tuple) else selected
 
 
-def _legal_pattern(rows: Any, columns: Any, node: Any) -> Tensor:
+def _pattern(N: Any, K: Any) -> Generator:
     """By the weight's sizes: those of the node are symbols where the backend added the pattern as an input."""
-    return torch.full((int(rows), (int(columns) + 7) // 8), _LEGAL_BYTE, dtype=torch.uint8, device="cpu")
+    return functools.partial(_legal_pattern, N, K)
+
+
+def _legal_pattern(N: Any, K: Any, node: Any) -> Tensor:
+    return torch.full((int(N), packed_width(int(K))), _LEGAL_BYTE, dtype=torch.uint8, device="cpu")
+
+
+def _column_mask(N: Any, K: Any) -> Generator:
+    """Of a random 2:4 weight ``[N, K]`` the second pruning keeps 13 of 16 values on average: so many are kept here."""
+    return functools.partial(_likely_column_mask, N, K)
+
+
+def _likely_column_mask(N: Any, K: Any, node: Any) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(0)
+    size = (int(N), int(K) // 2)
+    return pack_mask(torch.randint(16, size, generator=generator, dtype=torch.uint8, device="cpu") < 13)
 
 
 def _applies(keep: int, group: int, *tensors: Any) -> bool:
@@ -181,7 +199,7 @@ def _linear(
     keep: int,
     group: int,
     double_pruned: bool = False,
-    column_pattern: Any = None,
+    column_mask: Any = None,
     down: Any = None,
     up: Any = None,
 ) -> Any | None:
@@ -191,7 +209,7 @@ def _linear(
     low_rank = [] if down is None else [matrix(down), up]
     inputs = [rows, values, pattern, *low_rank] + ([] if bias is None else [bias])
     name = "linear_low_rank" if low_rank else "linear"
-    y = _product(name, inputs, {2: (N, 2 * half)}, [rows.get_size()[0], N])
+    y = _product(name, inputs, {2: _pattern(N, 2 * half)}, [rows.get_size()[0], N])
     return like(y, x, N)
 
 
@@ -199,18 +217,18 @@ def _grad_input(grad: Any, values: Any, pattern: Any, keep: int, group: int) -> 
     if not _applies(keep, group, grad, values):
         return None
     N, K, rows = values.get_size()[0], 2 * values.get_size()[1], matrix(grad)
-    dx = _product("grad_input", [rows, values, pattern], {2: (N, K)}, [rows.get_size()[0], K])
+    dx = _product("grad_input", [rows, values, pattern], {2: _pattern(N, K)}, [rows.get_size()[0], K])
     return like(dx, grad, K)
 
 
-def _grad_input_columns(grad: Any, values: Any, pattern: Any, column_pattern: Any, keep: int, group: int) -> Any | None:
+def _grad_input_columns(grad: Any, values: Any, pattern: Any, column_mask: Any, keep: int, group: int) -> Any | None:
     N, K = values.get_size()[0], 2 * values.get_size()[1]
     if not _applies(keep, group, grad, values) or N % 4:
         return None
     rows = matrix(grad)
-    inputs = [rows, values, pattern, column_pattern]
-    masks = {2: (N, K), 3: (K, N)}
-    dx = _product("grad_input_columns", inputs, masks, [rows.get_size()[0], K])
+    inputs = [rows, values, pattern, column_mask]
+    generators = {2: _pattern(N, K), 3: _column_mask(N, K)}
+    dx = _product("grad_input_columns", inputs, generators, [rows.get_size()[0], K])
     return like(dx, grad, K)
 
 
@@ -219,4 +237,4 @@ def _grad_weight(grad: Any, x: Any, pattern: Any, keep: int, group: int) -> Any 
     if not _applies(keep, group, grad, x) or K % 4:
         return None
     inputs = [matrix(grad), matrix(x), pattern]
-    return _product("grad_weight", inputs, {2: (N, K)}, [N, K // 2])
+    return _product("grad_weight", inputs, {2: _pattern(N, K)}, [N, K // 2])

@@ -73,7 +73,7 @@ ColumnArguments = Callable[[Sequence[Any]], StoredColumns]
 def _calling(
     compiled: Callable[..., Any], weights: DynamoWeights, columns: Sequence[ColumnArguments]
 ) -> Callable[..., Any]:
-    """The compiled graph with its added inputs, after the column patterns have been looked after."""
+    """The compiled graph with its added inputs, after the column masks have been looked after."""
     extra, stored, read = weights.extra, weights.stored, weights.read
     if not extra and not stored and not read and not columns:
         return compiled
@@ -92,11 +92,11 @@ def _prepared_columns(context: Context, weights: DynamoWeights) -> list[ColumnAr
     found = []
     positions = {placeholder: position for position, placeholder in enumerate(weights.placeholders)}
     for site in context.columns:
-        nodes = (site.values, site.pattern, site.column_pattern, site.column_age)
+        nodes = (site.values, site.pattern, site.column_mask, site.column_age)
         if any(node.op == "get_attr" for node in nodes):
             continue  # frozen: nobody trains it
         if any(node not in weights.inputs for node in nodes):
-            log.warning("column pattern of %s is not an input of the graph and will not be refreshed", site.values)
+            log.warning("column mask of %s is not an input of the graph and will not be refreshed", site.values)
             continue
         found.append(_column_arguments([positions[node] for node in nodes], site.nm, site.interval))
     return found
@@ -104,8 +104,8 @@ def _prepared_columns(context: Context, weights: DynamoWeights) -> list[ColumnAr
 
 def _column_arguments(positions: Sequence[int], nm: Pattern, interval: int) -> ColumnArguments:
     def find(args: Sequence[Any]) -> StoredColumns:
-        values, pattern, column_pattern, column_age = (args[position] for position in positions)
-        return StoredColumns(values, values.detach, pattern, column_pattern, column_age, nm, interval)
+        values, pattern, column_mask, column_age = (args[position] for position in positions)
+        return StoredColumns(values, values.detach, pattern, column_mask, column_age, nm, interval)
 
     return find
 

@@ -1,4 +1,4 @@
-"""Stored column patterns of W^{R,C}: who refreshes them, and when.
+"""Stored column masks of W^{R,C}: who refreshes them, and when.
 
 A stock training loop tells nobody that it took an optimizer step.  Two things give it away: an optimizer updates
 weights in place, which raises a tensor's version counter, and every ``torch.optim.Optimizer`` calls the hooks of
@@ -6,7 +6,7 @@ weights in place, which raises a tensor's version counter, and every ``torch.opt
 optimizer is a ``torch.optim`` one.  So the compiled function looks, before each training forward, whether a weight's
 version or its number of hooked steps differs from what it saw last: if so, a step has been taken since.  Micro-batches
 of gradient accumulation and recomputed forwards see the same and do not count.  The count (``column_age``) and the
-pattern are updated in place, outside the compiled graph, so that saved addresses stay valid.
+mask are updated in place, outside the compiled graph, so that saved addresses stay valid.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class StoredColumns:
-    """One weight with a stored column pattern."""
+    """One weight with a stored column mask."""
 
     weight: Tensor
     """The tensor that the optimizer updates."""
     values: Callable[[], Tensor]
     """``[N, K keep/group]`` from it."""
     pattern: Tensor
-    column_pattern: Tensor
+    column_mask: Tensor
     column_age: Tensor
     """int64 ``[1]`` on the CPU; -1 before the first training forward."""
     nm: Pattern
@@ -83,9 +83,8 @@ class StoredColumns:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Pick the column pattern anew from the values as they are, in place."""
-        _, picked = ops.compress_columns(self.values(), self.pattern, self.nm.keep, self.nm.group)
-        self.column_pattern.copy_(picked)
+        """Pick the column mask anew from the values as they are, in place."""
+        self.column_mask.copy_(ops.pick_columns(self.values(), self.pattern, self.nm.keep, self.nm.group))
         self.column_age.zero_()
         _seen[self.column_age] = self._state()
 
@@ -102,7 +101,7 @@ def before_training_forward(stored: Iterable[StoredColumns]) -> None:
 
 
 def refresh_columns_(model: nn.Module) -> int:
-    """Refresh every stored column pattern of a prepared model or a transformed GraphModule; returns how many.
+    """Refresh every stored column mask of a prepared model or a transformed GraphModule; returns how many.
 
     Compiled models do this on their own, every ``column_refresh`` optimizer steps; this is for transformed graphs,
     which have nobody who counts steps, and for loops that want another moment.
@@ -125,7 +124,7 @@ def _prepared(model: nn.Module) -> Iterator[StoredColumns | None]:
         sparse = layer.sparse
         if sparse is not None:
             yield _stored(
-                layer.weight, sparse.pattern, sparse.column_pattern, sparse.column_age, sparse.nm, sparse.interval
+                layer.weight, sparse.pattern, sparse.column_mask, sparse.column_age, sparse.nm, sparse.interval
             )
     if isinstance(model, GraphModule):
         for region in regions(model):
@@ -151,12 +150,12 @@ def _stored_in_graph(model: GraphModule, region: Region, product: Node) -> Store
 def _stored(
     values: Tensor,
     pattern: Tensor,
-    column_pattern: Tensor | None,
+    column_mask: Tensor | None,
     column_age: Tensor | None,
     nm: Pattern,
     interval: int,
 ) -> StoredColumns | None:
-    if column_pattern is None:
+    if column_mask is None:
         return None
     age = torch.zeros(1, dtype=torch.int64, device="cpu") if column_age is None else column_age
-    return StoredColumns(values, values.detach, pattern, column_pattern, age, nm, interval)
+    return StoredColumns(values, values.detach, pattern, column_mask, age, nm, interval)

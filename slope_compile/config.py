@@ -38,12 +38,12 @@ class LayerConfig:
 
     @property
     def stores_columns(self) -> bool:
-        """Whether the column pattern is state; with ``"backward"`` it is picked anew each time instead."""
+        """Whether the column mask is state; with ``"backward"`` it is picked anew each time instead."""
         return self.double_pruned and self.column_refresh != "backward"
 
     @property
     def interval(self) -> int:
-        """Optimizer steps between two refreshes of a stored column pattern; 0 = never."""
+        """Optimizer steps between two refreshes of a stored column mask; 0 = never."""
         return self.column_refresh if isinstance(self.column_refresh, int) else 0
 
 
@@ -99,7 +99,7 @@ class SlopeConfig:
     backward: Backward = "double_pruned"
     """Input gradient of the compiled model: with the twice pruned W^{R,C} (the method) or with W^R ("exact")."""
     column_refresh: ColumnRefresh = 100
-    """When the column pattern of W^{R,C} is picked again: every so many optimizer steps, at each "backward", or
+    """When the column mask of W^{R,C} is picked again: every so many optimizer steps, at each "backward", or
     "never".  The authors' accuracy runs use every backward, their released fast path 100 steps."""
     adapter_rank: int = 0
     """R of the lazy low-rank adapters B @ A; 0 = none."""

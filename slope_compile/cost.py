@@ -4,8 +4,9 @@ A :class:`Layer` holds the numbers (N, K, R, element size, pattern); its works a
 is a number, the symbol ``M``, or the product of a graph's own symbols (``s0*s1``, see :func:`tokens`).
 
 Conventions: one multiplication with its addition is 2 FLOPs (as in ``torch.utils.flop_counter``); each tensor that a
-product reads or writes moves once, so bytes are a lower bound; metadata is one bit per dense element.  This is a model:
-it ranks alternatives and says where they cross; what is fastest is for measurement to say.
+product reads or writes moves once, so bytes are a lower bound; metadata is one bit per dense element, and one per value
+for the columns.  This is a model: it ranks alternatives and says where they cross; what is fastest is for measurement
+to say.
 """
 
 from __future__ import annotations
@@ -186,8 +187,8 @@ class Layer(DenseLayer):
 
     @property
     def column_bytes(self) -> int:
-        """The pattern along out_features."""
-        return self.K * math.ceil(self.N / 8)
+        """The column mask: one bit per value, rows padded to whole bytes."""
+        return self.N * math.ceil(self.nm.compressed(self.K) / 8)
 
     def forward(self, tokens: sympy.Expr = M, adapters: bool = True) -> Cost:
         """``Y = X (W^R)^T``, and the adapter's two products."""
@@ -195,7 +196,7 @@ class Layer(DenseLayer):
         return cost + self._adapter_forward(tokens) if adapters and self.R else cost
 
     def grad_input(self, tokens: sympy.Expr = M) -> Cost:
-        """``dX = dY W^{R,C}``, from the forward storage and both patterns; or exactly ``dY W^R``."""
+        """``dX = dY W^{R,C}``, from the forward storage and the column mask; or exactly ``dY W^R``."""
         columns = self.column_bytes if self.double_pruned else 0
         return self._sparse_product("grad_input", tokens, self.values_bytes + self.metadata_bytes + columns)
 

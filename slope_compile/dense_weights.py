@@ -43,7 +43,7 @@ class DenseState:
 
     nm: Pattern
     pattern: Tensor
-    column_pattern: Tensor | None = None
+    column_mask: Tensor | None = None
     column_age: Tensor | None = None
     version: int = -1
     """Of the weight when it was last seen pruned."""
@@ -170,10 +170,10 @@ class DynamoWeights:
             compressed: Tensor = ops.compress(dense.t() if transposed else dense, state.pattern, keep, group)
             return compressed
 
-        if stores_columns and state.column_pattern is None:
+        if stores_columns and state.column_mask is None:
             masked = _masked(weight.detach(), state, transposed)
             first = ops.compress(masked.t() if transposed else masked, state.pattern, keep, group)
-            _, state.column_pattern = ops.compress_columns(first, state.pattern, keep, group)
+            state.column_mask = ops.pick_columns(first, state.pattern, keep, group)
             state.column_age = torch.full((1,), -1, dtype=torch.int64, device="cpu")
         pattern = self._input(node, "pattern", state.pattern)
         with self.graph.inserting_before(before):
@@ -181,12 +181,12 @@ class DynamoWeights:
             compressed = emit(self.graph, ops.compress, (dense, pattern, keep, group), like=node)
         columns = None
         if stores_columns:
-            assert state.column_pattern is not None and state.column_age is not None
-            columns = self._input(node, "column_pattern", state.column_pattern)
+            assert state.column_mask is not None and state.column_age is not None
+            columns = self._input(node, "column_mask", state.column_mask)
             if layer.interval:
                 self.stored.append(
                     StoredColumns(
-                        weight, values, state.pattern, state.column_pattern, state.column_age,
+                        weight, values, state.pattern, state.column_mask, state.column_age,
                         layer.pattern, layer.interval,
                     )
                 )  # fmt: skip

@@ -293,7 +293,7 @@ def _eager(layer: LinearLayer) -> LinearFacts:
     weight, sparse = layer.weight, layer.sparse
     stored = weight.nbytes
     if sparse is not None:
-        stored += sum(b.nbytes for b in (sparse.pattern, sparse.column_pattern) if b is not None)
+        stored += sum(b.nbytes for b in (sparse.pattern, sparse.column_mask) if b is not None)
     return LinearFacts(
         path=layer.path,
         sparse=False,

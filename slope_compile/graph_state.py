@@ -6,7 +6,7 @@ A weight ``layers.0.weight`` is replaced by tensors beside it, which are the gra
 |---|---|
 | ``layers.0.weight_values`` | Parameter ``[N, K keep/group]`` |
 | ``layers.0.weight_pattern`` | buffer uint8 ``[N, ceil(K/8)]`` |
-| ``layers.0.weight_column_pattern`` | buffer uint8 ``[K, ceil(N/8)]``, if stored |
+| ``layers.0.weight_column_mask`` | buffer uint8 ``[N, ceil(K keep/group / 8)]``, if stored |
 | ``layers.0.weight_adapter_A``, ``_B`` | Parameters ``[R, K]``, ``[N, R]``, if the rank is above 0 |
 | ``layers.0.weight_adapter_scale`` | buffer int64 ``[1]``: the bits of the scale as a float64 |
 
@@ -24,7 +24,7 @@ from slope_compile.kernels.masks import choose_mask
 from slope_compile.kernels.metadata import pack_mask
 from slope_compile.parametrizations import draw_adapter
 
-VALUES, PATTERN, COLUMN_PATTERN = "_values", "_pattern", "_column_pattern"
+VALUES, PATTERN, COLUMN_MASK = "_values", "_pattern", "_column_mask"
 ADAPTER_A, ADAPTER_B, ADAPTER_SCALE = "_adapter_A", "_adapter_B", "_adapter_scale"
 
 
@@ -45,7 +45,7 @@ def compressed_state(
         PATTERN: pattern,
     }
     if layer.stores_columns and N % nm.group == 0:
-        _, state[COLUMN_PATTERN] = ops.compress_columns(values, pattern, nm.keep, nm.group)
+        state[COLUMN_MASK] = ops.pick_columns(values, pattern, nm.keep, nm.group)
     if layer.adapter_rank:
         A, B = draw_adapter((N, K), layer, path, values)
         # As bits: a floating buffer would be rounded by module.half() and the like.

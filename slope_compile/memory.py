@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from slope_compile.errors import ConfigError
-from slope_compile.graph_state import ADAPTER_A, ADAPTER_B, ADAPTER_SCALE, COLUMN_PATTERN, PATTERN, VALUES
+from slope_compile.graph_state import ADAPTER_A, ADAPTER_B, ADAPTER_SCALE, COLUMN_MASK, PATTERN, VALUES
 from slope_compile.layers import linear_layers
 
 Groups = dict[int, tuple[str, str]]
@@ -121,6 +121,6 @@ def _groups_of_graph(module: GraphModule, wanted: set[str] | None) -> tuple[Grou
         roles[ADAPTER_SCALE] = ("adapters", "metadata")
         if wanted is None or path in wanted:
             roles |= {VALUES: ("linears", "weights"), PATTERN: ("linears", "metadata")}
-            roles[COLUMN_PATTERN] = ("linears", "metadata")
+            roles[COLUMN_MASK] = ("linears", "metadata")
         groups |= {id(tensors[prefix + suffix]): role for suffix, role in roles.items() if prefix + suffix in tensors}
     return groups, known

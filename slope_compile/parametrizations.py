@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from slope_compile.config import LayerConfig
 from slope_compile.kernels import ops, reference
-from slope_compile.kernels.metadata import check_pattern
+from slope_compile.kernels.metadata import check_pattern, pack_mask, packed_width, unpack_mask
 from slope_compile.log import log
 from slope_compile.outside import Place, in_python
 
@@ -31,12 +31,12 @@ class SparseWeight(nn.Module):
 
     Buffers, all in ``state_dict``:
         pattern: uint8 ``[N, ceil(K/8)]``, static.
-        column_pattern: uint8 ``[K, ceil(N/8)]``, only if the configuration stores it.
-        column_age: int64 ``[1]`` on the CPU, optimizer steps since the column pattern was picked.
+        column_mask: uint8 ``[N, ceil(K keep/group / 8)]``, one bit per value, only if the configuration stores it.
+        column_age: int64 ``[1]`` on the CPU, optimizer steps since the column mask was picked.
     """
 
     pattern: Tensor
-    column_pattern: Tensor | None
+    column_mask: Tensor | None
     column_age: Tensor | None
 
     def __init__(self, pattern: Tensor, shape: tuple[int, int], layer: LayerConfig, transposed: bool = False) -> None:
@@ -50,13 +50,13 @@ class SparseWeight(nn.Module):
         self.place: Place | None = None
         self.stores_columns = layer.stores_columns and self.double_pruned
         self.register_buffer("pattern", pattern)
-        self.register_buffer("column_pattern", None)
+        self.register_buffer("column_mask", None)
         self.register_buffer("column_age", None)
 
     def pick_columns(self, values: Tensor) -> None:
-        """Pick the column pattern of these values, if it is stored."""
+        """Pick the column mask of these values, if it is stored."""
         if self.stores_columns:
-            _, self.column_pattern = ops.compress_columns(values.detach(), self.pattern, self.nm.keep, self.nm.group)
+            self.column_mask = ops.pick_columns(values.detach(), self.pattern, self.nm.keep, self.nm.group)
             self.column_age = torch.full((1,), -1, dtype=torch.int64, device="cpu")
 
     def forward(self, values: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class SparseWeight(nn.Module):
                 self.nm.keep,
                 self.nm.group,
                 self.double_pruned,
-                self.column_pattern,
+                self.column_mask,
                 self.column_age,
                 self.interval,
             )
@@ -114,7 +114,19 @@ class SparseWeight(nn.Module):
                 "load a dense checkpoint first, then sparsify_",
                 dense,
             )
+        self._renew_columns(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def _renew_columns(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Turn what earlier versions stored, the transpose's pattern uint8 ``[K, ceil(N/8)]``, into a column mask."""
+        old, new, (N, K) = prefix + "column_pattern", prefix + "column_mask", self.shape
+        columns = state_dict.get(old)
+        if columns is None or new in state_dict or columns.shape != (K, packed_width(N)):
+            return
+        pattern = state_dict.get(prefix + "pattern", self.pattern).to(columns.device)
+        mask = reference.compress(unpack_mask(columns, N).t(), pattern, self.nm.keep, self.nm.group)
+        state_dict[new] = pack_mask(mask)
+        del state_dict[old]
 
 
 def _dense_name(prefix: str) -> str:

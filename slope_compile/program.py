@@ -15,7 +15,7 @@ from slope_compile._export import ExportedWeights, rebuild
 from slope_compile.config import LayerConfig, SlopeConfig, checked_config
 from slope_compile.cost import Device
 from slope_compile.errors import ConversionError
-from slope_compile.graph_state import COLUMN_PATTERN, PATTERN, VALUES, compressed_state
+from slope_compile.graph_state import COLUMN_MASK, PATTERN, VALUES, compressed_state
 from slope_compile.log import log
 from slope_compile.options import EXPORT_FUSIONS, parse_device, parse_fusions
 from slope_compile.passes.context import Context
@@ -57,8 +57,8 @@ def transform(
     are part of the state and off; :func:`~slope_compile.schedule.set_adapters` or an ``AdapterSchedule`` inserts their
     nodes in a GraphModule.
 
-    With ``backward="double_pruned"`` and a column pattern that is stored (``column_refresh`` a number or "never"), the
-    pattern is refreshed by :func:`~slope_compile.columns.refresh_columns_`: a graph has nobody who counts steps.
+    With ``backward="double_pruned"`` and a column mask that is stored (``column_refresh`` a number or "never"), the
+    mask is refreshed by :func:`~slope_compile.columns.refresh_columns_`: a graph has nobody who counts steps.
 
     ``fusions`` names those that are to run, of ``passes.pipeline.FUSIONS``.  With a ``device`` of the
     cost model (or the name of one in ``cost.DATA_SHEETS``) linears whose rewrite is predicted slower on it stay dense.
@@ -150,14 +150,14 @@ class AttributeWeights:
                 owner.register_parameter(name + suffix, tensor)
             else:
                 owner.register_buffer(name + suffix, tensor)
-            if suffix in (VALUES, PATTERN, COLUMN_PATTERN):
+            if suffix in (VALUES, PATTERN, COLUMN_MASK):
                 with self.module.graph.inserting_before(before):
                     nodes[suffix] = self.module.graph.get_attr(target + suffix)
                 mode = getattr(node.meta.get("val"), "fake_mode", None)
                 if mode is not None:
                     nodes[suffix].meta["val"] = mode.from_tensor(tensor, static_shapes=True)
         self.replaced.append(target)
-        return CompressedWeight(nodes[VALUES], nodes[PATTERN], nodes.get(COLUMN_PATTERN))
+        return CompressedWeight(nodes[VALUES], nodes[PATTERN], nodes.get(COLUMN_MASK))
 
     def remove_replaced(self) -> None:
         """Delete the dense weights that nothing reads any more."""

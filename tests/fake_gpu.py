@@ -71,7 +71,7 @@ def _text(argument: Any) -> str:
 def calls(M: int, N: int, K: int) -> dict[str, Callable[[], object]]:
     """Each kernel on one problem."""
     values, pattern = torch.zeros(N, K // 2).half(), torch.zeros(N, K // 8, dtype=torch.uint8)
-    columns = torch.zeros(K, -(-N // 8), dtype=torch.uint8)
+    columns = torch.zeros(N, -(-K // 16), dtype=torch.uint8)
     x, grad, bias, y = (torch.zeros(*size).half() for size in ((M, K), (M, N), (N,), (M, N)))
     mma, wgmma = gluon_configs.MMA_SP[0], gluon_configs.WGMMA_SP[0]
     return {

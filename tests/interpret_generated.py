@@ -44,7 +44,7 @@ def check(case: dict[str, Any], kernel: Any) -> None:
     x, grad, bias, residual = (torch.randn(*size).to(DTYPE) for size in ((M, K), (M, N), (N,), (M, N)))
     columns = column_mask(weight, Pattern(2, 4))
     given = {"arg_X": x, "arg_DY": grad, "arg_V": kept(weight, mask), "arg_P": packed(mask), "arg_BIAS": bias}
-    given["arg_C"] = packed(columns.t())
+    given["arg_C"] = packed(kept(columns, mask))
     names = kernel.arg_names if hasattr(kernel, "arg_names") else list(kernel.fn.__code__.co_varnames)
     names = names[: kernel.fn.__code__.co_argcount]
     outputs = [name for name in names if name.startswith("out_ptr")]

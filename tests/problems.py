@@ -1,6 +1,6 @@
 """Random sparse linear layers for the tests of the operators: named patterns, dtypes, shapes and layouts.
 
-The pattern of a problem is drawn here and packed here, bit by bit, without the library's own packing.
+Patterns and column masks are drawn here and packed here, bit by bit, without the library's own packing.
 """
 
 from __future__ import annotations
@@ -117,6 +117,17 @@ def column_mask(weight: Tensor, nm: Pattern) -> Tensor:
     above = torch.ones(nm.group, nm.group).tril(-1).bool().view(1, nm.group, nm.group, 1)
     before = (other > mine) | ((other == mine) & above)
     return (before.sum(2) < nm.keep).view(N, K)
+
+
+def packed_columns(weight: Tensor, mask: Tensor, nm: Pattern) -> Tensor:
+    """The column mask of ``weight [N, K]`` as it is stored: a bit for each value, the entries where ``mask``."""
+    return packed(kept(column_mask(weight, nm), mask))
+
+
+def draw_columns(mask: Tensor, nm: Pattern) -> Tensor:
+    """Any legal second pruning of what ``mask [N, K]`` keeps, not that of the magnitudes: bool ``[N, K]``."""
+    N, K = mask.shape
+    return draw_mask(K, N, nm).t() & mask
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Stored column patterns of W^{R,C}: when they are picked again, and that backward uses them as they are in between."""
+"""Stored column masks of W^{R,C}: when they are picked again, and that backward uses them as they are in between."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import slope_compile as slope
 from graphs import attribute_graph, exported
 from masked import NM, ColumnMask, MaskedLinear, assert_same_gradients, masked_copy, masks_of, picked_now
 from prepared import SPARSE, Net, net
-from problems import column_mask
+from problems import column_mask, kept
 from recording import compiled, compiled_way, every_way
 from recording import fresh_dynamo as fresh_dynamo
 from tolerances import assert_same
 
-_COLUMNS, _AGE = ".parametrizations.weight.0.column_pattern", ".parametrizations.weight.0.column_age"
+_COLUMNS, _AGE = ".parametrizations.weight.0.column_mask", ".parametrizations.weight.0.column_age"
 
 
 def batch() -> Tensor:
@@ -47,20 +47,24 @@ def prepared(refresh: Any) -> Net:
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
-    """Path -> stored column pattern as a mask ``[N, K]``, read bit by bit from the ``state_dict``."""
+    """Path -> which values its column mask keeps, bool ``[N, K/2]``, read bit by bit from the ``state_dict``."""
     masks = {}
     for name, tensor in model.state_dict().items():
         if name.endswith(_COLUMNS):
             path = name.removesuffix(_COLUMNS)
-            N = model.get_parameter(f"{path}.parametrizations.weight.original").shape[0]
-            masks[path] = torch.stack([(tensor[:, n // 8] >> (n % 8)) & 1 for n in range(N)]).bool()
+            values = model.get_parameter(f"{path}.parametrizations.weight.original")
+            masks[path] = _bits(tensor, *values.shape)
     return masks
 
 
 def picked(model: nn.Module) -> dict[str, Tensor]:
-    """Path -> the column mask that would be picked now."""
-    weights = {path: model.get_submodule(path).weight for path in SPARSE}
-    return {path: column_mask(weight.detach(), NM) for path, weight in weights.items() if isinstance(weight, Tensor)}
+    """Path -> which values would be kept if they were picked now."""
+    masks, keeps = masks_of(model), {}
+    for path in SPARSE:
+        weight = model.get_submodule(path).weight
+        assert isinstance(weight, Tensor)
+        keeps[path] = kept(column_mask(weight.detach(), NM), masks[path])
+    return keeps
 
 
 def ages(model: nn.Module) -> set[int]:
@@ -105,7 +109,7 @@ def _always(mask: Tensor) -> ColumnMask:
 
 @every_way
 @pytest.mark.parametrize("refresh", [1, 3, "backward", "never"])
-def test_backward_uses_the_stored_pattern(way: str, refresh: Any) -> None:
+def test_backward_uses_the_stored_mask(way: str, refresh: Any) -> None:
     dense = net()
     # What runs the graph makes no difference to who refreshes when: the slower one where an interval goes by.
     model, run = compiled_way(way, dense, "aot_eager" if refresh == 3 else "eager", {"column_refresh": refresh})
@@ -126,7 +130,7 @@ def test_backward_uses_the_stored_pattern(way: str, refresh: Any) -> None:
             one.zero_grad()
         with torch.no_grad():
             run(batch())
-    assert changes > 1 or not isinstance(refresh, int), "the pattern must change, or this test shows nothing"
+    assert changes > 1 or not isinstance(refresh, int), "the mask must change, or this test shows nothing"
     assert twin.would_change() or refresh != "never"
 
 
@@ -136,7 +140,7 @@ def test_only_optimizer_steps_count() -> None:
     assert ages(model) == {-1}
     seen, changes = [], []
     for _ in range(5):
-        patterns = stored(model)
+        masks = stored(model)
         for _ in range(3):
             train_step(run, batch())
         with torch.no_grad():
@@ -146,7 +150,7 @@ def test_only_optimizer_steps_count() -> None:
         model.train()
         model(batch())  # eager
         seen.append(ages(model))
-        changes.append(not same(stored(model), patterns))
+        changes.append(not same(stored(model), masks))
         if changes[-1]:
             assert same(stored(model), picked(model))
         optimizer.step()
@@ -200,7 +204,7 @@ def test_the_first_training_forward_picks() -> None:
 
 
 @pytest.mark.parametrize("stop", [0, 2, 3])
-def test_a_resumed_run_keeps_pattern_and_age(stop: int) -> None:
+def test_a_resumed_run_keeps_mask_and_age(stop: int) -> None:
     """Saved after ``stop`` of 7 steps with a refresh after every third: nothing differs from then on."""
     batches, file = [batch() for _ in range(7)], io.BytesIO()
 
@@ -222,9 +226,9 @@ def test_a_resumed_run_keeps_pattern_and_age(stop: int) -> None:
     if stop:
         assert ages(resumed) == {stop - 1}
     got = go_on(resumed, range(stop, 7))
-    for (loss, patterns, age), (true_loss, true_patterns, true_age) in zip(got, expected, strict=True):
+    for (loss, masks, age), (true_loss, true_masks, true_age) in zip(got, expected, strict=True):
         assert torch.equal(loss, true_loss)
-        assert same(patterns, true_patterns)
+        assert same(masks, true_masks)
         assert age == true_age
     assert not same(expected[0][1], expected[-1][1]), "there was a refresh on the way"
 
@@ -276,7 +280,7 @@ def test_refresh_by_hand() -> None:
 
 @pytest.mark.parametrize("source", ["graph_module", "exported"])
 def test_refresh_of_a_transformed_graph(source: str) -> None:
-    """Nobody counts steps there: the pattern stays until it is refreshed by hand."""
+    """Nobody counts steps there: the mask stays until it is refreshed by hand."""
     dense, config = net(), slope.SlopeConfig(column_refresh=3)
     if source == "exported":
         module = slope.transform(exported(dense, batch()), config).module()
@@ -314,9 +318,9 @@ def shape(model: nn.Module, path: str) -> tuple[int, ...]:
     return tuple(model.get_parameter(f"{path}.weight").shape)
 
 
-def _bits(pattern: Tensor, N: int, K: int) -> Tensor:
-    assert pattern.shape[0] == N
-    return torch.stack([(pattern[:, k // 8] >> (k % 8)) & 1 for k in range(K)], dim=1).bool()
+def _bits(stored: Tensor, N: int, K: int) -> Tensor:
+    assert stored.shape == (N, -(-K // 8))
+    return torch.stack([(stored[:, k // 8] >> (k % 8)) & 1 for k in range(K)], dim=1).bool()
 
 
 @pytest.mark.parametrize("fields", [{"column_refresh": "backward"}, {"backward": "exact"}], ids=str)

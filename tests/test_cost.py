@@ -120,7 +120,7 @@ def test_moved_bytes(itemsize: int) -> None:
     at = {M: tokens}
     assert layer.dense_forward().moved.subs(at) == x + y + N * K * itemsize
     assert layer.forward().moved.subs(at) == x + y + values + bits
-    assert layer.grad_input().moved.subs(at) == x + y + values + 2 * bits
+    assert layer.grad_input().moved.subs(at) == x + y + values + bits + bits // 2
     assert Layer(N, K, itemsize, double_pruned=False).grad_input().moved.subs(at) == x + y + values + bits
     assert layer.grad_weight().moved.subs(at) == x + y + values + bits
     expanded = Layer(N, K, itemsize, slope.Pattern(1, 4)).forward().moved.subs(at)

@@ -207,7 +207,7 @@ def test_a_copy_of_the_tokens_runs_inside_the_product(fused: bool, monkeypatch: 
 
 @pytest.mark.parametrize("way", ["triton", "mma_sp", "cusparselt", "expanded"])
 def test_a_training_step_can_be_a_cuda_graph(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is computed anywhere else, whatever the rules choose; stored column patterns are refreshed outside."""
+    """Nothing is computed anywhere else, whatever the rules choose; stored column masks are refreshed outside."""
     monkeypatch.setattr(gpu_calls, "chosen", lambda *_: way)
     found = programs(monkeypatch, lambda: call(One(64, 96, column_refresh=7), 48, 64, 96))
     assert len(found) == 2

@@ -25,6 +25,7 @@ import slope_compile as slope
 from recording import compiled
 from recording import fresh_dynamo as fresh_dynamo
 from slope_compile.kernels import cpu_build, cpu_library
+from slope_compile.kernels.metadata import unpack_mask
 from slope_compile.schedule import adapters_of
 from tolerances import assert_same
 
@@ -149,6 +150,20 @@ def test_max_autotune_measures_both_ways(monkeypatch: pytest.MonkeyPatch) -> Non
         assert {name.rpartition("_")[2] for name in calls(code)} == {way}
         for name, value in found.items():
             assert_same(value, expected[name], f"{name} {way}")
+
+
+def test_the_autotuner_measures_with_a_column_mask_like_a_real_one() -> None:
+    """13 of 16 values on average, the same whenever it is made, no bits past the last value."""
+    from slope_compile import _inductor_lowerings
+
+    state = torch.random.get_rng_state()
+    first, second = (_inductor_lowerings._column_mask(64, 120)(None) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    bits = unpack_mask(first, 64)
+    assert first.shape == (64, 8)
+    assert not bits[:, 60:].any()
+    assert abs(float(bits[:, :60].double().mean()) - 13 / 16) < 0.03
 
 
 @pytest.mark.parametrize(

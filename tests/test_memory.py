@@ -19,8 +19,11 @@ ELEMENTS = LINEARS * HIDDEN * WIDTH
 REST = (8 * WIDTH + WIDTH) + 2 * HIDDEN + (WIDTH * CLASSES + CLASSES)
 """First linear with bias, the two biases of the ups, head with bias."""
 REST_TENSORS = 2 + 2 + 2
-# Each linear: one bit per element, twice; the age is one int64.
-METADATA = LINEARS * (HIDDEN * WIDTH // 8 * 2 + 8)
+AGE = 8
+"""An int64 beside each column mask."""
+BITS = ELEMENTS // 8 + ELEMENTS // 2 // 8
+"""Bytes of patterns and column masks: one bit per element, and one per value."""
+METADATA = BITS + LINEARS * AGE
 STEP = 4
 """AdamW counts the steps of each parameter in a float32."""
 
@@ -85,7 +88,7 @@ def test_prepared(dtype: torch.dtype, size: int) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"column_refresh": "backward"}, {"backward": "exact"}], ids=str)
-def test_no_column_pattern_no_bytes_for_it(fields: dict[str, Any]) -> None:
+def test_no_column_mask_no_bytes_for_it(fields: dict[str, Any]) -> None:
     model = net(torch.float32)
     slope.sparsify_(model, slope.SlopeConfig(**fields))
     assert slope.training_state(model).linears.metadata == ELEMENTS // 8
@@ -105,22 +108,23 @@ def test_sgd(momentum: float) -> None:
     assert moments == ([ELEMENTS * 4, ELEMENTS * 2] if momentum else [0, 0])
 
 
-def test_the_sparse_linears_hold_about_half() -> None:
-    """fp32 weights with AdamW, 16 bytes a weight when dense: half of them, and a quarter of a byte of metadata."""
+@every_dtype
+def test_the_sparse_linears_hold_about_half(dtype: torch.dtype, size: int) -> None:
+    """With AdamW four numbers a weight when dense: half of them, an eighth of a byte and a sixteenth of metadata."""
     totals = []
     for prepare in (False, True):
-        model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(4)))
+        model = nn.Sequential(*(nn.Linear(128, 128, dtype=dtype) for _ in range(4)))
         if prepare:
             slope.sparsify_(model)
         optimizer = adamw(model)
         for _ in range(2):
-            model(torch.randn(2, 128)).square().mean().backward()
+            model(torch.randn(2, 128, dtype=dtype)).square().mean().backward()
             optimizer.step()
         totals.append(slope.training_state(model, optimizer, ["1", "2"]).linears.total)
     dense, sparse = totals
-    assert dense == 2 * (128 * 128 * 16 + STEP)
-    assert 0.5 < sparse / dense <= 0.53
-    assert sparse / dense == pytest.approx((8 + 0.25) / 16, rel=1e-3)
+    assert dense == 2 * (128 * 128 * 4 * size + STEP)
+    assert sparse == 2 * (128 * 128 * (2 * size + 1 / 8 + 1 / 16) + STEP + AGE)
+    assert sparse / dense == pytest.approx({4: 0.5117, 2: 0.5234}[size], rel=1e-3)
 
 
 @pytest.mark.parametrize("way", ["dense", "prepared"])
@@ -169,7 +173,7 @@ def test_a_transformed_graph() -> None:
     train(graph, optimizer, torch.float32)
     state = slope.training_state(graph, optimizer)
     weights = ELEMENTS * 2
-    assert state.linears == StateBytes(weights, ELEMENTS // 4, weights, 2 * weights + LINEARS * STEP)
+    assert state.linears == StateBytes(weights, BITS, weights, 2 * weights + LINEARS * STEP)
     weights = LINEARS * 3 * (HIDDEN + WIDTH) * 4
     assert state.adapters == StateBytes(weights, LINEARS * 8, weights, 2 * weights + 2 * LINEARS * STEP)
     assert state.rest.weights == REST * 4

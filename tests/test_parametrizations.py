@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prepared import SPARSE, Net, assert_equals_masked_dense, keep_mask, masked_weights, net, sparse_layers
+from problems import draw_mask, kept, packed
 from slope_compile.config import SlopeConfig
 from slope_compile.errors import PatternError
 from slope_compile.kernels import ops
@@ -63,7 +64,7 @@ def test_state_dict_holds_values_patterns_and_columns_under_stock_names() -> Non
         "blocks.0.up.bias": (32,),
         f"{up}.original": (32, 8),
         f"{up}.0.pattern": (32, 2),
-        f"{up}.0.column_pattern": (16, 4),
+        f"{up}.0.column_mask": (32, 1),
         f"{up}.0.column_age": (1,),
         f"{up}.1.A": (2, 16),
         f"{up}.1.B": (32, 2),
@@ -80,15 +81,15 @@ def test_state_dict_holds_values_patterns_and_columns_under_stock_names() -> Non
         pytest.param({"backward": "exact"}, False, id="exact"),
     ],
 )
-def test_the_column_pattern_is_state_only_where_it_is_kept(config: dict[str, Any], stored: bool) -> None:
+def test_the_column_mask_is_state_only_where_it_is_kept(config: dict[str, Any], stored: bool) -> None:
     model = prepared(**config)
     sparse = sparse_of(model)
-    assert (sparse.column_pattern is not None) is stored
-    assert any("column_pattern" in key for key in model.state_dict()) is stored
+    assert (sparse.column_mask is not None) is stored
+    assert any("column_mask" in key for key in model.state_dict()) is stored
     if stored:
         values = sparse_layers(model)["blocks.0.up"].weight.detach()
-        assert sparse.column_pattern is not None
-        assert torch.equal(sparse.column_pattern, ops.compress_columns(values, sparse.pattern, 2, 4)[1])
+        assert sparse.column_mask is not None
+        assert torch.equal(sparse.column_mask, ops.pick_columns(values, sparse.pattern, 2, 4))
 
 
 def test_a_checkpoint_brings_its_masks_with_it() -> None:
@@ -106,6 +107,40 @@ def test_a_checkpoint_brings_its_masks_with_it() -> None:
     assert all(adapter.enabled for _, adapter in adapters(resumed))
     x = batch()
     assert torch.equal(resumed(x), saved(x))
+
+
+@pytest.mark.parametrize("with_patterns", [True, False])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
+def test_columns_of_an_earlier_checkpoint_stay_the_same(pattern: str, with_patterns: bool) -> None:
+    """They were a pattern uint8 ``[K, ceil(N/8)]`` of the transpose; any will do here, also one not by magnitude."""
+    saved = prepared(pattern=pattern, seed=1)
+    state, expected = saved.state_dict(), saved.state_dict()
+    for path, layer in sparse_layers(saved).items():
+        N, K = layer.shape
+        prefix, columns = f"{path}.parametrizations.weight.0", draw_mask(K, N, sparse_of(saved).nm)
+        del state[f"{prefix}.column_mask"]
+        state[f"{prefix}.column_pattern"] = packed(columns)
+        expected[f"{prefix}.column_mask"] = packed(kept(columns.t(), keep_mask(layer)))
+        if not with_patterns:
+            del state[f"{prefix}.pattern"]
+    names = list(state)
+    resumed = prepared(pattern=pattern, seed=2 if with_patterns else 1)
+    resumed.load_state_dict(state, strict=with_patterns)
+    assert list(state) == names, "the checkpoint is as it was"
+    found = resumed.state_dict()
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("shape", [(16, 3), (8, 4)])
+def test_columns_of_an_earlier_checkpoint_that_do_not_fit_are_torchs_own_error(shape: tuple[int, int]) -> None:
+    model = prepared()
+    state = model.state_dict()
+    prefix = "blocks.0.up.parametrizations.weight.0"
+    del state[f"{prefix}.column_mask"]
+    state[f"{prefix}.column_pattern"] = torch.zeros(shape, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=rf"Missing key.*{prefix}\.column_mask(.|\n)*Unexpected.*column_pattern"):
+        model.load_state_dict(state)
 
 
 def test_a_checkpoint_of_another_model_of_the_same_shape_is_loaded_whole_or_not() -> None:
@@ -165,8 +200,8 @@ def test_changing_the_dtype(dtype: torch.dtype) -> None:
     assert all(p.dtype == dtype for p in model.parameters())
     sparse = sparse_of(model)
     assert torch.equal(sparse.pattern, pattern)
-    assert sparse.column_pattern is not None
-    assert sparse.column_pattern.dtype == torch.uint8
+    assert sparse.column_mask is not None
+    assert sparse.column_mask.dtype == torch.uint8
     assert sparse.column_age is not None
     assert sparse.column_age.dtype == torch.int64
     assert all(torch.equal(layer.weight, values[path]) for path, layer in sparse_layers(model).items())

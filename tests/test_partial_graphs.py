@@ -94,7 +94,7 @@ def test_compiling_block_by_block(
 
 
 def test_one_graph_for_alike_models_keeps_each_its_own_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of a prepared model may share one compiled graph; the column patterns of each are refreshed."""
+    """Copies of a prepared model may share one compiled graph; the column masks of each are refreshed."""
     recording = record(monkeypatch)
     models = [prepared(toy(), column_refresh=1, first_dense=False, heads_dense=False)]
     models.append(copy.deepcopy(models[0]))
@@ -106,12 +106,12 @@ def test_one_graph_for_alike_models_keeps_each_its_own_columns(monkeypatch: pyte
     for model in models:
         holder.model = model
         step(run, ids)
-        before = column_patterns(model)
+        before = column_masks(model)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(torch.randn_like(parameter))
         step(run, ids)
-        after = column_patterns(model)
+        after = column_masks(model)
         assert len(after) == len(SPARSE) + len(DENSE)
         assert [name for name in after if torch.equal(before[name], after[name])] == []
     assert len(recording) == 1
@@ -122,8 +122,8 @@ def prepared(model: Toy, **fields: Any) -> Toy:
     return model
 
 
-def column_patterns(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: t.clone() for name, t in model.state_dict().items() if name.endswith("column_pattern")}
+def column_masks(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items() if name.endswith("column_mask")}
 
 
 @every_way

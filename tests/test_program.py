@@ -118,7 +118,7 @@ def test_masks_are_those_of_sparsify(source: str, mask: Any) -> None:
     for path in SPARSE:
         theirs = f"{path}.parametrizations.weight"
         assert torch.equal(state[f"{path}.weight_pattern"], expected[f"{theirs}.0.pattern"])
-        assert torch.equal(state[f"{path}.weight_column_pattern"], expected[f"{theirs}.0.column_pattern"])
+        assert torch.equal(state[f"{path}.weight_column_mask"], expected[f"{theirs}.0.column_mask"])
         assert torch.equal(state[f"{path}.weight_values"], expected[f"{theirs}.original"])
 
 
@@ -169,19 +169,19 @@ def test_names_and_bytes_of_the_state(source: str) -> None:
         N, K = SHAPES[path]
         del expected[f"{path}.weight"]
         sizes: dict[str, tuple[int, ...]] = {"values": (N, K // 2)}
-        sizes |= {"pattern": (N, K // 8), "column_pattern": (K, N // 8)}
+        sizes |= {"pattern": (N, K // 8), "column_mask": (N, K // 2 // 8)}
         sizes |= {"adapter_A": (rank, K), "adapter_B": (N, rank), "adapter_scale": (1,)}
         expected |= {f"{path}.weight_{suffix}": size for suffix, size in sizes.items()}
     assert {name: tuple(t.shape) for name, t in state.items()} == expected
     compressed = sum(
-        t.numel() * t.element_size() for n, t in state.items() if n.endswith(("_values", "pattern"))
+        t.numel() * t.element_size() for n, t in state.items() if n.endswith(("_values", "_pattern", "_mask"))
     )
     elements = sum(SHAPES[path][0] * SHAPES[path][1] for path in SPARSE)
-    assert compressed == elements * 2 + elements // 4  # half of 4 bytes, and two bits, for each weight
+    assert compressed == elements * 2 + elements // 8 + elements // 16  # half of 4 bytes, and a bit and a half
 
     module = module_of(program)
     trained = [name for name, p in module.named_parameters() if p.requires_grad]
-    assert sorted(trained) == sorted(n for n in expected if not n.endswith(("pattern", "_scale")))
+    assert sorted(trained) == sorted(n for n in expected if not n.endswith(("_pattern", "_mask", "_scale")))
     if isinstance(program, ExportedProgram):
         signature = program.graph_signature
         assert set(signature.parameters) == set(trained)

@@ -89,7 +89,7 @@ def test_first_linear_and_head_become_sparse_on_request() -> None:
     assert "N = 5 is not a multiple of 4" in head.why
     sparse = sparse_layers(model)["head"].sparse
     assert sparse is not None
-    assert sparse.column_pattern is None
+    assert sparse.column_mask is None
 
 
 # --- what stays dense, and why ---------------------------------------------------------------------------------------

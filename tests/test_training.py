@@ -25,7 +25,7 @@ from toy import SPARSE, Block, Toy, loss_of, token_ids, toy
 
 DRIFT = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Relative to the largest entry: what the roundings of 200 (20) steps may grow to.  Runs with another policy of the
-column patterns are apart by more than a thousand times that, see ``test_policies_are_told_apart``."""
+column masks are apart by more than a thousand times that, see ``test_policies_are_told_apart``."""
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -222,7 +222,7 @@ def test_a_graph_break_in_every_block_is_no_step(way: str) -> None:
     ("way", "fields", "at"),
     [
         pytest.param("A", POLICIES["each_backward"], 11, id="A-each_backward"),
-        # Way A stores no column pattern in the model: they are picked anew, which here is due anyway.
+        # Way A stores no column mask in the model: they are picked anew, which here is due anyway.
         pytest.param("A", {"column_refresh": 6}, 12, id="A-every_6_steps"),
         pytest.param("B", POLICIES["never"], 11, id="B-never"),
         pytest.param("B", {"column_refresh": 6}, 11, id="B-every_6_steps_just_before"),

@@ -28,7 +28,13 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Architecture -> most shared memory of one block, in bytes (CUDA programming guide, compute capabilities)."""
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-CONVERSIONS = ("expand", "compress", "compress_columns", "recompress_columns")
+WITH_COLUMNS = {
+    "grad_input_columns": "grad_input", "expand_columns": "expand", "compress_given_columns": "compress_columns",
+}  # fmt: skip
+"""A kernel with a column mask -> its name."""
+CONVERSIONS = (
+    "expand", "expand_columns", "compress", "compress_columns", "compress_given_columns", "pick_columns",
+)  # fmt: skip
 KERNELS = ("forward", "grad_input", "grad_input_columns", "grad_weight", *CONVERSIONS)
 
 
@@ -49,7 +55,13 @@ class Build:
     def words(self) -> bool:
         """Whether the main loop copies all it reads ahead of its use; for sm_100 the compiler leaves patterns out."""
         halves = self.dtype is not torch.float32
-        return halves and self.arch != 100 and self.aligned and self.kernel in ("forward", "grad_input")
+        whole = self.kernel in ("forward", "grad_input") or self.column_words
+        return halves and self.arch != 100 and self.aligned and whole
+
+    @property
+    def column_words(self) -> bool:
+        """Whether a tile's rows of the column mask are whole words."""
+        return self.kernel == "grad_input_columns" and self.aligned and self.config.BK % 64 == 0
 
     def __str__(self) -> str:
         c = self.config
@@ -119,7 +131,7 @@ def builds(
 
 def configured(kernel: str) -> str:
     """Under which name the configurations of a kernel stand."""
-    return {"grad_input_columns": "grad_input", "recompress_columns": "compress_columns"}.get(kernel, kernel)
+    return WITH_COLUMNS.get(kernel, kernel)
 
 
 def compile_offline(build: Build) -> Result:
@@ -131,12 +143,12 @@ def compile_offline(build: Build) -> Result:
 
     module = triton_conversions if build.kernel in CONVERSIONS else triton_kernels
     kernel = getattr(module, configured(build.kernel))
-    columns = build.kernel == "grad_input_columns"
     c = build.config
     constants: dict[str, Any] = {
-        "BM": c.BM, "BN": c.BN, "BK": c.BK, "BR": 16, "HAS_BIAS": True, "HAS_LOW_RANK": True, "HAS_COLUMNS": columns,
-        "EVEN": build.aligned, "TRANSPOSED": build.dtype is torch.float32, "PRECISION": build.precision, "GROUP": 8,
-        "WORDS": build.aligned and c.BK % 32 == 0, "PICK": build.kernel == "compress_columns",
+        "BM": c.BM, "BN": c.BN, "BK": c.BK, "BR": 16, "HAS_BIAS": True, "HAS_LOW_RANK": True,
+        "HAS_COLUMNS": build.kernel in WITH_COLUMNS, "EVEN": build.aligned, "PRECISION": build.precision, "GROUP": 8,
+        "TRANSPOSED": build.dtype is torch.float32, "WORDS": build.aligned and c.BK % 32 == 0,
+        "COLUMN_WORDS": build.column_words,
     }  # fmt: skip
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[Any]] = {}
@@ -146,7 +158,7 @@ def compile_offline(build: Build) -> Result:
             continue
         pointer = (name.isupper() and len(name) > 1) or name in "XVPTBYCW"
         if pointer:
-            signature[name] = "*u8" if name in ("P", "C") else f"*{NAMES[build.dtype]}"
+            signature[name] = "*u8" if name in ("P", "C", "CP") else f"*{NAMES[build.dtype]}"
         else:
             signature[name] = "i32"
         if pointer or build.aligned:

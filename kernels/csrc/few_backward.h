@@ -2,7 +2,6 @@
 // nothing is packed and no lists are made: weights are expanded, or activations closed up, eight at a time in registers.
 #pragma once
 
-#include <optional>
 #include <utility>
 
 #include "gemv.h"
@@ -65,81 +64,41 @@ inline void add_rows(int64_t R, float* sums, int64_t stride, const float* g, int
   }
 }
 
-// The column pattern by rows, as the forward storage is read: rows [n0, n0 + count) of the mask, `columns` from k0 on in
-// words of 64.  Its own rows are the weight's columns: four bytes at a time of each would touch a cache line a column.
-class RowMasks {
- public:
-  static constexpr int64_t ROWS = 512;  // of the weight at a time: a cache line of each column
-
-  // Floats of memory for so many columns.
-  static int64_t floats(int64_t columns) { return ROWS * ceil_div(columns, 64) * 2; }
-
-  RowMasks(float* memory, const uint8_t* column_pattern, int64_t n0, int64_t count, int64_t k0, int64_t columns, int64_t N,
-           int64_t K)
-      : words_(reinterpret_cast<uint64_t*>(memory)), stride_(ceil_div(columns, 64)), n0_(n0), k0_(k0) {
-    const int64_t column_width = (N + 7) / 8, bytes = (count + 7) / 8;
-    alignas(64) uint8_t lines[64][ROWS / 8] = {};  // copied, since columns a power of two apart share few sets of a cache
-    for (int64_t w = 0; w < stride_; w++) {
-      const int64_t first = k0 + 64 * w, there = std::clamp<int64_t>(K - first, 0, 64);
-      const uint8_t* from = column_pattern + first * column_width + n0 / 8;
-      for (int64_t c = 0; c < there; c++)
-        if (bytes == ROWS / 8)
-          std::memcpy(lines[c], from + c * column_width, ROWS / 8);
-        else
-          std::memcpy(lines[c], from + c * column_width, bytes);
-      for (int64_t r0 = 0; r0 < count; r0 += 64) {
-        // An eighth of the next 64 columns.
-        for (int64_t c = 64 + r0 / 8; c < std::min<int64_t>(72 + r0 / 8, K - first); c++)
-          __builtin_prefetch(from + c * column_width, 0, 2);
-        uint64_t bits[64] = {};
-        for (int64_t c = 0; c < there; c++) std::memcpy(&bits[c], &lines[c][r0 / 8], 8);
-        transpose_bits(bits);
-        for (int64_t r = 0; r < std::min<int64_t>(64, count - r0); r++) words_[(r0 + r) * stride_ + w] = bits[r];
-      }
-    }
-  }
-
-  const uint8_t* at(int64_t n, int64_t k) const {
-    return reinterpret_cast<const uint8_t*>(words_ + (n - n0_) * stride_) + (k - k0_) / 8;
-  }
-  bool has(int64_t n) const { return n < n0_ + ROWS; }
-
- private:
-  uint64_t* words_;
-  int64_t stride_, n0_, k0_;
-};
-
-// v where the byte has a bit, 0 elsewhere.
-inline Vec8 keep8(Vec8 v, uint8_t byte) {
-  constexpr Int8 bits{1, 2, 4, 8, 16, 32, 64, 128};
-  return (Vec8)((Int8)v & (Int8)((bits & uint32_t(byte)) != 0));
-}
-
-// w [depth][STRETCH] = rows [n0, n0 + depth) of W, columns [k0, k0 + STRETCH), zeros past K.  With masks, entries that
-// they do not keep are zero too.
+// w [depth][STRETCH] = rows [n0, n0 + depth) of W, columns [k0, k0 + STRETCH), zeros past K.  With a column mask, what it
+// drops is zero too.
 template <class T>
-inline void expand_tile(float* w, const T* values, const uint8_t* pattern, const RowMasks* masks, int64_t n0, int depth,
-                        int64_t k0, int64_t K) {
+inline void expand_tile(float* w, const T* values, const uint8_t* pattern, const uint8_t* column_mask, int64_t n0,
+                        int depth, int64_t k0, int64_t K) {
+  static_assert(STRETCH % 16 == 0);
   const int64_t width = (K + 7) / 8;
   for (int n = 0; n < depth; n++, w += STRETCH) {
     const T* v = values + (n0 + n) * (K / 2) + k0 / 2;
     const uint8_t* p = pattern + (n0 + n) * width + k0 / 8;
-    const uint8_t* also = masks != nullptr ? masks->at(n0 + n, k0) : nullptr;
+    const uint8_t* also = column_mask != nullptr ? column_mask + (n0 + n) * mask_width(K) + k0 / 16 : nullptr;
 #if defined(__AVX512F__)
     if (k0 + STRETCH <= K) {
-      for (int c = 0; c < STRETCH; c += 16) {
-        uint16_t kept = 0xffff;
-        if (also != nullptr) std::memcpy(&kept, also + c / 8, 2);
-        _mm512_store_ps(w + c, _mm512_maskz_mov_ps(kept, (__m512)expand_step(v + c / 2, p + c / 8)));
-      }
+      for (int c = 0; c < STRETCH; c += 16)
+        _mm512_store_ps(w + c, (__m512)expand_step(v + c / 2, p + c / 8, also != nullptr ? also[c / 16] : 255));
       continue;
     }
 #endif
+    if (k0 + STRETCH <= K) {
+      for (int c = 0; c < STRETCH; c += 16) {
+        const uint8_t kept = also != nullptr ? also[c / 16] : 255;
+        const Vec4 low = load_values(v + c / 2), high = load_values(v + c / 2 + 4);
+        store8(w + c, expand8(also != nullptr ? keep4(low, kept & 15) : low, p[c / 8]));
+        store8(w + c + 8, expand8(also != nullptr ? keep4(high, kept >> 4) : high, p[c / 8 + 1]));
+      }
+      continue;
+    }
     for (int c = 0; c < STRETCH; c += 8) {
       const int64_t k = k0 + c;
       Vec8 row{};
-      if (k < K) row = expand8(k + 8 <= K ? load_values(v + c / 2) : load_values(v + c / 2, 2), p[c / 8]);
-      store8(w + c, also != nullptr ? keep8(row, also[c / 8]) : row);
+      if (k < K) {
+        const Vec4 four = k + 8 <= K ? load_values(v + c / 2) : load_values(v + c / 2, 2);
+        row = expand8(also != nullptr ? keep4(four, mask_bits(also, c / 8)) : four, p[c / 8]);
+      }
+      store8(w + c, row);
     }
   }
 }
@@ -151,8 +110,8 @@ inline int rows_at_once(int64_t M, int most) { return M <= 4 ? 8 : M <= 8 ? 16 :
 // Asks for what a tile of `rows` rows from n0 on, columns from k on, of [k0, k1), will need some `bytes` of values later:
 // further on in the same rows, or at the start of the next ones.
 template <class T>
-inline void prefetch_tile(const T* values, const uint8_t* pattern, const RowMasks* masks, int64_t n0, int rows, int64_t k,
-                          int64_t k0, int64_t k1, int64_t stretch, int64_t bytes, int64_t N, int64_t K) {
+inline void prefetch_tile(const T* values, const uint8_t* pattern, const uint8_t* column_mask, int64_t n0, int rows,
+                          int64_t k, int64_t k0, int64_t k1, int64_t stretch, int64_t bytes, int64_t N, int64_t K) {
   const int64_t line = 64, each = stretch / 2 * int64_t(sizeof(T));
   int64_t column = k + bytes / (rows * each) * stretch;
   for (; column >= k1; column -= k1 - k0) n0 += rows;
@@ -162,38 +121,108 @@ inline void prefetch_tile(const T* values, const uint8_t* pattern, const RowMask
     for (int64_t i = 0; i < each; i += line) __builtin_prefetch(from + i);
     if (column % 512 >= stretch) continue;
     __builtin_prefetch(pattern + n * ((K + 7) / 8) + column / 8);
-    if (masks != nullptr && masks->has(n)) __builtin_prefetch(masks->at(n, column));
+    if (column_mask != nullptr) __builtin_prefetch(column_mask + n * mask_width(K) + column / 16);
   }
 }
 
-// dX [M, K] = dY [M, N] W, or dY W^{R,C} with a column pattern.  Threads share out columns.
+#if !defined(__AVX512F__)
+// Tokens up to which the expanded weight is not even stored.
+constexpr int64_t DIRECT = 4;
+
+// sums [M, `stride` apart][k0 .. k1) += g [M, N apart][R] W, rows [n0, n0 + R) of W or W^{R,C}.
+template <class T, int M, int R, bool MASKED>
+inline void add_rows_directly(float* sums, int64_t stride, const float* g, const T* values, const uint8_t* pattern,
+                              const uint8_t* column_mask, int64_t n0, int64_t k0, int64_t k1, int64_t N, int64_t K) {
+  float factors[M][R];
+  const T* v[R];
+  const uint8_t *p[R], *also[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+    v[r] = values + (n0 + r) * (K / 2);
+    p[r] = pattern + (n0 + r) * ((K + 7) / 8);
+    also[r] = MASKED ? column_mask + (n0 + r) * mask_width(K) : nullptr;
+    for (int m = 0; m < M; m++) factors[m][r] = g[m * N + n0 + r];
+  }
+  // Eight columns from k on; `half` of a byte of the mask.
+  auto add = [&](int64_t k, int half, auto load) {
+    Vec8 s[M];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) s[m] = load8(sums + m * stride + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      Vec4 four = load(v[r] + k / 2);
+      if (MASKED) four = keep4(four, also[r][k / 16] >> 4 * half & 15);
+      const Vec8 row = expand8(four, p[r][k / 8]);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) s[m] += row * factors[m][r];
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) store8(sums + m * stride + k, s[m]);
+  };
+  auto add_whole = [&](int64_t k, int half) { add(k, half, [](const T* from) { return load_values(from); }); };
+  const int64_t end = std::min(K, k1);
+  int64_t k = k0;  // a multiple of STRETCH
+  for (; k + STRETCH <= end; k += STRETCH) {
+    // The same columns of the next rows, whose start no hardware foresees.
+    for (int r = 0; r < R; r++) __builtin_prefetch(v[r] + R * (K / 2) + k / 2, 0, 2);
+#pragma GCC unroll 4
+    for (int c = 0; c < STRETCH; c += 16) {
+      add_whole(k + c, 0);
+      add_whole(k + c + 8, 1);
+    }
+  }
+  for (; k + 8 <= end; k += 8) add_whole(k, k / 8 % 2);
+  if (k < end) add(k, k / 8 % 2, [](const T* from) { return load_values(from, 2); });
+}
+
+template <class T, int M>
+void add_directly(float* sums, int64_t stride, const float* g, const T* values, const uint8_t* pattern,
+                  const uint8_t* column_mask, int64_t k0, int64_t k1, int64_t N, int64_t K) {
+  constexpr auto four = add_rows_directly<T, M, 4, false>, masked = add_rows_directly<T, M, 4, true>;
+  constexpr auto one = add_rows_directly<T, M, 1, false>, one_masked = add_rows_directly<T, M, 1, true>;
+  int64_t n = 0;
+  for (; n + 4 <= N; n += 4)
+    (column_mask != nullptr ? masked : four)(sums, stride, g, values, pattern, column_mask, n, k0, k1, N, K);
+  for (; n < N; n++)
+    (column_mask != nullptr ? one_masked : one)(sums, stride, g, values, pattern, column_mask, n, k0, k1, N, K);
+}
+
 template <class T>
-int grad_input_few(int threads, Matrix<T> a, const T* values, const uint8_t* pattern, const uint8_t* column_pattern,
-                   T* dx, int64_t M, int64_t N, int64_t K) {
+void add_directly(int64_t M, float* sums, int64_t stride, const float* g, const T* values, const uint8_t* pattern,
+                  const uint8_t* column_mask, int64_t k0, int64_t k1, int64_t N, int64_t K) {
+  switch (M) {
+    case 1: return add_directly<T, 1>(sums, stride, g, values, pattern, column_mask, k0, k1, N, K);
+    case 2: return add_directly<T, 2>(sums, stride, g, values, pattern, column_mask, k0, k1, N, K);
+    case 3: return add_directly<T, 3>(sums, stride, g, values, pattern, column_mask, k0, k1, N, K);
+    case 4: return add_directly<T, 4>(sums, stride, g, values, pattern, column_mask, k0, k1, N, K);
+  }
+}
+#else
+constexpr int64_t DIRECT = 0;
+#endif
+
+// dX [M, K] = dY [M, N] W, or dY W^{R,C} with a column mask.  Threads share out columns.
+template <class T>
+int grad_input_few(int threads, Matrix<T> a, const T* values, const uint8_t* pattern, const uint8_t* column_mask, T* dx,
+                   int64_t M, int64_t N, int64_t K) {
   const float* g = float_rows(shared_a, a, M, N);
   const int64_t padded = ceil_div(K, STRETCH) * STRETCH;
   float* sums = shared_b.floats(M * padded);  // [M, K rounded up to STRETCH]
   if (g == nullptr || sums == nullptr) return 1;
   const int64_t size = block_size(padded, threads, 1 << 20, STRETCH);
-  bool failed = false;
   parallel(threads, ceil_div(padded, size), [&](int64_t begin, int64_t end) {
     const int64_t k0 = begin * size, k1 = std::min(padded, end * size);
-    float* memory = column_pattern != nullptr ? own.floats(RowMasks::floats(k1 - k0)) : nullptr;
-    if (column_pattern != nullptr && memory == nullptr) {
-      failed = true;
-      return;
-    }
-    std::optional<RowMasks> masks;
     alignas(64) float w[DEPTH * STRETCH];
     for (int64_t m = 0; m < M; m++) std::fill(sums + m * padded + k0, sums + m * padded + k1, 0.0f);
+#if !defined(__AVX512F__)
+    if (M <= DIRECT) add_directly(M, sums, padded, g, values, pattern, column_mask, k0, k1, N, K);
+#endif
     const int rows = rows_at_once(M, DEPTH);
-    for (int64_t n0 = 0; n0 < N; n0 += rows) {
+    for (int64_t n0 = M <= DIRECT ? N : 0; n0 < N; n0 += rows) {
       const int depth = int(std::min<int64_t>(rows, N - n0));
-      if (column_pattern != nullptr && n0 % RowMasks::ROWS == 0)
-        masks.emplace(memory, column_pattern, n0, std::min(RowMasks::ROWS, N - n0), k0, k1 - k0, N, K);
       for (int64_t k = k0; k < k1; k += STRETCH) {
-        prefetch_tile(values, pattern, masks ? &*masks : nullptr, n0, rows, k, k0, k1, STRETCH, AHEAD, N, K);
-        expand_tile(w, values, pattern, masks ? &*masks : nullptr, n0, depth, k, K);
+        prefetch_tile(values, pattern, column_mask, n0, rows, k, k0, k1, STRETCH, AHEAD, N, K);
+        expand_tile(w, values, pattern, column_mask, n0, depth, k, K);
         for (int64_t m = 0; m < M; m += TOKENS)
           add_rows(std::min<int64_t>(TOKENS, M - m), sums + m * padded + k, padded, g + m * N + n0, N, w, depth);
       }
@@ -204,7 +233,7 @@ int grad_input_few(int threads, Matrix<T> a, const T* values, const uint8_t* pat
       for (; k < std::min(K, k1); k++) dx[m * K + k] = from_float<T>(sums[m * padded + k]);
     }
   });
-  return failed ? 1 : 0;
+  return 0;
 }
 
 // The kept ones of some neighbouring activations, in order.

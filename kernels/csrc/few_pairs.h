@@ -28,25 +28,30 @@ constexpr int64_t FEW_PAIR_COLUMNS = 8;     // likewise, double-pruned
 
 // expanded [PAIR_DEPTH / 2][64] words of rows [n0, n0 + depth), columns [k0, k0 + 64); zeros past either.
 template <bool WHOLE>
-inline void expand_pairs(uint32_t* to, const BFloat16* values, const uint8_t* pattern, const RowMasks* masks, int64_t n0,
-                         int depth, int64_t k0, int64_t K) {
+inline void expand_pairs(uint32_t* to, const BFloat16* values, const uint8_t* pattern, const uint8_t* column_mask,
+                         int64_t n0, int depth, int64_t k0, int64_t K) {
   const int64_t width = (K + 7) / 8, columns = std::min<int64_t>(64, K - k0);
   auto row = [&](int n, int half) {
     if (!WHOLE && (n >= depth || 32 * half >= columns)) return _mm512_setzero_si512();
     const uint8_t* p = pattern + (n0 + n) * width + k0 / 8 + 4 * half;
     const BFloat16* v = values + (n0 + n) * (K / 2) + k0 / 2 + 16 * half;
-    uint32_t bits = 0, kept = ~0u;
-    __m256i compressed;
-    if (WHOLE) {
+    const int there = WHOLE ? 32 : int(std::min<int64_t>(32, columns - 32 * half));
+    uint32_t bits = 0;
+    uint16_t kept = 0xffff;
+    if (WHOLE)
       std::memcpy(&bits, p, 4);
-      compressed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v));
-    } else {
-      const int there = int(std::min<int64_t>(32, columns - 32 * half));
+    else
       std::memcpy(&bits, p, (there + 7) / 8);
-      compressed = _mm256_maskz_loadu_epi16(__mmask16((1u << there / 2) - 1), v);
+    if (column_mask != nullptr) {
+      const uint8_t* also = column_mask + (n0 + n) * mask_width(K) + k0 / 16 + 2 * half;
+      if (WHOLE)
+        std::memcpy(&kept, also, 2);
+      else
+        std::memcpy(&kept, also, (there + 15) / 16);
     }
-    if (masks != nullptr) std::memcpy(&kept, masks->at(n0 + n, k0) + 4 * half, 4);
-    return _mm512_maskz_mov_epi16(kept, _mm512_mask_expand_epi16(fresh_zero(), bits, _mm512_zextsi256_si512(compressed)));
+    if (!WHOLE) kept = uint16_t(kept & ((1u << there / 2) - 1));
+    const __m256i compressed = _mm256_maskz_loadu_epi16(kept, v);
+    return _mm512_mask_expand_epi16(fresh_zero(), bits, _mm512_zextsi256_si512(compressed));
   };
   for (int n = 0; n < depth; n += 2, to += 64)
     for (int half = 0; half < 2; half++) {
@@ -100,9 +105,9 @@ inline void gradient_words(uint32_t* to, Matrix<BFloat16> a, int64_t m, int64_t 
   }
 }
 
-// dX [M, K] = dY [M, N] W, or dY W^{R,C} with a column pattern.  Threads share out columns.
+// dX [M, K] = dY [M, N] W, or dY W^{R,C} with a column mask.  Threads share out columns.
 inline int grad_input_pairs(int threads, Matrix<BFloat16> a, const BFloat16* values, const uint8_t* pattern,
-                            const uint8_t* column_pattern, BFloat16* dx, int64_t M, int64_t N, int64_t K) {
+                            const uint8_t* column_mask, BFloat16* dx, int64_t M, int64_t N, int64_t K) {
   const int64_t padded = ceil_div(K, 64) * 64, size = block_size(padded, threads, 1 << 20, 64);
   float* sums = shared_a.floats(M * padded);  // [M, K rounded up to 64]
   if (sums == nullptr) return 1;
@@ -110,28 +115,24 @@ inline int grad_input_pairs(int threads, Matrix<BFloat16> a, const BFloat16* val
   bool failed = false;
   parallel(threads, ceil_div(padded, size), [&](int64_t begin, int64_t end) {
     const int64_t k0 = begin * size, k1 = std::min(padded, end * size);
-    const int64_t words_floats = M * (PAIR_DEPTH / 2);
-    float* memory = own.floats(words_floats + (column_pattern != nullptr ? RowMasks::floats(k1 - k0) : 0));
+    float* memory = own.floats(M * (PAIR_DEPTH / 2));
     if (memory == nullptr) {
       failed = true;
       return;
     }
     uint32_t* words = reinterpret_cast<uint32_t*>(memory);  // [M][PAIR_DEPTH / 2]
-    std::optional<RowMasks> masks;
     alignas(64) uint32_t expanded[PAIR_DEPTH / 2 * 64];
     for (int64_t m = 0; m < M; m++) std::fill(sums + m * padded + k0, sums + m * padded + k1, 0.0f);
     const int rows = rows_at_once(M, PAIR_DEPTH);
     for (int64_t n0 = 0; n0 < N; n0 += rows) {
       const int depth = int(std::min<int64_t>(rows, N - n0));
-      if (column_pattern != nullptr && n0 % RowMasks::ROWS == 0)
-        masks.emplace(memory + words_floats, column_pattern, n0, std::min(RowMasks::ROWS, N - n0), k0, k1 - k0, N, K);
       for (int64_t m = 0; m < M; m++) gradient_words(words + m * (PAIR_DEPTH / 2), a, m, n0, depth);
       for (int64_t k = k0; k < k1; k += 64) {
-        prefetch_tile(values, pattern, masks ? &*masks : nullptr, n0, rows, k, k0, k1, 64, AHEAD, N, K);
+        prefetch_tile(values, pattern, column_mask, n0, rows, k, k0, k1, 64, AHEAD, N, K);
         if (depth == rows && k + 64 <= K)
-          expand_pairs<true>(expanded, values, pattern, masks ? &*masks : nullptr, n0, depth, k, K);
+          expand_pairs<true>(expanded, values, pattern, column_mask, n0, depth, k, K);
         else
-          expand_pairs<false>(expanded, values, pattern, masks ? &*masks : nullptr, n0, depth, k, K);
+          expand_pairs<false>(expanded, values, pattern, column_mask, n0, depth, k, K);
         for (int64_t t = 0; t < tiles; t++) {
           const int64_t m = M * t / tiles;  // as many tokens in each tile
           add_pairs_of[M * (t + 1) / tiles - m - 1](sums + m * padded + k, padded, words + m * (PAIR_DEPTH / 2), expanded,

@@ -1,5 +1,6 @@
 // The packed metadata: bit i (least significant first) of byte [n, j] says that element [n, 8 j + i] is kept.
 // Legal bytes have two bits in each nibble, except that a row's last byte may have an empty upper nibble.
+// A column mask, uint8 [N, ceil(K / 16)]: bit i of byte [n, j] says that *value* [n, 8 j + i] is in W^{R,C} too.
 #pragma once
 
 #include <array>
@@ -17,6 +18,9 @@ struct Tables {
   std::array<uint64_t, 256> kept_words{};
   // For each of the 8 columns: which of four values lands there, 4 (a zero) if none.
   alignas(64) std::array<std::array<uint32_t, 8>, 256> expand{};
+
+  // Of a byte's kept columns those that four bits of column mask keep too.
+  std::array<std::array<uint8_t, 16>, 256> both{};
 
   // Positions of the set bits of any byte, in order; unused places repeat 0.  The first for shuffles, the second to
   // compute with.
@@ -38,6 +42,7 @@ struct Tables {
         if (is_kept) {
           kept[byte][count] = uint8_t(column);
           kept_words[byte] |= uint64_t(column) << (16 * count);
+          for (int mask = 0; mask < 16; mask++) both[byte][mask] |= uint8_t((mask >> count & 1) << column);
           count++;
         }
       }
@@ -45,6 +50,40 @@ struct Tables {
   }
 };
 inline constexpr Tables tables{};
+
+// Bytes in a row of a column mask.
+inline int64_t mask_width(int64_t K) { return (K / 2 + 7) / 8; }
+
+// The four bits of a row of a column mask, null for all, that belong to the values of byte j of the metadata.
+inline uint8_t mask_bits(const uint8_t* row, int64_t j) {
+  return row != nullptr ? row[j / 2] >> (j % 2 * 4) & 15 : 15;
+}
+
+// Metadata of up to 64 columns without those whose values the mask drops.
+inline uint64_t kept_by_both(uint64_t bits, uint32_t mask) {
+#if defined(__AVX512F__) && defined(__BMI2__)
+  return _pdep_u64(mask, bits);
+#else  // AVX2 alone does not tell of a fast one
+  uint64_t both = 0;
+  for (int j = 0; j < 8; j++) both |= uint64_t(tables.both[bits >> 8 * j & 255][mask >> 4 * j & 15]) << 8 * j;
+  return both;
+#endif
+}
+
+// All ones where four bits are set, else zeros.
+alignas(64) inline constexpr std::array<std::array<uint32_t, 4>, 16> LANES_OF = [] {
+  std::array<std::array<uint32_t, 4>, 16> lanes{};
+  for (int bits = 0; bits < 16; bits++)
+    for (int i = 0; i < 4; i++) lanes[bits][i] = bits >> i & 1 ? ~uint32_t(0) : 0;
+  return lanes;
+}();
+
+// v where four bits are set, 0 elsewhere.
+inline Vec4 keep4(Vec4 v, uint8_t bits) {
+  Int4 lanes;
+  std::memcpy(&lanes, LANES_OF[bits].data(), sizeof lanes);
+  return (Vec4)((Int4)v & lanes);
+}
 
 // Four values as floats; `count` may be 2 in the last byte of a row.
 template <class T> inline Vec4 load_values(const T* p, int count) {
@@ -82,16 +121,16 @@ inline Vec8 expand8(Vec4 values, uint8_t byte) {
 }
 
 #if defined(__AVX512F__)
-// The sixteen dense elements of two bytes of metadata.
-inline Vec expand_step(const float* v, const uint8_t* p) {
+// The sixteen dense elements of two bytes of metadata, with zeros for the values that `kept` drops.
+template <class T> inline Vec expand_step(const T* v, const uint8_t* p, uint8_t kept = 255) {
   uint16_t mask;
   std::memcpy(&mask, p, 2);
-  return (Vec)_mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zero()), mask, _mm512_zextps256_ps512(_mm256_loadu_ps(v)));
-}
-template <class T> inline Vec expand_step(const T* v, const uint8_t* p) {
-  uint16_t mask;
-  std::memcpy(&mask, p, 2);
-  return (Vec)_mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zero()), mask, _mm512_zextps256_ps512((__m256)load8(v)));
+  __m256 eight;
+  if constexpr (sizeof(T) == 4)
+    eight = _mm256_maskz_loadu_ps(kept, v);
+  else
+    eight = _mm256_maskz_mov_ps(kept, (__m256)load8(v));
+  return (Vec)_mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zero()), mask, _mm512_zextps256_ps512(eight));
 }
 #endif
 

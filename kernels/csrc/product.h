@@ -283,18 +283,20 @@ template <class T> struct ForwardLists {
   }
 };
 
-// Lists of the input gradient: column o of W, rows [r0, r1).  With a column pattern (uint8 [K, ceil(N / 8)]) only the
-// entries that it keeps too count: W^{R,C}, double-pruned.
+// Lists of the input gradient: column o of W, rows [r0, r1).  With a column mask only the entries that it keeps too count:
+// W^{R,C}, double-pruned.
 template <class T> struct ColumnLists {
   const T* values;
   const uint8_t* pattern;
-  const uint8_t* column_pattern;  // or nullptr: exact
+  const uint8_t* column_mask;  // or nullptr: exact
   int64_t N, K;
 
   void operator()(Lists& lists, int64_t o0, int64_t block, int64_t r0, int64_t r1) const {
     static_assert(CHUNK == 64 && BLOCK == 64);
-    const int64_t width = (K + 7) / 8, column_width = (N + 7) / 8;
+    const int64_t width = (K + 7) / 8;
     const int bytes = int(ceil_div(block, 8)), rows = int(r1 - r0);
+    // Bits of the mask from value o0 / 2 on, which may lie in the middle of a byte.
+    const int shift = int(o0 / 2 % 8), mask_bytes = int(ceil_div(shift + block / 2, 8));
     uint64_t kept[64] = {};
     alignas(64) float dense[64][64];
     for (int n = 0; n < rows; n++) {
@@ -305,6 +307,11 @@ template <class T> struct ColumnLists {
         prefetch(p + CHUNK * width, 8);
       }
       kept[n] = eight(p, bytes);
+      if (column_mask != nullptr) {
+        const uint8_t* also = column_mask + (r0 + n) * mask_width(K) + o0 / 16;
+        if (r1 + n < N) prefetch(also + CHUNK * mask_width(K), 4);
+        kept[n] = kept_by_both(kept[n], uint32_t(eight(also, mask_bytes) >> shift));
+      }
 #if defined(__AVX512F__)
       if (o0 + BLOCK <= K) {
         for (int c = 0; c < BLOCK; c += 16)
@@ -318,9 +325,6 @@ template <class T> struct ColumnLists {
       }
     }
     transpose_bits(kept);
-    if (column_pattern != nullptr)
-      for (int64_t o = 0; o < block; o++)
-        kept[o] &= eight(column_pattern + (o0 + o) * column_width + r0 / 8, (rows + 7) / 8);
     for (int64_t o = 0; o < block; o += WIDTH) collect(lists, &dense[0][o], kept + o, o, std::min(WIDTH, block - o), rows);
   }
 

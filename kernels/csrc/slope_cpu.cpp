@@ -1,7 +1,7 @@
 // 2:4 kernels for CPUs behind a plain C interface: no PyTorch headers, so that it compiles in seconds.
 //
 // Letters: M tokens, N out_features, K in_features; W [N, K], 2:4 along K, stored as values [N, K / 2] and pattern
-// uint8 [N, ceil(K / 8)] (pattern.h).  Sizes and strides are in elements.  dtype: 0 float32, 1 bfloat16, 2 float16;
+// uint8 [N, ceil(K / 8)], and of W^{R,C} a column mask uint8 [N, ceil(K / 16)] (pattern.h).  Sizes and strides are in elements.  dtype: 0 float32, 1 bfloat16, 2 float16;
 // every product adds up in float32.  Each function returns 0, 1 if there is no memory, or 2 for an unknown dtype.
 // The metadata should be legal (slope_cpu_illegal_groups): with any other bytes the results mean nothing, but nothing out
 // of bounds is read or written.
@@ -47,7 +47,7 @@ template <class F> int with_bits(int dtype, const F& f) {
 
 }  // namespace
 
-EXPORT int slope_cpu_abi(void) { return 2; }
+EXPORT int slope_cpu_abi(void) { return 3; }
 
 EXPORT const char* slope_cpu_isa(void) {
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
@@ -108,9 +108,9 @@ EXPORT int slope_cpu_forward(int dtype, int threads, const void* x, int64_t x_st
   });
 }
 
-// dX [M, K] = dY W; with a column pattern (uint8 [K, ceil(N / 8)], may be null) dY W^{R,C}.
+// dX [M, K] = dY W; with a column mask, which may be null, dY W^{R,C}.
 EXPORT int slope_cpu_grad_input(int dtype, int threads, const void* grad, int64_t g_stride_m, int64_t g_stride_n,
-                                const void* values, const uint8_t* pattern, const uint8_t* column_pattern, void* dx,
+                                const void* values, const uint8_t* pattern, const uint8_t* column_mask, void* dx,
                                 int64_t M, int64_t N, int64_t K) {
   if (M == 0 || K == 0) return 0;
   return with_type(dtype, [&](auto* type) {
@@ -120,17 +120,17 @@ EXPORT int slope_cpu_grad_input(int dtype, int threads, const void* grad, int64_
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
     if constexpr (std::is_same_v<T, BFloat16>) {
       T* to = static_cast<T*>(dx);
-      if (M <= (column_pattern != nullptr ? FEW_PAIR_COLUMNS : FEW_PAIR_GRADIENTS))
-        return grad_input_pairs(threads, a, v, pattern, column_pattern, to, M, N, K);
-      if (column_pattern != nullptr && M <= GROUPED)
-        return pair_product(threads, a, M, N, to, K, GroupSlots{v, pattern, column_pattern, N, K});
-      return pair_product(threads, a, M, N, to, K, ColumnSlots{v, pattern, column_pattern, N, K});
+      if (M <= (column_mask != nullptr ? FEW_PAIR_COLUMNS : FEW_PAIR_GRADIENTS))
+        return grad_input_pairs(threads, a, v, pattern, column_mask, to, M, N, K);
+      if (column_mask != nullptr && M <= GROUPED)
+        return pair_product(threads, a, M, N, to, K, GroupSlots{v, pattern, column_mask, N, K});
+      return pair_product(threads, a, M, N, to, K, ColumnSlots{v, pattern, column_mask, N, K});
     } else
 #endif
     return M <= FEW_GRADIENTS
-        ? grad_input_few(threads, a, v, pattern, column_pattern, static_cast<T*>(dx), M, N, K)
+        ? grad_input_few(threads, a, v, pattern, column_mask, static_cast<T*>(dx), M, N, K)
         : product(threads, a, M, N, Matrix<T>{}, static_cast<const T*>(nullptr), 0, static_cast<const T*>(nullptr),
-                   static_cast<T*>(dx), K, ColumnLists<T>{v, pattern, column_pattern, N, K});
+                   static_cast<T*>(dx), K, ColumnLists<T>{v, pattern, column_mask, N, K});
   });
 }
 
@@ -167,41 +167,33 @@ EXPORT int slope_cpu_compress(int dtype, int threads, const void* dense, int64_t
   });
 }
 
-// dense [N, K] of values [N, K / 2].
-EXPORT int slope_cpu_expand(int dtype, int threads, const void* values, const uint8_t* pattern, void* dense,
-                            int64_t N, int64_t K) {
+// dense [N, K] of values [N, K / 2]; with a column mask, which may be null, W^{R,C}.
+EXPORT int slope_cpu_expand(int dtype, int threads, const void* values, const uint8_t* pattern,
+                            const uint8_t* column_mask, void* dense, int64_t N, int64_t K) {
   return with_bits(dtype, [&](auto* type) {
     using U = std::remove_pointer_t<decltype(type)>;
-    expand(threads, static_cast<const U*>(values), pattern, static_cast<U*>(dense), N, K);
+    expand(threads, static_cast<const U*>(values), pattern, column_mask, static_cast<U*>(dense), N, K);
   });
 }
 
-// dense [N, K] of the entries that both patterns keep: W^{R,C} as a dense matrix.
-EXPORT int slope_cpu_expand_double_pruned(int dtype, int threads, const void* values, const uint8_t* pattern,
-                                          const uint8_t* column_pattern, void* dense, int64_t N, int64_t K) {
+// The second pruning by magnitude: column_mask uint8 [N, ceil(K / 16)].
+EXPORT int slope_cpu_pick_columns(int dtype, int threads, const void* values, const uint8_t* pattern,
+                                  uint8_t* column_mask, int64_t N, int64_t K) {
   return with_bits(dtype, [&](auto* type) {
     using U = std::remove_pointer_t<decltype(type)>;
-    expand_double_pruned(threads, static_cast<const U*>(values), pattern, column_pattern, static_cast<U*>(dense), N, K);
+    pick_columns(threads, static_cast<const U*>(values), pattern, column_mask, N, K);
   });
 }
 
-// The second pruning by magnitude: column_values [K, N / 2], column_pattern uint8 [K, ceil(N / 8)].
+// (W^{R,C})^T: column_values [K, N / 2], column_pattern uint8 [K, ceil(N / 8)], of what a column mask keeps, which may be
+// null, or else picked by magnitude.
 EXPORT int slope_cpu_compress_columns(int dtype, int threads, const void* values, const uint8_t* pattern,
-                                      void* column_values, uint8_t* column_pattern, int64_t N, int64_t K) {
+                                      const uint8_t* column_mask, void* column_values, uint8_t* column_pattern, int64_t N,
+                                      int64_t K) {
   return with_bits(dtype, [&](auto* type) {
     using U = std::remove_pointer_t<decltype(type)>;
-    columns(threads, static_cast<const U*>(values), pattern, column_pattern, nullptr, static_cast<U*>(column_values),
-            N, K);
-  });
-}
-
-// column_values [K, N / 2] for a given column pattern.
-EXPORT int slope_cpu_recompress_columns(int dtype, int threads, const void* values, const uint8_t* pattern,
-                                        const uint8_t* column_pattern, void* column_values, int64_t N, int64_t K) {
-  return with_bits(dtype, [&](auto* type) {
-    using U = std::remove_pointer_t<decltype(type)>;
-    columns(threads, static_cast<const U*>(values), pattern, nullptr, column_pattern, static_cast<U*>(column_values),
-            N, K);
+    compress_columns(threads, static_cast<const U*>(values), pattern, column_mask, static_cast<U*>(column_values),
+                     column_pattern, N, K);
   });
 }
 

@@ -38,10 +38,11 @@ inline void transpose16x8(uint32_t* to, int64_t stride, const __m256i (&columns)
   }
 }
 
-// The two columns that a nibble names, in the halves of a word; see kept_indices for one that has not two bits.
+// The first two that a nibble names, in order, in the halves of a word.  One with fewer bits names others besides: of a
+// column mask, whose weights there are zero.
 alignas(64) inline constexpr std::array<uint32_t, 16> NAMED = {
-    0,       0,       0x10001, 0x10000, 0x20002, 0x20000, 0x20001, 0x20000,
-    0x30003, 0x30000, 0x30001, 0x30000, 0x30002, 0x30000, 0x30001, 0x30000};
+    0x10000, 0x10000, 0x10000, 0x10000, 0x20000, 0x20000, 0x20001, 0x10000,
+    0x30000, 0x30000, 0x30001, 0x10000, 0x30002, 0x20000, 0x20001, 0x10000};
 
 // Slots of the forward product: outputs are rows of W, the reduction runs along its columns.
 struct ForwardSlots {
@@ -110,38 +111,42 @@ alignas(64) inline constexpr std::array<uint16_t, 32> NUMBERS = [] {
   return numbers;
 }();
 
-// 64 columns of W from a multiple of 64 on, brought together, and the metadata of 256: in the weight, rows are far apart,
+// 64 columns of W or W^{R,C} from a multiple of 64 on, brought together, and the metadata of 256: in the weight, rows are far apart,
 // often a power of two, and the lines that one column wants would be lost from the cache before its neighbour wants them.
 class Strip {
  public:
   static constexpr int64_t COLUMNS = 64, STRIPS = 4;  // columns of values; strips whose metadata comes at once
 
   // Floats of memory for so many rows.
-  static int64_t floats(int64_t N) { return padded(N) * (COLUMNS / 4 + 2 * STRIPS); }
+  static int64_t floats(int64_t N) { return padded(N) * (COLUMNS / 4 + 3 * STRIPS); }
 
-  Strip(float* memory, const BFloat16* values, const uint8_t* pattern, int64_t N, int64_t K)
-      : values_(values), pattern_(pattern), N_(N), K_(K), rows_(padded(N)),
+  Strip(float* memory, const BFloat16* values, const uint8_t* pattern, const uint8_t* column_mask, int64_t N, int64_t K)
+      : values_(values), pattern_(pattern), column_mask_(column_mask), N_(N), K_(K), rows_(padded(N)),
         strip_(reinterpret_cast<BFloat16*>(memory)),
-        bits_(reinterpret_cast<uint64_t*>(memory + rows_ * (COLUMNS / 4))) {}
+        bits_(reinterpret_cast<uint64_t*>(memory + rows_ * (COLUMNS / 4))),
+        masks_(reinterpret_cast<uint32_t*>(memory + rows_ * (COLUMNS / 4 + 2 * STRIPS))) {}
 
   // Brings the strip of column o, if it is not there.
   void bring(int64_t o) {
     const int64_t before = at_;
     at_ = o / COLUMNS;
     if (at_ == before) return;
+    if (before < 0 || at_ / STRIPS != before / STRIPS) {
+      bring(bits_, pattern_, (K_ + 7) / 8);
+      if (column_mask_ != nullptr) bring(masks_, column_mask_, mask_width(K_));
+    }
     bring_values();
-    if (before < 0 || at_ / STRIPS != before / STRIPS) bring_bits();
   }
 
-  // dense [32] = rows [r0, r0 + 32), columns [o, o + 16), and their metadata; zeros past N and K.
+  // dense [32] = rows [r0, r0 + 32), columns [o, o + 16), and bits of what is kept in each; zeros past N and K.
   void expand(__m256i (&dense)[32], uint16_t (&bits)[32], int64_t r0, int64_t o) const {
-    const int64_t column = o % COLUMNS;
-    const uint64_t* words = bits_ + at_ % STRIPS * rows_ + r0;
+    const int64_t column = o % COLUMNS, at = at_ % STRIPS * rows_ + r0;
     for (int n = 0; n < 32; n++) {
       const auto* kept = reinterpret_cast<const __m128i*>(strip_ + (r0 + n) * (COLUMNS / 2) + column / 2);
-      bits[n] = uint16_t(words[n] >> column);
+      bits[n] = uint16_t(bits_[at + n] >> column);
       dense[n] = _mm256_mask_expand_epi16(_mm512_castsi512_si256(fresh_zero()), bits[n],
                                           _mm256_castsi128_si256(_mm_load_si128(kept)));
+      if (column_mask_ != nullptr) bits[n] = uint16_t(kept_by_both(bits[n], masks_[at + n] >> column / 2));
     }
   }
 
@@ -153,86 +158,80 @@ class Strip {
     const int64_t there = std::min(COLUMNS, K_ - at_ * COLUMNS);
     const __mmask32 mask = there == COLUMNS ? ~__mmask32(0) : (__mmask32(1) << there / 2) - 1;
     const BFloat16* v = values_ + at_ * (COLUMNS / 2);
+    const uint32_t* also = column_mask_ != nullptr ? masks_ + at_ % STRIPS * rows_ : nullptr;
     for (int64_t n = 0; n < rows_; n++, v += K_ / 2) {
       if (n + AHEAD_ROWS < N_) __builtin_prefetch(v + AHEAD_ROWS * (K_ / 2), 0, 2);
-      _mm512_store_si512(strip_ + n * (COLUMNS / 2), _mm512_maskz_loadu_epi16(n < N_ ? mask : 0, v));
+      const __mmask32 kept = n < N_ ? mask & (also != nullptr ? also[n] : ~__mmask32(0)) : 0;
+      _mm512_store_si512(strip_ + n * (COLUMNS / 2), _mm512_maskz_loadu_epi16(kept, v));
     }
   }
 
-  // bits [STRIPS][N].
-  void bring_bits() {
-    const int64_t width = (K_ + 7) / 8, first = at_ / STRIPS * STRIPS * (COLUMNS / 8);
-    const int64_t bytes = std::min(STRIPS * COLUMNS / 8, width - first);
-    const uint8_t* p = pattern_ + first;
+  // to [STRIPS][N] words, one a strip, of rows of `width` bytes.
+  template <class Word> void bring(Word* to, const uint8_t* from, int64_t width) {
+    const int64_t first = at_ / STRIPS * STRIPS * int64_t(sizeof(Word));
+    const int64_t bytes = std::min<int64_t>(STRIPS * sizeof(Word), width - first);
+    const uint8_t* p = from + first;
     for (int64_t n = 0; n < rows_; n++, p += width) {
       if (n + AHEAD_ROWS < N_) __builtin_prefetch(p + AHEAD_ROWS * width, 0, 2);
-      uint64_t words[STRIPS] = {};
+      Word words[STRIPS] = {};
       if (n < N_) {
         if (bytes == sizeof words)
           std::memcpy(words, p, sizeof words);
         else
           std::memcpy(words, p, bytes);
       }
-      for (int64_t s = 0; s < STRIPS; s++) bits_[s * rows_ + n] = words[s];
+      for (int64_t s = 0; s < STRIPS; s++) to[s * rows_ + n] = words[s];
     }
   }
 
   const BFloat16* values_;
-  const uint8_t* pattern_;
+  const uint8_t *pattern_, *column_mask_;
   int64_t N_, K_, rows_, at_ = -1;
   BFloat16* strip_;  // [N][32]
   uint64_t* bits_;   // [STRIPS][N]
+  uint32_t* masks_;  // [STRIPS][N], a bit for each value
 };
 
-// Bits of 16 columns of a column pattern, rows [r0, r0 + 32): word c is column o0 + c; zeros past N and past o0 + count.
-inline void column_bits(uint32_t (&bits)[16], const uint8_t* column_pattern, int64_t r0, int64_t o0, int64_t count,
-                        int64_t N) {
-  const int64_t column_width = (N + 7) / 8, bytes = std::min<int64_t>(4, column_width - r0 / 8);
-  for (int64_t c = 0; c < 16; c++) {
-    bits[c] = 0;
-    if (c >= count) continue;
-    const uint8_t* from = column_pattern + (o0 + c) * column_width + r0 / 8;
-    if (bytes == 4)
-      std::memcpy(&bits[c], from, 4);
-    else
-      std::memcpy(&bits[c], from, bytes);
-  }
+// word c: bit n says whether row n keeps column c.
+inline void bits_of_columns(uint32_t (&columns)[16], const uint16_t (&rows)[32]) {
+  const __m512i bits = _mm512_load_si512(rows);
+  for (int c = 0; c < 16; c++) columns[c] = _mm512_test_epi16_mask(bits, _mm512_set1_epi16(int16_t(1 << c)));
 }
 
 // What slots of an input gradient are made of: outputs are columns of W, the reduction runs along its rows.
 struct StripSlots {
   const BFloat16* values;
   const uint8_t* pattern;
-  const uint8_t* column_pattern;  // [K, ceil(N / 8)], or nullptr: exact
+  const uint8_t* column_mask;  // [N, ceil(K / 16)], or nullptr: exact
   int64_t N, K;
 
   int64_t work_floats() const { return Strip::floats(N); }
-  Strip work(float* memory) const { return Strip(memory, values, pattern, N, K); }
+  Strip work(float* memory) const { return Strip(memory, values, pattern, column_mask, N, K); }
 };
 
 // Slots of the double-pruned input gradient that cost little to make: one for each group of four rows, of which a column
-// keeps two, as in a forward product.  8 where ColumnSlots finds 6.9.
+// keeps two at most, as in a forward product.  8 where ColumnSlots finds 6.9.
 struct GroupSlots : StripSlots {
   static constexpr int MOST = 8;
   static constexpr bool OVERLAP = false;
 
-  int operator()(Strip& strip, Slot* slots, int32_t* starts, int64_t o0, int64_t count, int64_t blocks) const {
+  int operator()(Strip& strip, Slot* slots, int32_t* starts, int64_t o0, int64_t, int64_t blocks) const {
     strip.bring(o0);
     int at = 0;
     for (int64_t b = 0; b < blocks; b++) {
       starts[b] = at;
-      at += block(strip, slots + at, o0, count, b * LANE_BLOCK);
+      at += block(strip, slots + at, o0, b * LANE_BLOCK);
     }
     return at;
   }
 
  private:
-  int block(const Strip& strip, Slot* slots, int64_t o0, int64_t count, int64_t r0) const {
+  int block(const Strip& strip, Slot* slots, int64_t o0, int64_t r0) const {
     alignas(64) uint32_t bits[16];
-    uint16_t row_bits[32];
+    alignas(64) uint16_t row_bits[32];
     __m256i dense[32];
     strip.expand(dense, row_bits, r0, o0);
-    column_bits(bits, column_pattern, r0, o0, count, N);
+    bits_of_columns(bits, row_bits);
     const __m512i b = _mm512_load_si512(bits), named = _mm512_load_si512(NAMED.data());
     const __m512i columns = _mm512_setr_epi32(0, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005, 0x60006, 0x70007, 0x80008,
                                               0x90009, 0xa000a, 0xb000b, 0xc000c, 0xd000d, 0xe000e, 0xf000f);
@@ -255,17 +254,17 @@ struct ColumnSlots : StripSlots {
   static constexpr int MOST = 16;
   static constexpr bool OVERLAP = true;
 
-  int operator()(Strip& strip, Slot* slots, int32_t* starts, int64_t o0, int64_t count, int64_t blocks) const {
+  int operator()(Strip& strip, Slot* slots, int32_t* starts, int64_t o0, int64_t, int64_t blocks) const {
     strip.bring(o0);
     int at = 0;
     Columns now, next, middle;
     for (int64_t b = 0; b < blocks; b++) {
       const bool last = b + 1 == blocks;
-      if (b == 0) load(strip, now, o0, count, 0);
+      if (b == 0) load(strip, now, o0, 0);
       starts[2 * b] = at;
       at += take(slots + at, now, last ? ~0u : 0xffffu);
       if (last) break;
-      load(strip, next, o0, count, (b + 1) * LANE_BLOCK);
+      load(strip, next, o0, (b + 1) * LANE_BLOCK);
       for (int c = 0; c < 16; c++) {
         middle.kept[c] = now.kept[c] >> 16 | next.kept[c] << 16;
         middle.weights[c] = _mm512_shuffle_i64x2(now.weights[c], next.weights[c], 0x4e);
@@ -317,7 +316,7 @@ struct ColumnSlots : StripSlots {
     return used;
   }
 
-  void load(const Strip& strip, Columns& columns, int64_t o0, int64_t count, int64_t r0) const {
+  void load(const Strip& strip, Columns& columns, int64_t o0, int64_t r0) const {
     alignas(64) uint16_t bits[32];
     __m256i dense[32];
     strip.expand(dense, bits, r0, o0);
@@ -325,12 +324,7 @@ struct ColumnSlots : StripSlots {
     __m512i (&r)[16] = columns.weights;
     for (int n = 0; n < 16; n++) r[n] = _mm512_inserti64x4(_mm512_castsi256_si512(dense[n]), dense[16 + n], 1);
     columns_of_rows(r);
-    const __m512i row_bits = _mm512_load_si512(bits);
-    for (int c = 0; c < 16; c++) columns.kept[c] = _mm512_test_epi16_mask(row_bits, _mm512_set1_epi16(int16_t(1 << c)));
-    if (column_pattern == nullptr) return;
-    uint32_t also[16];
-    column_bits(also, column_pattern, r0, o0, count, N);
-    for (int c = 0; c < 16; c++) columns.kept[c] &= also[c];
+    bits_of_columns(columns.kept, bits);
   }
 
   // 16 vectors of (row r, row 16 + r), each of 16 columns -> 16 columns of 32 rows.

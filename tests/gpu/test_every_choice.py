@@ -118,7 +118,7 @@ class Case:
         found = {
             "forward": (self.x, *stored),
             "grad_input": (self.grad, *stored),
-            "grad_input_columns": (self.grad, *stored, packed(self.columns.t())),
+            "grad_input_columns": (self.grad, *stored, packed(kept(self.columns, self.mask))),
             "grad_weight": (self.grad, self.x, stored[1]),
         }[op]
         return tuple(t.to(DEVICE) for t in found)

@@ -82,8 +82,8 @@ def test_under_max_autotune(dynamic: bool) -> None:
     assert_near(step(run, model, x.bfloat16()), expected)
 
 
-def test_cuda_graphs_follow_optimizer_and_column_pattern() -> None:
-    """reduce-overhead: replayed steps use the updated weights and the pattern that was refreshed in place."""
+def test_cuda_graphs_follow_optimizer_and_column_mask() -> None:
+    """reduce-overhead: replayed steps use the updated weights and the column mask that was refreshed in place."""
     graphed = prepared(column_refresh=2)
     plain = copy.deepcopy(graphed)
     run = torch.compile(graphed, backend="slope", mode="reduce-overhead")

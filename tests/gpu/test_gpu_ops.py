@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from problems import Shape, draw, draw_mask, every_dtype, packed
+from problems import Shape, draw, draw_columns, every_dtype, kept, packed
 from slope_compile.kernels import (
     gpu_ops,
     gpu_rules,
@@ -47,9 +47,10 @@ def assert_near(result: Tensor, truth: Tensor, scale: Tensor) -> None:
 
 @every_dtype
 @pytest.mark.usefixtures("way")
-def test_both_ways(dtype: torch.dtype) -> None:
-    p = draw(Pattern(2, 4), Shape((2, 5), 20, 9), dtype)
-    columns = packed(draw_mask(36, 20, p.nm))
+@pytest.mark.parametrize("N", [20, 7])
+def test_both_ways(N: int, dtype: torch.dtype) -> None:
+    p = draw(Pattern(2, 4), Shape((2, 5), N, 9), dtype)
+    columns = packed(torch.rand(p.values.shape) < 0.8)
     # On a GPU through the dispatcher; interpreted, the functions that are registered for it.
     table = ops if DEVICE == "cuda" else gpu_ops
 
@@ -68,21 +69,31 @@ def test_both_ways(dtype: torch.dtype) -> None:
     check("grad_weight", p.grad, p.x, p.pattern)
     check("expand", p.values, p.pattern)
     check("compress", p.weight, p.pattern)
-    check("recompress_columns", p.values, p.pattern, columns)
+    if N % 4:
+        return
+    values, pattern, given = (t.to(DEVICE) for t in (p.values, p.pattern, columns))
+    picked = table.pick_columns(values, pattern, *p.ints)
+    assert torch.equal(picked.cpu(), reference.pick_columns(p.values, p.pattern, *p.ints))
+    for mask in (None, given):
+        found = table.compress_columns(values, pattern, *p.ints, mask)
+        definition = reference.compress_columns(values, pattern, *p.ints, mask)
+        assert all(map(torch.equal, found, definition))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["linear", "grad_input", "grad_input_columns", "grad_weight", "compress_columns"])
+@pytest.mark.parametrize(
+    "name", ["linear", "grad_input", "grad_input_columns", "grad_weight", "pick_columns", "compress_columns"]
+)
 def test_a_first_call_while_a_graph_is_captured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is tested then, and nothing that the capture makes is kept: the definition is recorded, and is right."""
     monkeypatch.setattr(self_tests, "_ended", set())
     metadata._kept_table.cache_clear()
     p = draw(Pattern(2, 4), Shape((10,), 20, 9), torch.bfloat16)
-    columns = packed(draw_mask(36, 20, p.nm))
+    columns = packed(kept(draw_columns(p.mask, p.nm), p.mask))
     given = {
         "linear": (p.x, p.values, p.pattern, p.bias), "grad_input": (p.grad, p.values, p.pattern),
         "grad_input_columns": (p.grad, p.values, p.pattern, columns), "grad_weight": (p.grad, p.x, p.pattern),
-        "compress_columns": (p.values, p.pattern),
+        "pick_columns": (p.values, p.pattern), "compress_columns": (p.values, p.pattern),
     }[name]  # fmt: skip
     arguments = [t.cuda() for t in given]
     torch.zeros(8, 8, device="cuda").mm(torch.zeros(8, 8, device="cuda"))  # cuBLAS is there

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from problems import SHAPES, Problem, Shape, column_mask, draw, draw_mask, every_dtype, kept, packed
+from problems import (
+    SHAPES,
+    Problem,
+    Shape,
+    column_mask,
+    draw,
+    draw_columns,
+    draw_mask,
+    every_dtype,
+    kept,
+    packed,
+)
 from slope_compile.kernels import reference, triton_configs, triton_products
 from slope_compile.pattern import Pattern
 from tolerances import relative_error, rounding
@@ -78,8 +89,8 @@ def check_grad_input(
     p: Problem, dtype: torch.dtype, columns: Tensor | None, config: triton_configs.Config | None = None
 ) -> None:
     grad, values, pattern = map(on_device, (p.grad, p.values, p.pattern))
-    weight = p.weight if columns is None else p.weight * columns.t()
-    stored = None if columns is None else on_device(packed(columns))
+    weight = p.weight if columns is None else p.weight * columns
+    stored = None if columns is None else on_device(packed(kept(columns, p.mask)))
     result = triton_products.grad_input(grad, values, pattern, stored, config=config)
     scale = p.grad.double().abs() @ weight.double().abs()
     assert_as_good(result, lambda d: p.grad.to(d) @ weight.to(d), scale, dtype, p.grad.shape[-1])
@@ -99,17 +110,20 @@ def test_products(shape: Shape, dtype: torch.dtype) -> None:
     p = draw(TWO_FOUR, shape, dtype)
     check_forward(p, dtype)
     check_grad_input(p, dtype, None)
-    if shape.N % 4 == 0:
-        check_grad_input(p, dtype, draw_mask(p.weight.shape[1], shape.N, TWO_FOUR))
+    check_grad_input(p, dtype, torch.rand(p.mask.shape) < 0.8)
     check_grad_weight(p, dtype)
     assert torch.equal(triton_products.expand(on_device(p.values), on_device(p.pattern)).cpu(), p.weight)
 
 
 @every_dtype
-@pytest.mark.parametrize("kernel", ["forward", "grad_input", "grad_weight"])
-def test_every_configuration(kernel: str, dtype: torch.dtype) -> None:
-    p = draw(TWO_FOUR, Shape((37,), 76, 35), dtype)
-    columns = draw_mask(p.weight.shape[1], 76, TWO_FOUR)
+@pytest.mark.parametrize(
+    ("kernel", "groups"),
+    [("forward", 35), ("forward", 48), ("grad_input", 35), ("grad_input", 48), ("grad_weight", 35)],
+)
+def test_every_configuration(kernel: str, groups: int, dtype: torch.dtype) -> None:
+    """Rows of 48 groups are whole words of patterns and column masks, which are read as such."""
+    p = draw(TWO_FOUR, Shape((37,), 76, groups), dtype)
+    columns = torch.rand(p.mask.shape) < 0.8
     for config in triton_configs.configurations(kernel, dtype, arch=triton_products.arch(torch.device(DEVICE)) or 90):
         if kernel == "forward":
             check_forward(p, dtype, config)
@@ -132,15 +146,16 @@ def test_low_rank_update(R: int, dtype: torch.dtype) -> None:
     assert_as_good(result, lambda d: joined.to(d) @ weight.to(d).t(), scale, dtype, joined.shape[-1])
 
 
-def check_columns(values: Tensor, pattern: Tensor, weight: Tensor) -> None:
-    """The pattern is the one picked by counting; both ways give the kept values of the transpose, bit by bit."""
-    mask = column_mask(weight, TWO_FOUR).t()
-    found, found_pattern = triton_products.compress_columns(on_device(values), on_device(pattern))
-    assert torch.equal(found_pattern.cpu(), packed(mask))
-    expected = kept(weight.t(), mask)
-    assert torch.equal(bits(found.cpu()), bits(expected))
-    again = triton_products.recompress_columns(on_device(values), on_device(pattern), found_pattern)
-    assert torch.equal(bits(again.cpu()), bits(expected))
+def check_columns(mask: Tensor, weight: Tensor) -> None:
+    """Columns are those picked by counting; the transpose has their values, bit by bit, picked then or before."""
+    values, pattern = on_device(kept(weight, mask)), on_device(packed(mask))
+    picked = column_mask(weight, TWO_FOUR)
+    column_mask_found = triton_products.pick_columns(values, pattern)
+    assert torch.equal(column_mask_found.cpu(), packed(kept(picked, mask)))
+    for given in (None, column_mask_found):
+        found, found_pattern = triton_products.compress_columns(values, pattern, given)
+        assert torch.equal(bits(found.cpu()), bits(kept(weight.t(), picked.t())))
+        assert torch.equal(found_pattern.cpu(), packed(picked.t()))
 
 
 def bits(t: Tensor) -> Tensor:
@@ -148,14 +163,18 @@ def bits(t: Tensor) -> Tensor:
 
 
 @every_dtype
-@pytest.mark.parametrize(("N", "groups"), [(4, 1), (12, 9), (64, 32), (76, 35), (132, 67)])
+@pytest.mark.parametrize(("N", "groups"), [(4, 1), (12, 9), (20, 3), (64, 32), (76, 35), (132, 67)])
 def test_conversions(N: int, groups: int, dtype: torch.dtype) -> None:
     p = draw(TWO_FOUR, Shape((1,), N, groups), dtype)
-    check_columns(p.values, p.pattern, torch.where(p.mask, p.weight, 0.0))  # randn * False may be -0
-    other = draw_mask(p.weight.shape[1], N, TWO_FOUR)
-    values, pattern, columns = map(on_device, (p.values, p.pattern, packed(other)))
-    found = triton_products.recompress_columns(values, pattern, columns)
-    assert torch.equal(found.cpu(), kept(p.weight.t(), other))
+    check_columns(p.mask, torch.where(p.mask, p.weight, 0.0))  # randn * False may be -0
+    other = draw_columns(p.mask, TWO_FOUR)
+    twice = torch.where(other, p.weight, 0.0)
+    values, pattern, given = map(on_device, (p.values, p.pattern, packed(kept(other, p.mask))))
+    found, found_pattern = triton_products.compress_columns(values, pattern, given)
+    slots = column_mask(twice, TWO_FOUR).t()
+    assert torch.equal(found.cpu(), kept(twice.t(), slots))
+    assert torch.equal(found_pattern.cpu(), packed(slots))
+    assert torch.equal(triton_products.expand(values, pattern, given).cpu(), twice)
     for weight in (p.weight, p.weight.t().contiguous().t(), p.weight.repeat(1, 2)[:, : p.weight.shape[1]]):
         found = triton_products.compress(on_device(weight), on_device(p.pattern))
         assert torch.equal(found.cpu(), p.values)
@@ -169,11 +188,13 @@ def test_columns_of_adversarial_magnitudes(dtype: torch.dtype) -> None:
     weight = special[torch.randint(len(special), (64, 36))].to(dtype) * 1
     mask = draw_mask(64, 36, TWO_FOUR)
     weight = torch.where(mask, weight, torch.zeros((), dtype=dtype))
-    check_columns(kept(weight, mask), packed(mask), weight)
+    check_columns(mask, weight)
     weight[5, :] = torch.where(mask[5], math.nan, weight[5])
-    pattern = packed(mask)
-    found, found_pattern = triton_products.compress_columns(on_device(kept(weight, mask)), on_device(pattern))
-    expected, expected_pattern = reference.compress_columns(kept(weight, mask), pattern, 2, 4)
+    values, pattern = kept(weight, mask), packed(mask)
+    column_mask_found = triton_products.pick_columns(on_device(values), on_device(pattern))
+    assert torch.equal(column_mask_found.cpu(), reference.pick_columns(values, pattern, 2, 4))
+    found, found_pattern = triton_products.compress_columns(on_device(values), on_device(pattern))
+    expected, expected_pattern = reference.compress_columns(values, pattern, 2, 4)
     assert torch.equal(found_pattern.cpu(), expected_pattern)
     torch.testing.assert_close(found.cpu(), expected, rtol=0.0, atol=0.0, equal_nan=True)
 
@@ -208,14 +229,14 @@ def test_every_pattern_in_every_position(dtype: torch.dtype) -> None:
     values, pattern = on_device(kept(weight, mask)), on_device(packed(mask))
     x = (torch.arange(3 * 64).view(3, 64) % 5 - 2).to(dtype)
     grad = (torch.arange(3 * 12).view(3, 12) % 3 - 1).to(dtype)
-    columns = six_patterns().repeat(11, 1)[:64, :12]
+    columns = six_patterns().repeat(11, 1)[:64, :12].t()
     assert torch.equal(triton_products.expand(values, pattern).cpu(), weight)
     y = triton_products.forward(on_device(x), values, pattern)
     assert torch.equal(y.cpu().double(), x.double() @ weight.double().t())
     dx = triton_products.grad_input(on_device(grad), values, pattern)
     assert torch.equal(dx.cpu().double(), grad.double() @ weight.double())
-    dx = triton_products.grad_input(on_device(grad), values, pattern, on_device(packed(columns)))
-    assert torch.equal(dx.cpu().double(), grad.double() @ (weight * columns.t()).double())
+    dx = triton_products.grad_input(on_device(grad), values, pattern, on_device(packed(kept(columns, mask))))
+    assert torch.equal(dx.cpu().double(), grad.double() @ (weight * columns).double())
     dv = triton_products.grad_weight(on_device(grad), on_device(x), pattern)
     assert torch.equal(dv.cpu().double(), kept(grad.double().t() @ x.double(), mask))
 
@@ -224,14 +245,18 @@ def test_every_pattern_in_every_position(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_pruned_does_not_leak(bad: float, dtype: torch.dtype) -> None:
     p = draw(TWO_FOUR, Shape((5,), 16, 9), dtype)
-    # A kept value that the column pattern drops: the double-pruned gradient must not see it.
-    columns = draw_mask(36, 16, TWO_FOUR)
-    dropped = p.mask & ~columns.t()
-    poisoned = torch.where(dropped, bad, p.weight)
-    grad, pattern, stored = map(on_device, (p.grad, p.pattern, packed(columns)))
-    result = triton_products.grad_input(grad, on_device(kept(poisoned, p.mask)), pattern, stored)
-    expected = triton_products.grad_input(grad, on_device(p.values), pattern, stored)
-    assert torch.equal(result, expected)
+    # A kept value that the column mask drops: nothing of W^{R,C} must see it.
+    stays = kept(draw_columns(p.mask, TWO_FOUR), p.mask)
+    poisoned = on_device(torch.where(stays, p.values, bad))
+    grad, values, pattern, stored = map(on_device, (p.grad, p.values, p.pattern, packed(stays)))
+    products: tuple[Callable[[Tensor], Tensor], ...] = (
+        lambda v: triton_products.grad_input(grad, v, pattern, stored),
+        lambda v: triton_products.expand(v, pattern, stored),
+        lambda v: triton_products.compress_columns(v, pattern, stored)[0],
+        lambda v: triton_products.compress_columns(v, pattern, stored)[1],
+    )
+    for product in products:
+        assert torch.equal(product(poisoned), product(values))
     # A sum that is not finite at pruned positions alone: one input feature, pruned in every row.
     mask = p.mask.clone()
     mask[:, :4] = torch.tensor([True, False, True, False])
@@ -277,3 +302,8 @@ def test_zero_sizes(M: int, N: int, K: int) -> None:
     assert torch.equal(triton_products.grad_input(grad, values, pattern), grad.new_zeros(M, K))
     assert torch.equal(triton_products.grad_weight(grad, x, pattern), grad.new_zeros(N, K // 2))
     assert triton_products.expand(values, pattern).shape == (N, K)
+    stored = triton_products.pick_columns(values, pattern)
+    assert stored.shape == (N, K // 16)
+    assert torch.equal(triton_products.grad_input(grad, values, pattern, stored), grad.new_zeros(M, K))
+    column_values, column_pattern = triton_products.compress_columns(values, pattern, stored)
+    assert (column_values.shape, column_pattern.shape) == ((K, N // 2), (K, N // 8))

@@ -32,21 +32,20 @@ int slope_cpu_forward(int dtype, int threads, const void* x, int64_t x_stride_m,
                       const uint8_t* pattern, const void* bias, const void* down, const void* up, int64_t R, void* y,
                       int64_t M, int64_t N, int64_t K);
 int slope_cpu_grad_input(int dtype, int threads, const void* grad, int64_t g_stride_m, int64_t g_stride_n,
-                         const void* values, const uint8_t* pattern, const uint8_t* column_pattern, void* dx, int64_t M,
+                         const void* values, const uint8_t* pattern, const uint8_t* column_mask, void* dx, int64_t M,
                          int64_t N, int64_t K);
 int slope_cpu_grad_weight(int dtype, int threads, const void* grad, int64_t g_stride_m, int64_t g_stride_n,
                           const void* x, int64_t x_stride_m, int64_t x_stride_k, const uint8_t* pattern, void* dv,
                           int accumulate, int64_t M, int64_t N, int64_t K);
 int slope_cpu_compress(int dtype, int threads, const void* dense, int64_t stride_n, int64_t stride_k,
                        const uint8_t* pattern, void* values, int64_t N, int64_t K);
-int slope_cpu_expand(int dtype, int threads, const void* values, const uint8_t* pattern, void* dense, int64_t N,
-                     int64_t K);
-int slope_cpu_compress_columns(int dtype, int threads, const void* values, const uint8_t* pattern, void* column_values,
-                               uint8_t* column_pattern, int64_t N, int64_t K);
-int slope_cpu_expand_double_pruned(int dtype, int threads, const void* values, const uint8_t* pattern,
-                                   const uint8_t* column_pattern, void* dense, int64_t N, int64_t K);
-int slope_cpu_recompress_columns(int dtype, int threads, const void* values, const uint8_t* pattern,
-                                 const uint8_t* column_pattern, void* column_values, int64_t N, int64_t K);
+int slope_cpu_expand(int dtype, int threads, const void* values, const uint8_t* pattern, const uint8_t* column_mask,
+                     void* dense, int64_t N, int64_t K);
+int slope_cpu_pick_columns(int dtype, int threads, const void* values, const uint8_t* pattern, uint8_t* column_mask,
+                           int64_t N, int64_t K);
+int slope_cpu_compress_columns(int dtype, int threads, const void* values, const uint8_t* pattern,
+                               const uint8_t* column_mask, void* column_values, uint8_t* column_pattern, int64_t N,
+                               int64_t K);
 int64_t slope_cpu_illegal_groups(const uint8_t* pattern, int64_t N, int64_t K);
 }
 
@@ -204,14 +203,14 @@ struct Case {
     return m;
   }
 
-  void grad_input(const Pattern* columns) {
-    const char* name = columns != nullptr ? "grad_input (double-pruned)" : "grad_input";
+  void grad_input(const Pattern* mask) {
+    const char* name = mask != nullptr ? "grad_input (double-pruned)" : "grad_input";
     const Matrix grad = laid_out(random, type, M, N, special);
     Matrix dx = contiguous(type, M, K);
     same_for_threads(name, dx.buffer, [&](int threads, void* to) {
       return slope_cpu_grad_input(type, threads, grad.buffer.data(), grad.row_stride, grad.column_stride,
                                   values.buffer.data(), pattern.buffer.data(),
-                                  columns != nullptr ? columns->buffer.data() : nullptr, to, M, N, K);
+                                  mask != nullptr ? mask->buffer.data() : nullptr, to, M, N, K);
     });
     const auto grads = grad.numbers(), results = dx.numbers();
     for (int64_t m = 0; m < M; m++)
@@ -219,7 +218,7 @@ struct Case {
         Expected expected;
         for (int64_t n = 0; n < N; n++)
           expected.add(grads[size_t(m * N + n)], weight(n, k),
-                       kept(n, k) && (columns == nullptr || columns->kept(k, n)));
+                       kept(n, k) && (mask == nullptr || kept_twice(*mask, n, k)));
         check(name, type, results[size_t(m * K + k)], expected, m, k);
       }
   }
@@ -260,81 +259,110 @@ struct Case {
                   "compress took another element");
   }
 
-  void expand() {
-    Matrix result = contiguous(type, N, K);
-    same_for_threads("expand", result.buffer, [&](int threads, void* to) {
-      return slope_cpu_expand(type, threads, values.buffer.data(), pattern.buffer.data(), to, N, K);
-    });
-    const uint8_t zero[4] = {};
-    for (int64_t n = 0; n < N; n++)
-      for (int64_t k = 0; k < K; k++)
-        require(std::memcmp(result.at(n, k), kept(n, k) ? values.at(n, slot[size_t(n * K + k)]) : zero,
-                            size_t(SIZE[type])) == 0,
-                "expand is wrong");
+  // Whether a column mask keeps the value of [n, k], one that the pattern keeps.
+  bool kept_twice(const Pattern& mask, int64_t n, int64_t k) const { return mask.kept(n, slot[size_t(n * K + k)]); }
+
+  Pattern empty_mask() const {
+    const int64_t width = (K / 2 + 7) / 8;
+    return {N, K / 2, width, Buffer(N * width)};
   }
 
-  void columns() {
-    if (N % 4 != 0) return;
-    const int64_t width = (N + 7) / 8;
-    Matrix result = contiguous(type, K, N / 2);
-    Pattern chosen{K, N, width, Buffer(K * width)};
-    same_for_threads("compress_columns", result.buffer, [&](int threads, void* to) {
-      return slope_cpu_compress_columns(type, threads, values.buffer.data(), pattern.buffer.data(), to,
-                                        chosen.buffer.data(), N, K);
-    });
-    for (int64_t k = 0; k < K; k++) {
-      for (int64_t n = 0; n < 8 * width; n++) {
-        int64_t before = 0;  // how many of the group go before it: larger, or as large and earlier
-        for (int64_t other = n / 4 * 4; n < N && other < n / 4 * 4 + 4; other++) {
-          const double mine = size_of(weight(n, k)), its = size_of(weight(other, k));
-          before += its > mine || (its == mine && other < n);
-        }
-        require(chosen.kept(k, n) == (n < N && before < 2), "compress_columns chose another pattern");
+  // Two of each four rows of a column, or what is left of them; at times fewer.
+  Pattern draw_mask() {
+    Pattern mask = empty_mask();
+    for (int64_t i = 0; i < mask.buffer.size(); i++) mask.buffer.data()[i] = 0;
+    const bool sparse = random.once_in(3);
+    const Pattern given = draw_pattern(random, K, (N + 3) / 4 * 4);
+    for (int64_t n = 0; n < N; n++)
+      for (int64_t k = 0; k < K; k++) {
+        if (!kept(n, k) || !given.kept(k, n) || (sparse && random.once_in(2))) continue;
+        const int64_t at = slot[size_t(n * K + k)];
+        mask.buffer.data()[n * mask.width + at / 8] |= uint8_t(1 << at % 8);
       }
-    }
-    check_columns("compress_columns", result, chosen);
-    require(slope_cpu_illegal_groups(chosen.buffer.data(), K, N) == 0, "illegal_groups refuses the column pattern");
+    return mask;
+  }
 
-    const Pattern given = draw_pattern(random, K, N);
-    Matrix again = contiguous(type, K, N / 2);
-    same_for_threads("recompress_columns", again.buffer, [&](int threads, void* to) {
-      return slope_cpu_recompress_columns(type, threads, values.buffer.data(), pattern.buffer.data(),
-                                          given.buffer.data(), to, N, K);
-    });
-    check_columns("recompress_columns", again, given);
-
-    Matrix both = contiguous(type, N, K);
-    same_for_threads("expand_double_pruned", both.buffer, [&](int threads, void* to) {
-      return slope_cpu_expand_double_pruned(type, threads, values.buffer.data(), pattern.buffer.data(),
-                                            given.buffer.data(), to, N, K);
+  void expand(const Pattern* mask) {
+    const char* name = mask != nullptr ? "expand (double-pruned)" : "expand";
+    Matrix result = contiguous(type, N, K);
+    same_for_threads(name, result.buffer, [&](int threads, void* to) {
+      return slope_cpu_expand(type, threads, values.buffer.data(), pattern.buffer.data(),
+                              mask != nullptr ? mask->buffer.data() : nullptr, to, N, K);
     });
     const uint8_t zero[4] = {};
     for (int64_t n = 0; n < N; n++)
       for (int64_t k = 0; k < K; k++) {
-        const bool is_there = kept(n, k) && given.kept(k, n);
-        require(std::memcmp(both.at(n, k), is_there ? values.at(n, slot[size_t(n * K + k)]) : zero,
+        const bool is_there = kept(n, k) && (mask == nullptr || kept_twice(*mask, n, k));
+        require(std::memcmp(result.at(n, k), is_there ? values.at(n, slot[size_t(n * K + k)]) : zero,
                             size_t(SIZE[type])) == 0,
-                "expand_double_pruned is wrong");
+                std::string(name) + " is wrong");
       }
-    grad_input(random.once_in(2) ? &given : &chosen);
+  }
+
+  void columns() {
+    if (N % 4 != 0) return;
+    Pattern picked = empty_mask();
+    same_for_threads("pick_columns", picked.buffer, [&](int threads, void* to) {
+      return slope_cpu_pick_columns(type, threads, values.buffer.data(), pattern.buffer.data(),
+                                    static_cast<uint8_t*>(to), N, K);
+    });
+    for (int64_t n = 0; n < N; n++) {
+      for (int64_t k = 0; k < K; k++)
+        if (kept(n, k))
+          require(kept_twice(picked, n, k) == is_picked(nullptr, n, k), "pick_columns picked another value");
+      for (int64_t at = K / 2; at < 8 * picked.width; at++) require(!picked.kept(n, at), "pick_columns: a bit past K");
+    }
+    check_columns(nullptr);
+    const Pattern given = draw_mask();
+    check_columns(&given);
+    const Pattern& mask = random.once_in(2) ? given : picked;
+    expand(&mask);
+    grad_input(&mask);
+  }
+
+  // Whether [n, k] is among the two largest of its column group, of what a mask keeps: fewer are larger, or as large and
+  // earlier.
+  bool is_picked(const Pattern* mask, int64_t n, int64_t k) const {
+    int64_t before = 0;
+    for (int64_t other = n / 4 * 4; other < n / 4 * 4 + 4; other++) {
+      const double mine = size_of(masked(mask, n, k)), its = size_of(masked(mask, other, k));
+      before += its > mine || (its == mine && other < n);
+    }
+    return before < 2;
+  }
+
+  double masked(const Pattern* mask, int64_t n, int64_t k) const {
+    return kept(n, k) && (mask == nullptr || kept_twice(*mask, n, k)) ? weight(n, k) : 0;
+  }
+
+  void check_columns(const Pattern* mask) {
+    const std::string name = mask != nullptr ? "compress_columns (masked)" : "compress_columns";
+    const int64_t width = (N + 7) / 8;
+    Matrix result = contiguous(type, K, N / 2);
+    Pattern chosen{K, N, width, Buffer(K * width)};
+    same_for_threads(name.c_str(), result.buffer, [&](int threads, void* to) {
+      return slope_cpu_compress_columns(type, threads, values.buffer.data(), pattern.buffer.data(),
+                                        mask != nullptr ? mask->buffer.data() : nullptr, to, chosen.buffer.data(), N, K);
+    });
+    require(slope_cpu_illegal_groups(chosen.buffer.data(), K, N) == 0, "illegal_groups refuses the column pattern");
+    const uint8_t zero[4] = {};
+    for (int64_t k = 0; k < K; k++) {
+      int64_t next = 0;
+      for (int64_t n = 0; n < N; n++) {
+        require(chosen.kept(k, n) == is_picked(mask, n, k), name + " chose another pattern");
+        if (!chosen.kept(k, n)) continue;
+        const bool is_there = kept(n, k) && (mask == nullptr || kept_twice(*mask, n, k));
+        require(std::memcmp(result.at(k, next++), is_there ? values.at(n, slot[size_t(n * K + k)]) : zero,
+                            size_t(SIZE[type])) == 0,
+                name + " is wrong");
+      }
+    }
   }
 
   // The magnitude; NaN is larger than infinity, and that larger than any number.
   static double size_of(double weight) {
     constexpr double infinity = std::numeric_limits<double>::infinity();
     return std::isnan(weight) ? infinity : std::min(std::fabs(weight), std::numeric_limits<double>::max());
-  }
-
-  void check_columns(const std::string& name, const Matrix& result, const Pattern& columns) {
-    const uint8_t zero[4] = {};
-    for (int64_t k = 0; k < K; k++) {
-      int64_t next = 0;
-      for (int64_t n = 0; n < N; n++)
-        if (columns.kept(k, n))
-          require(std::memcmp(result.at(k, next++), kept(n, k) ? values.at(n, slot[size_t(n * K + k)]) : zero,
-                              size_t(SIZE[type])) == 0,
-                  name + " is wrong");
-    }
   }
 
   void illegal() {
@@ -350,10 +378,10 @@ struct Case {
     const Matrix x = laid_out(random, type, M, K, false), grad = laid_out(random, type, M, N, false);
     const Matrix y = contiguous(type, M, N), dx = contiguous(type, M, K), dv = contiguous(type, N, K / 2);
     const Matrix full = contiguous(type, N, K), result = contiguous(type, K, N / 2);
-    Pattern columns{K, N, (N + 7) / 8, Buffer(K * ((N + 7) / 8))};
-    for (int64_t i = 0; i < columns.buffer.size(); i++) columns.buffer.data()[i] = uint8_t(random.below(256));
+    const Pattern mask = empty_mask(), columns{K, N, (N + 7) / 8, Buffer(K * ((N + 7) / 8))};
+    for (int64_t i = 0; i < mask.buffer.size(); i++) mask.buffer.data()[i] = uint8_t(random.below(256));
     const void *v = values.buffer.data(), *g = grad.buffer.data();
-    const uint8_t *p = pattern.buffer.data(), *c = columns.buffer.data();
+    const uint8_t *p = pattern.buffer.data(), *c = mask.buffer.data();
     workers = 2;
     in_new_thread([&] {
       slope_cpu_forward(type, 2, x.buffer.data(), x.row_stride, x.column_stride, v, p, nullptr, nullptr, nullptr, 0,
@@ -363,19 +391,24 @@ struct Case {
       slope_cpu_grad_weight(type, 2, g, grad.row_stride, grad.column_stride, x.buffer.data(), x.row_stride,
                             x.column_stride, p, dv.buffer.data(), 0, M, N, K);
       slope_cpu_compress(type, 2, full.buffer.data(), K, 1, p, dv.buffer.data(), N, K);
-      slope_cpu_expand(type, 2, v, p, full.buffer.data(), N, K);
+      slope_cpu_expand(type, 2, v, p, nullptr, full.buffer.data(), N, K);
+      slope_cpu_expand(type, 2, v, p, c, full.buffer.data(), N, K);
       if (N % 4 != 0) return 0;
-      slope_cpu_recompress_columns(type, 2, v, p, c, result.buffer.data(), N, K);
-      slope_cpu_expand_double_pruned(type, 2, v, p, c, full.buffer.data(), N, K);
-      return slope_cpu_compress_columns(type, 2, v, p, result.buffer.data(), columns.buffer.data(), N, K);
+      slope_cpu_compress_columns(type, 2, v, p, c, result.buffer.data(), columns.buffer.data(), N, K);
+      slope_cpu_compress_columns(type, 2, v, p, nullptr, result.buffer.data(), columns.buffer.data(), N, K);
+      return slope_cpu_pick_columns(type, 2, v, p, mask.buffer.data(), N, K);
     });
   }
 
   void run() {
     illegal();
     switch (random.below(5)) {
-      case 0: compress(); expand(); columns(); break;
-      case 1: grad_input(nullptr); break;
+      case 0: compress(); expand(nullptr); columns(); break;
+      case 1: {
+        const Pattern mask = draw_mask();
+        grad_input(random.once_in(2) ? &mask : nullptr);
+        break;
+      }
       case 2: grad_weight(); break;
       default: forward();
     }
@@ -420,7 +453,7 @@ int main(int argc, char** argv) {
       return 2;
     }
   }
-  if (slope_cpu_abi() != 2 || !slope_cpu_supported()) {
+  if (slope_cpu_abi() != 3 || !slope_cpu_supported()) {
     std::fprintf(stderr, "%s is not for this CPU\n", slope_cpu_isa());
     return 3;
   }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from problems import SHAPES, Problem, Shape, column_mask, draw, packed
+from problems import SHAPES, Problem, Shape, draw, packed_columns
 from slope_compile.kernels import ops
 from slope_compile.pattern import Pattern
 from tolerances import assert_same
@@ -23,8 +23,8 @@ TWO_FOUR = Pattern(2, 4)
 
 
 def columns(p: Problem) -> Tensor:
-    """The packed column pattern ``[K, ceil(N/8)]`` of the second pruning."""
-    return packed(column_mask(p.weight, p.nm).t())
+    """The column mask ``[N, ceil(K keep/group / 8)]`` of the second pruning."""
+    return packed_columns(p.weight, p.mask, p.nm)
 
 
 def leaf(t: Tensor) -> Tensor:
@@ -55,17 +55,18 @@ CALLS: dict[str, tuple[Any, Callable[[Problem], tuple[Any, ...]]]] = {
     ),
     "grad_weight": (ops.grad_weight, lambda p: (leaf(p.grad), leaf(p.x), p.pattern, *p.ints)),
     "compress_columns": (ops.compress_columns, lambda p: (leaf(p.values), p.pattern, *p.ints)),
-    "recompress_columns": (
-        ops.recompress_columns,
-        lambda p: (leaf(p.values), p.pattern, columns(p), *p.ints),
+    "compress_columns_of_a_mask": (
+        ops.compress_columns,
+        lambda p: (leaf(p.values), p.pattern, *p.ints, columns(p)),
     ),
+    "pick_columns": (ops.pick_columns, lambda p: (leaf(p.values), p.pattern, *p.ints)),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name: str) -> None:
     operator, arguments = CALLS[name]
-    # N = 12 and K = 36: neither the bytes of a row nor those of a column pattern are all used.
+    # N = 12 and K = 36: neither the bytes of a pattern nor those of a column mask are all used.
     torch.library.opcheck(operator, arguments(draw(TWO_FOUR, Shape((2, 3), 12, 9), torch.float32)))
 
 
@@ -79,6 +80,7 @@ def test_opcheck(name: str) -> None:
         pytest.param("grad_input", SHAPES["transposed_batch"], TWO_FOUR, torch.bfloat16, id="grad_input"),
         pytest.param("grad_weight", SHAPES["zero_tokens"], TWO_FOUR, torch.float32, id="grad_weight_empty"),
         pytest.param("compress_columns", SHAPES["plain"], Pattern(1, 2), torch.bfloat16, id="columns_1:2"),
+        pytest.param("pick_columns", SHAPES["plain"], Pattern(1, 4), torch.bfloat16, id="pick_1:4"),
     ],
 )
 def test_opcheck_of_awkward_inputs(name: str, shape: Shape, nm: Pattern, dtype: torch.dtype) -> None:

@@ -35,7 +35,7 @@ STUB = """
 #else
 #define LEVEL "portable"
 #endif
-EXPORT int slope_cpu_abi(void) { return 2; }
+EXPORT int slope_cpu_abi(void) { return 3; }
 EXPORT const char* slope_cpu_isa(void) { return LEVEL; }
 EXPORT int slope_cpu_supported(void) { return 1; }
 EXPORT void slope_cpu_set_parallel(void*) {}
@@ -175,7 +175,7 @@ def test_a_level_that_does_not_compile(
 @pytest.mark.parametrize(
     ("old", "new", "why"),
     [
-        ("abi(void) { return 2; }", "abi(void) { return 0; }", "version 0 of the interface"),
+        ("abi(void) { return 3; }", "abi(void) { return 0; }", "version 0 of the interface"),
         ("supported(void) { return 1; }", "supported(void) { return 0; }", "does not run it"),
         ("EXPORT int slope_cpu_expand(...)", "EXPORT int slope_cpu_another(...)", "slope_cpu_expand"),
         ("return LEVEL;", 'return "avx2";', "built as avx2"),

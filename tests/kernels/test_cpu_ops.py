@@ -28,35 +28,35 @@ class Operands:
         self.x, self.grad = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
         self.weight, self.bias = torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
         self.pattern = packed(draw_mask(N, K, TWO_FOUR))
-        self.column_pattern = packed(draw_mask(K, N, TWO_FOUR))
         self.values = torch.randn(N, K // 2).to(dtype)
+        self.column_mask = packed(torch.rand(N, K // 2) < 0.8)
         self.down, self.up = torch.randn(M, 3).to(dtype), torch.randn(N, 3).to(dtype)
 
     def calls(self) -> dict[str, Callable[[], Tensor]]:
         """Every operator."""
-        x, grad, values, pattern, columns = self.x, self.grad, self.values, self.pattern, self.column_pattern
+        x, grad, values, pattern, mask = self.x, self.grad, self.values, self.pattern, self.column_mask
         return {
             "linear": lambda: ops.linear(x, values, pattern, self.bias, 2, 4, False, None, self.down, self.up),
             "grad_input": lambda: ops.grad_input(grad, values, pattern, 2, 4),
-            "grad_input_columns": lambda: ops.grad_input_columns(grad, values, pattern, columns, 2, 4),
+            "grad_input_columns": lambda: ops.grad_input_columns(grad, values, pattern, mask, 2, 4),
             "grad_weight": lambda: ops.grad_weight(grad, x, pattern, 2, 4),
             "compress": lambda: ops.compress(self.weight, pattern, 2, 4),
             "expand": lambda: ops.expand(values, pattern, 2, 4),
-            "compress_columns": lambda: ops.compress_columns(values, pattern, 2, 4)[0],
-            "recompress_columns": lambda: ops.recompress_columns(values, pattern, columns, 2, 4),
+            "pick_columns": lambda: ops.pick_columns(values, pattern, 2, 4),
+            "compress_columns": lambda: ops.compress_columns(values, pattern, 2, 4, mask)[0],
         }
 
     def definitions(self) -> dict[str, Callable[[], Tensor]]:
-        x, grad, values, pattern, columns = self.x, self.grad, self.values, self.pattern, self.column_pattern
+        x, grad, values, pattern, mask = self.x, self.grad, self.values, self.pattern, self.column_mask
         return {
             "linear": lambda: reference.forward(x, values, pattern, self.bias, 2, 4, self.down, self.up),
             "grad_input": lambda: reference.grad_input(grad, values, pattern, 2, 4),
-            "grad_input_columns": lambda: reference.grad_input_columns(grad, values, pattern, columns, 2, 4),
+            "grad_input_columns": lambda: reference.grad_input_columns(grad, values, pattern, mask, 2, 4),
             "grad_weight": lambda: reference.grad_weight(grad, x, pattern, 2, 4),
             "compress": lambda: reference.compress(self.weight, pattern, 2, 4),
             "expand": lambda: reference.expand(values, pattern, 2, 4),
-            "compress_columns": lambda: reference.compress_columns(values, pattern, 2, 4)[0],
-            "recompress_columns": lambda: reference.recompress_columns(values, pattern, columns, 2, 4),
+            "pick_columns": lambda: reference.pick_columns(values, pattern, 2, 4),
+            "compress_columns": lambda: reference.compress_columns(values, pattern, 2, 4, mask)[0],
         }
 
 
@@ -80,10 +80,11 @@ def test_a_pattern_of_another_weight_is_an_error(name: str, part: tuple[slice, .
         given.calls()[name]()
 
 
-@pytest.mark.parametrize("name", ["grad_input_columns", "recompress_columns"])
-def test_a_column_pattern_of_another_weight_is_an_error(name: str) -> None:
+@pytest.mark.parametrize("part", [(slice(3),), (slice(None), slice(1))], ids=["rows", "columns"])
+@pytest.mark.parametrize("name", ["grad_input_columns", "compress_columns"])
+def test_a_column_mask_of_another_weight_is_an_error(name: str, part: tuple[slice, ...]) -> None:
     given = Operands(5, 16, 24)
-    given.column_pattern = given.column_pattern[:3]
+    given.column_mask = given.column_mask[part]
     with pytest.raises(RuntimeError):
         given.calls()[name]()
 

@@ -23,13 +23,14 @@ def library() -> CpuLibrary:
 class Result:
     """Where a function's arguments say that its result is."""
 
-    def __init__(self, position: int, numbers: Callable[[int, int, int], int]) -> None:
-        self.position, self.numbers = position, numbers
+    def __init__(self, position: int, numbers: Callable[[int, int, int], int], is_bytes: bool = False) -> None:
+        self.position, self.numbers, self.is_bytes = position, numbers, is_bytes
 
     def last_byte(self, arguments: tuple[int, ...], has_tokens: bool) -> int:
         """The address of the sign and the upper bits of the exponent of its last number."""
         M, N, K = arguments[-3:] if has_tokens else (0, *arguments[-2:])
-        return arguments[self.position] + self.numbers(M, N, K) * (4 if arguments[0] == 0 else 2) - 1
+        size = 1 if self.is_bytes else 4 if arguments[0] == 0 else 2
+        return arguments[self.position] + self.numbers(M, N, K) * size - 1
 
 
 PRODUCTS = {
@@ -39,10 +40,9 @@ PRODUCTS = {
 }
 MOVES = {
     "compress": Result(6, lambda M, N, K: N * K // 2),
-    "expand": Result(4, lambda M, N, K: N * K),
-    "expand_double_pruned": Result(5, lambda M, N, K: N * K),
-    "compress_columns": Result(4, lambda M, N, K: N * K // 2),
-    "recompress_columns": Result(5, lambda M, N, K: N * K // 2),
+    "expand": Result(5, lambda M, N, K: N * K),
+    "pick_columns": Result(4, lambda M, N, K: N * -(-K // 16), is_bytes=True),
+    "compress_columns": Result(5, lambda M, N, K: N * K // 2),
 }
 
 
@@ -54,9 +54,8 @@ class Changed:
     grad_weight: Function
     compress: Function
     expand: Function
-    expand_double_pruned: Function
+    pick_columns: Function
     compress_columns: Function
-    recompress_columns: Function
     illegal_groups: Function
 
     def __init__(self, library: CpuLibrary, name: str, wrong: Function) -> None:
@@ -111,12 +110,20 @@ def test_an_illegal_pattern_that_passes(library: CpuLibrary) -> None:
     assert said.startswith("illegal_groups")
 
 
-def test_the_column_pattern_counts(library: CpuLibrary) -> None:
-    right = library.grad_input
+@pytest.mark.parametrize(
+    ("name", "at", "said"),
+    [
+        ("expand", 4, "expand (double-pruned)"),
+        ("grad_input", 7, "grad_input (double-pruned)"),
+        ("compress_columns", 4, "compress_columns (masked)"),
+    ],
+)
+def test_the_column_mask_counts(name: str, at: int, said: str, library: CpuLibrary) -> None:
+    right: Function = getattr(library, name)
 
-    def exact(*arguments: int | None) -> int:
-        return right(*arguments[:7], None, *arguments[8:])
+    def without(*arguments: int | None) -> int:
+        return right(*arguments[:at], None, *arguments[at + 1 :])
 
-    said = self_test(Changed(library, "grad_input", exact))
-    assert said is not None
-    assert said.startswith("grad_input (double-pruned)")
+    found = self_test(Changed(library, name, without))
+    assert found is not None
+    assert found.startswith(said)

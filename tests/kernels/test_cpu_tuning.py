@@ -157,6 +157,6 @@ def test_the_choice_reaches_the_operators(library: CpuLibrary, monkeypatch: pyte
         cpu_tuning.save(Table(torch.get_num_threads(), entries), library.isa)
         cpu_ops.linear(x, p.values, p.pattern, None, 2, 4)
         cpu_ops.grad_input(grad, p.values, p.pattern, 2, 4)
-        cpu_ops.grad_input_columns(grad, p.values, p.pattern, p.column_pattern, 2, 4)
+        cpu_ops.grad_input_columns(grad, p.values, p.pattern, p.column_mask, 2, 4)
         cpu_ops.grad_weight(grad, x, p.pattern, 2, 4)
     assert chosen == [True] * 4 + [False] * 4

@@ -7,6 +7,7 @@ a gradient is autograd through the dense weight times its mask, in float64.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -21,12 +22,13 @@ from problems import (
     Shape,
     column_mask,
     draw,
-    draw_mask,
+    draw_columns,
     every_case,
     every_column_case,
     every_pattern,
     kept,
     packed,
+    packed_columns,
 )
 from slope_compile.kernels import ops, reference
 from slope_compile.pattern import Pattern
@@ -134,15 +136,16 @@ def test_the_double_pruned_backward(nm: Pattern, shape: Shape, dtype: torch.dtyp
 
 
 @every_pattern
-def test_a_stored_column_pattern_is_used_instead_of_a_new_one(nm: Pattern) -> None:
+def test_a_stored_column_mask_is_used_instead_of_a_new_one(nm: Pattern) -> None:
     p = draw(nm, SHAPES["plain"], torch.float64)
     x, values, _ = leaves(p)
-    chosen = draw_mask(p.weight.shape[1], p.weight.shape[0], nm)
-    output = ops.linear(x, values, p.pattern, None, *p.ints, True, packed(chosen))
+    chosen = draw_columns(p.mask, nm)
+    stored = packed(kept(chosen, p.mask))
+    output = ops.linear(x, values, p.pattern, None, *p.ints, True, stored)
     (x_grad,) = torch.autograd.grad(output, x, p.grad)
-    assert_same(x_grad, p.grad @ (p.weight * chosen.t()))
+    assert_same(x_grad, p.grad @ (p.weight * chosen))
     # Without double pruning it says nothing.
-    output = ops.linear(x, values, p.pattern, None, *p.ints, False, packed(chosen))
+    output = ops.linear(x, values, p.pattern, None, *p.ints, False, stored)
     (x_grad,) = torch.autograd.grad(output, x, p.grad)
     assert_same(x_grad, p.grad @ p.weight)
 
@@ -164,7 +167,7 @@ def test_expand_and_compress_gradients(nm: Pattern) -> None:
     values = p.values.clone().requires_grad_()
     cotangent = torch.randn_like(p.weight)
     # The arguments after keep and group are directions for the compiled rewrite and change nothing here.
-    dense = ops.expand(values, p.pattern, *p.ints, True, packed(column_mask(p.weight, nm).t()), None, 100)
+    dense = ops.expand(values, p.pattern, *p.ints, True, packed_columns(p.weight, p.mask, nm), None, 100)
     assert torch.equal(dense, p.weight)
     (grad,) = torch.autograd.grad(dense, values, cotangent)
     assert torch.equal(grad, kept(cotangent, p.mask))
@@ -192,10 +195,14 @@ Operator = Callable[..., Tensor]
 
 def _small() -> Problem:
     p = draw(TWO_FOUR, SMALL, torch.float64)
-    # No two magnitudes of a column group are near each other: a step of 1e-6 must not change the column pattern.
+    # No two magnitudes of a column group are near each other: a step of 1e-6 must not change what is picked.
     spread = torch.randperm(p.values.numel()).view_as(p.values).double() + 1
     values = spread / spread.numel() * p.values.sign()
     return dataclasses.replace(p, values=values)
+
+
+def _with_a_mask(operator: Operator, p: Problem) -> Operator:
+    return functools.partial(operator, packed(kept(draw_columns(p.mask, p.nm), p.mask)))
 
 
 OPERATORS: dict[str, Callable[[Problem], tuple[Operator, tuple[Tensor, ...]]]] = {
@@ -208,13 +215,13 @@ OPERATORS: dict[str, Callable[[Problem], tuple[Operator, tuple[Tensor, ...]]]] =
     ),
     "grad_input": lambda p: (lambda g, v: ops.grad_input(g, v, p.pattern, *p.ints), (p.grad, p.values)),
     "grad_input_columns": lambda p: (
-        lambda g, v: ops.grad_input_columns(g, v, p.pattern, packed(column_mask(p.weight, p.nm).t()), *p.ints),
+        _with_a_mask(lambda m, g, v: ops.grad_input_columns(g, v, p.pattern, m, *p.ints), p),
         (p.grad, p.values),
     ),
     "grad_weight": lambda p: (lambda g, x: ops.grad_weight(g, x, p.pattern, *p.ints), (p.grad, p.x)),
     "compress_columns": lambda p: (lambda v: ops.compress_columns(v, p.pattern, *p.ints)[0], (p.values,)),
-    "recompress_columns": lambda p: (
-        lambda v: ops.recompress_columns(v, p.pattern, packed(column_mask(p.weight, p.nm).t()), *p.ints),
+    "compress_columns_of_a_mask": lambda p: (
+        _with_a_mask(lambda m, v: ops.compress_columns(v, p.pattern, *p.ints, m)[0], p),
         (p.values,),
     ),
 }
@@ -233,7 +240,37 @@ def test_first_and_second_derivatives(name: str, monkeypatch: pytest.MonkeyPatch
 def test_every_operator_is_in_the_table() -> None:
     names = torch._C._dispatch_get_all_op_names()
     defined = {name.removeprefix("slope::") for name in names if name.startswith("slope::")}
-    assert defined == set(OPERATORS) - {"linear_with_bias"}
+    assert defined == set(OPERATORS) - {"linear_with_bias", "compress_columns_of_a_mask"} | {"pick_columns"}
+
+
+def test_what_is_picked_has_no_derivative() -> None:
+    p = _small()
+    values = p.values.clone().requires_grad_()
+    assert not ops.pick_columns(values, p.pattern, *p.ints).requires_grad
+    column_values, column_pattern = ops.compress_columns(values, p.pattern, *p.ints)
+    assert column_values.requires_grad
+    assert not column_pattern.requires_grad
+
+
+@every_pattern
+def test_values_that_a_column_mask_drops_do_not_leak(nm: Pattern) -> None:
+    """Into the input's gradient, nor into its second derivatives; they have gradients of their own all the same."""
+    p = draw(nm, SHAPES["plain"], torch.float64)
+    stays = kept(draw_columns(p.mask, nm), p.mask)
+    stored, clean = packed(stays), p.values.masked_fill(~stays, 0)
+    grad, cotangent = p.grad.clone().requires_grad_(), torch.randn_like(p.x)
+    values = p.values.masked_fill(~stays, float("nan")).requires_grad_()
+    x_grad = ops.grad_input_columns(grad, values, p.pattern, stored, *p.ints)
+    assert_same(x_grad, ops.grad_input(p.grad, clean, p.pattern, *p.ints))
+    grad_grad, values_grad = torch.autograd.grad(x_grad, (grad, values), cotangent)
+    assert_same(grad_grad, ops.linear(cotangent, clean, p.pattern, None, *p.ints))
+    exact = ops.grad_weight(p.grad, cotangent, p.pattern, *p.ints)
+    assert_same(values_grad, exact.masked_fill(~stays, 0))
+    x = p.x.clone().requires_grad_()
+    output = ops.linear(x, values, p.pattern, None, *p.ints, True, stored)
+    first, of_values = torch.autograd.grad(output, (x, values), p.grad)
+    assert_same(first, x_grad)
+    assert_same(of_values, ops.grad_weight(p.grad, p.x, p.pattern, *p.ints))
 
 
 # --- adjointness ---------------------------------------------------------------------------------------------

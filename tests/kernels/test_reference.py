@@ -1,6 +1,6 @@
 """The plain PyTorch definitions against float64 and the dense masked weight.
 
-What only moves numbers (compress, expand, the two column forms) must be bitwise right.  The three products
+What only moves numbers (compress, expand, the column forms) must be bitwise right.  The three products
 are compared with the truth in float64 of the same inputs, and may be no further from it than the dense one.
 """
 
@@ -20,13 +20,14 @@ from problems import (
     Shape,
     column_mask,
     draw,
-    draw_mask,
+    draw_columns,
     every_case,
     every_column_case,
     every_dtype,
     every_pattern,
     kept,
     packed,
+    packed_columns,
 )
 from slope_compile.kernels import reference
 from slope_compile.kernels.masks import random_mask
@@ -158,8 +159,26 @@ def test_columns_are_picked_by_magnitude_along_out_features(nm: Pattern, shape: 
     assert torch.equal(unpack_mask(column_pattern, N), twice.t())
     transposed = reference.expand(column_values, column_pattern, *p.ints)
     assert torch.equal(transposed, (p.weight * twice).t())
-    again = reference.recompress_columns(p.values, p.pattern, column_pattern, *p.ints)
-    assert torch.equal(again, column_values)
+    # The same as a mask: bits in the order of the values, those past the last one 0.
+    mask = reference.pick_columns(p.values, p.pattern, *p.ints)
+    assert mask.dtype == torch.uint8
+    assert mask.shape == (N, -(-nm.compressed(K) // 8))
+    assert torch.equal(mask, packed_columns(p.weight, p.mask, nm))
+    assert torch.equal(reference.expand(reference.keep_columns(p.values, mask), p.pattern, *p.ints), p.weight * twice)
+    again, again_pattern = reference.compress_columns(p.values, p.pattern, *p.ints, mask)
+    assert torch.equal(reference.expand(again, again_pattern, *p.ints), transposed)
+
+
+def test_a_column_mask_written_by_hand() -> None:
+    """A column of four kept values, the largest two of which stay, beside columns that lose nothing."""
+    pattern = torch.tensor([[0b0011], [0b0101], [0b1001], [0b0011]], dtype=torch.uint8)
+    values = torch.tensor([[3.0, 1.0], [-4.0, 1.0], [2.0, 1.0], [-1.0, 1.0]])
+    mask = reference.pick_columns(values, pattern, 2, 4)
+    assert mask.tolist() == [[0b11], [0b11], [0b10], [0b10]]
+    twice = torch.tensor([[3.0, 1.0, 0.0, 0.0], [-4.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
+    assert torch.equal(reference.expand(reference.keep_columns(values, mask), pattern, 2, 4), twice)
+    column_values, column_pattern = reference.compress_columns(values, pattern, 2, 4, mask)
+    assert torch.equal(reference.expand(column_values, column_pattern, 2, 4), twice.t())
 
 
 @every_column_case
@@ -182,11 +201,42 @@ def test_the_twice_pruned_weight_is_a_subset_of_the_once_pruned(nm: Pattern, sha
 
 
 @every_column_case
-def test_a_given_column_pattern_is_kept_when_the_values_change(nm: Pattern, shape: Shape, dtype: torch.dtype) -> None:
+def test_a_given_column_mask_is_kept_when_the_values_change(nm: Pattern, shape: Shape, dtype: torch.dtype) -> None:
     p = draw(nm, shape, dtype)
-    chosen = draw_mask(p.weight.shape[1], p.weight.shape[0], nm)  # any legal one, not that of the magnitudes
-    result = reference.recompress_columns(p.values, p.pattern, packed(chosen), *p.ints)
-    assert torch.equal(result, kept(p.weight.t(), chosen))
+    N, K = p.weight.shape
+    chosen = draw_columns(p.mask, nm)
+    mask, twice = packed(kept(chosen, p.mask)), p.weight * chosen
+    assert torch.equal(reference.keep_columns(p.values, mask), kept(twice, p.mask))
+    column_values, column_pattern = reference.compress_columns(p.values, p.pattern, *p.ints, mask)
+    assert torch.equal(reference.expand(column_values, column_pattern, *p.ints), twice.t())
+    # An ordinary compressed weight: every group has its slots, where the mask leaves fewer values too.
+    slots = unpack_mask(column_pattern, N)
+    assert bool((slots.view(K, N // nm.group, nm.group).sum(-1) == nm.keep).all())
+    result = reference.grad_input_columns(p.grad, p.values, p.pattern, mask, *p.ints)
+    truth = p.grad.double() @ twice.double()
+    scale = p.grad.double().abs() @ twice.double().abs()
+    assert_no_worse_than_dense(result, p.grad @ twice, truth, scale)
+    assert result.is_contiguous()
+
+
+@every_pattern
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_a_column_mask_drops_do_not_leak(nm: Pattern, number: float) -> None:
+    """A product with the bits instead of a selection would turn 0 * inf into NaN."""
+    p = draw(nm, SMALL, torch.float32)
+    stays = kept(draw_columns(p.mask, nm), p.mask)
+    assert not stays.all()
+    dirty, clean = (p.values.masked_fill(~stays, fill) for fill in (number, 0.0))
+    mask = packed(stays)
+    assert torch.equal(reference.keep_columns(dirty, mask), clean)
+    for found, expected in zip(
+        reference.compress_columns(dirty, p.pattern, *p.ints, mask),
+        reference.compress_columns(clean, p.pattern, *p.ints),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    found = reference.grad_input_columns(p.grad, dirty, p.pattern, mask, *p.ints)
+    assert torch.equal(found, reference.grad_input(p.grad, clean, p.pattern, *p.ints))
 
 
 @every_column_case
@@ -198,6 +248,10 @@ def test_the_double_pruned_input_gradient(nm: Pattern, shape: Shape, dtype: torc
     result = reference.forward(p.grad, column_values, column_pattern, None, *p.ints)
     truth = p.grad.double() @ twice.double()
     scale = p.grad.double().abs() @ twice.double().abs()
+    assert_no_worse_than_dense(result, p.grad @ twice, truth, scale)
+    # And the product with the forward storage and the mask.
+    mask = reference.pick_columns(p.values, p.pattern, *p.ints)
+    result = reference.grad_input_columns(p.grad, p.values, p.pattern, mask, *p.ints)
     assert_no_worse_than_dense(result, p.grad @ twice, truth, scale)
 
 

@@ -8,29 +8,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from problems import Shape, column_mask, draw, every_dtype, packed
+from problems import Shape, draw, every_dtype, packed_columns
 from slope_compile.kernels import ops
 from slope_compile.pattern import Pattern
 from watching import Watch
 
 
 @every_dtype
-@pytest.mark.parametrize("name", ["linear", "grad_input", "grad_input_columns", "grad_weight", "expand", "columns"])
+@pytest.mark.parametrize(
+    "name", ["linear", "grad_input", "grad_input_columns", "grad_weight", "expand", "columns", "mask"]
+)
 def test_nothing_stays(name: str, dtype: torch.dtype) -> None:
     p = draw(Pattern(2, 4), Shape((33,), 32, 8), dtype)
-    columns = packed(column_mask(p.weight, p.nm).t())
+    mask = packed_columns(p.weight, p.mask, p.nm)
     calls: dict[str, Callable[[], Tensor]] = {
         "linear": lambda: ops.linear(p.x, p.values, p.pattern, p.bias, 2, 4),
         "grad_input": lambda: ops.grad_input(p.grad, p.values, p.pattern, 2, 4),
-        "grad_input_columns": lambda: ops.grad_input_columns(p.grad, p.values, p.pattern, columns, 2, 4),
+        "grad_input_columns": lambda: ops.grad_input_columns(p.grad, p.values, p.pattern, mask, 2, 4),
         "grad_weight": lambda: ops.grad_weight(p.grad, p.x, p.pattern, 2, 4),
         "expand": lambda: ops.expand(p.values, p.pattern, 2, 4),
-        "columns": lambda: ops.recompress_columns(p.values, p.pattern, columns, 2, 4),
+        "columns": lambda: ops.compress_columns(p.values, p.pattern, 2, 4, mask)[0],
+        "mask": lambda: ops.pick_columns(p.values, p.pattern, 2, 4),
     }
     calls[name]()
     with torch.no_grad(), Watch() as watch:
         result = calls[name]()
-    assert watch.kept(result, p.x, p.grad, p.values, p.pattern, p.bias, columns) == 0
+    assert watch.kept(result, p.x, p.grad, p.values, p.pattern, p.bias, mask) == 0
 
 
 def test_what_stays_is_counted() -> None:

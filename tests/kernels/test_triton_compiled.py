@@ -70,8 +70,8 @@ def test_what_ptxas_says_is_heard() -> None:
     from slope_compile.kernels import triton_conversions
 
     names = triton_conversions.expand.arg_names
-    signature = dict.fromkeys(names, "i32") | {"V": "*bf16", "P": "*u8", "W": "*bf16"}
-    constants = {"BN": 32, "BK": 64}
+    signature = dict.fromkeys(names, "i32") | {"V": "*bf16", "P": "*u8", "C": "*u8", "W": "*bf16"}
+    constants = {"BN": 32, "BK": 64, "HAS_COLUMNS": True}
     source = triton.compiler.ASTSource(
         triton_conversions.expand, signature | dict.fromkeys(constants, "constexpr"), constants
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 import slope_compile as slope
@@ -38,7 +38,14 @@ def run_all(graph_module: GraphModule, **fields: Any) -> slope.Report:
 
 @pytest.mark.parametrize("form", ["prepared", "dense"])
 @pytest.mark.parametrize(
-    "fields", [{}, {"pattern": "1:2"}, {"backward": "double_pruned", "column_refresh": "backward"}]
+    "fields",
+    [
+        {},
+        {"pattern": "1:2"},
+        {"backward": "double_pruned", "column_refresh": "backward"},
+        {"backward": "double_pruned", "column_refresh": "never"},
+        {"pattern": "1:4", "backward": "double_pruned", "column_refresh": "never"},
+    ],
 )
 def test_three_products_become_one(form: str, fields: dict[str, Any]) -> None:
     module, x = Siblings(), rows(MANY, 8)
@@ -85,6 +92,63 @@ def test_only_what_is_alike_is_joined() -> None:
     assert report.changes["fuse_siblings"] == 1
     assert sorted(value.shape[0] for value in products(graph_module)) == [8, 8, 24, 24]
     assert_same(checked_run(graph_module, x), module(x))
+
+
+class Rows(nn.Module):
+    """Siblings with these numbers of rows."""
+
+    def __init__(self, *rows: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, N, dtype=torch.float64) for N in rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
+def test_stored_columns_are_joined_row_by_row() -> None:
+    """Numbers of rows that fill no byte, six bits a row, and columns other than would be picked now."""
+    module, x = Rows(4, 12, 4), rows(MANY, 12).requires_grad_()
+    slope.sparsify_(module, config(backward="double_pruned", column_refresh="never"))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    results = []
+    for fusions in (FUSIONS, ("fuse",)):
+        graph_module = attribute_graph(module, x)
+        within = context(graph_module)
+        within.fusions = frozenset(fusions)
+        run_passes(graph_module, within)
+        columns = [node.args[7] for node in nodes(graph_module, ops.linear)]
+        assert len(columns) == (1 if fusions == FUSIONS else 3)
+        assert all(isinstance(node, Node) for node in columns)
+        y = checked_run(graph_module, x)
+        assert_same(y, module(x))
+        wanted = {"x": x, **dict(graph_module.named_parameters())}
+        gradients = torch.autograd.grad(y, list(wanted.values()), torch.cos(y.detach()))
+        results.append(dict(zip(wanted, gradients, strict=True)))
+    together, apart = results
+    assert together.keys() == apart.keys()
+    for name, gradient in apart.items():
+        assert_same(together[name], gradient, name)
+
+
+@pytest.mark.parametrize("double_pruned", [True, False])
+def test_no_group_of_rows_is_made_of_two_siblings(double_pruned: bool) -> None:
+    """Six rows have no groups of four; twelve would have, and the second pruning would go across both."""
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = nn.ParameterList(rows(6, 4) for _ in range(2))
+            self.register_buffer("pattern", torch.full((6, 1), 0x33, dtype=torch.uint8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            products = (ops.linear(x, v, self.pattern, None, 2, 4, double_pruned) for v in self.values)
+            return torch.cat(list(products), -1)
+
+    graph_module = attribute_graph(Products(), rows(MANY, 8))
+    run_all(graph_module)
+    assert len(nodes(graph_module, ops.linear)) == (2 if double_pruned else 1)
 
 
 def test_few_tokens_and_symbols_stay_apart() -> None:

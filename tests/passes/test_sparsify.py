@@ -103,7 +103,7 @@ POLICIES: dict[str, tuple[dict[str, Any], bool, bool]] = {
     "never": ({"backward": "double_pruned", "column_refresh": "never"}, True, True),
     "every_20_steps": ({"backward": "double_pruned", "column_refresh": 20}, True, True),
 }
-"""Fields of SlopeConfig, whether the product is double-pruned, whether it reads a stored column pattern."""
+"""Fields of SlopeConfig, whether the product is double-pruned, whether it reads a stored column mask."""
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))
@@ -130,9 +130,9 @@ def test_dense_weight(pattern: str, spelling: str, policy: str) -> None:
 
     masked = dense * mask
     columns = column_mask(masked, nm) if double_pruned else torch.ones_like(mask)
-    if stores:  # the metadata of the transposed weight says which rows of each column are used
-        picked = mask_of(stored(graph_module, product.args[7]), N).t()
-        assert torch.equal(masked * picked, masked * columns)
+    if stores:  # one bit per value
+        picked = mask_of(stored(graph_module, product.args[7]), values.shape[1])
+        assert torch.equal(picked, kept(columns, mask))
     result, grad = checked_run(graph_module, x), rows(5, N)
     assert_same(result, x @ masked.t() + module.b)
     result.backward(grad)
@@ -186,7 +186,7 @@ def test_prepared_weight(policy: str) -> None:
     for i, product in enumerate(nodes(graph_module, ops.linear)):
         prefix = f"layers.{i}.parametrizations.weight"
         tensors = [product.args[1], product.args[2], product.args[7]]
-        names = [f"{prefix}.original", f"{prefix}.0.pattern", f"{prefix}.0.column_pattern" if stores else None]
+        names = [f"{prefix}.original", f"{prefix}.0.pattern", f"{prefix}.0.column_mask" if stores else None]
         assert [str(n.target) if isinstance(n, Node) else None for n in tensors] == names
         assert product.args[6] is double_pruned
     assert_same(checked_run(graph_module, x), expected)
@@ -201,7 +201,7 @@ def test_stored_columns_with_an_interval_are_reported() -> None:
             assert sites == []
             continue
         products = nodes(graph_module, ops.linear)
-        read = [(site.values, site.pattern, site.column_pattern) for site in sites]
+        read = [(site.values, site.pattern, site.column_mask) for site in sites]
         assert read == [(p.args[1], p.args[2], p.args[7]) for p in products]
         assert [(site.nm, site.interval) for site in sites] == [(Pattern(2, 4), 20)] * 2
         assert all(str(site.column_age.target).endswith("column_age") for site in sites)
@@ -240,7 +240,7 @@ def test_inside_a_checkpointed_body(prepared: bool, policy: str) -> None:
 
 
 def _nodes_of(site: ColumnSite) -> list[Node]:
-    return [site.values, site.pattern, site.column_pattern, site.column_age]
+    return [site.values, site.pattern, site.column_mask, site.column_age]
 
 
 @pytest.mark.parametrize("prepared", [pytest.param(False, id="dense"), pytest.param(True, id="prepared")])
