@@ -11,8 +11,8 @@ import torch
 
 from slope_compile.kernels import cpu_tuning
 
-AVX2_OUTER, AVX2_PACKED = 8, 32
-"""Weight gradients without AVX-512: up to the one, sums of outer products; from the other on, tiles.  In between
+OUTER, PACKED = 8, 32
+"""Weight gradients on the portable level: up to the one, sums of outer products; from the other on, tiles.  In between
 neither wins."""
 
 
@@ -32,4 +32,4 @@ def sparse(op: str, M: int, N: int, K: int, dtype: torch.dtype, isa: str) -> boo
         return measured
     if op != "grad_weight":
         return True
-    return isa.startswith("avx512") or M <= AVX2_OUTER or M >= AVX2_PACKED
+    return isa != "portable" or M <= OUTER or M >= PACKED

@@ -19,9 +19,11 @@ constexpr int DEPTH = 32;                // rows of W expanded at a time, at mos
 constexpr int64_t AHEAD = 6 << 10;       // bytes of values that are asked for before their turn
 // Tokens up to which grad_input_few is used.
 constexpr int64_t FEW_GRADIENTS = 32;
-// And those up to which grad_weight_few is: fewer where kept_lanes.h is there for what comes next.
+// And those up to which grad_weight_few is: fewer where kept_lanes.h or kept_quads.h is there for what comes next.
 #if defined(__AVX512F__)
 constexpr int64_t FEW_OUTER = 2;
+#elif defined(__AVX2__)
+constexpr int64_t FEW_OUTER = 4;
 #else
 constexpr int64_t FEW_OUTER = 8;
 #endif

@@ -14,6 +14,7 @@
 #include "few_backward.h"
 #include "few_pairs.h"
 #include "kept_lanes.h"
+#include "kept_quads.h"
 #include "pairs.h"
 #include "weight_gradient.h"
 
@@ -153,6 +154,10 @@ EXPORT int slope_cpu_grad_weight(int dtype, int threads, const void* grad, int64
 #if defined(__AVX512F__)
     return grad_weight_lanes(threads, g, a, pattern, static_cast<T*>(dv), accumulate != 0, M, N, K);
 #else
+#if defined(__AVX2__)
+    if (0 < M && M <= QUADS)
+      return grad_weight_quads(threads, g, a, pattern, static_cast<T*>(dv), accumulate != 0, M, N, K);
+#endif
     return grad_weight(threads, g, a, pattern, static_cast<T*>(dv), accumulate != 0, M, N, K);
 #endif
   });
