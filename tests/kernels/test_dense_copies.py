@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from problems import Problem, Shape, column_mask, draw, packed
+from problems import Problem, Shape, draw, packed_columns
 from slope_compile.kernels import cpu_library, dense_copies, ops, reference
 from slope_compile.pattern import Pattern
 
@@ -111,10 +111,10 @@ def test_training_keeps_nothing(problem: Problem, expansions: list[int]) -> None
 
 def test_each_gradient_gives_the_copy_up(problem: Problem) -> None:
     p, nm = problem, (problem.nm.keep, problem.nm.group)
-    columns = packed(column_mask(p.weight, p.nm).t())
+    mask = packed_columns(p.weight, p.mask, p.nm)
     gradients: tuple[Callable[[], Tensor], ...] = (
         lambda: ops.grad_input(p.grad, p.values, p.pattern, *nm),
-        lambda: ops.grad_input_columns(p.grad, p.values, p.pattern, columns, *nm),
+        lambda: ops.grad_input_columns(p.grad, p.values, p.pattern, mask, *nm),
         lambda: ops.grad_weight(p.grad, p.x, p.pattern, *nm),
     )
     for gradient in gradients:
