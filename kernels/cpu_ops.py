@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slope_compile.kernels import cpu_library, cpu_products, cpu_rules, dense_copies, reference
 from slope_compile.kernels.cpu_library import CpuLibrary
+from slope_compile.kernels.metadata import packed_width
 
 
 def library_for(keep: int, group: int, *tensors: Tensor | None) -> CpuLibrary | None:
@@ -30,12 +31,12 @@ def library_for(keep: int, group: int, *tensors: Tensor | None) -> CpuLibrary | 
 
 def describes(pattern: Tensor, N: int, K: int) -> bool:
     """Whether a pattern has the form of metadata of ``[N, K]``."""
-    return pattern.dtype is torch.uint8 and pattern.shape == (N, (K + 7) // 8) and K % 4 == 0
+    return pattern.dtype is torch.uint8 and pattern.shape == (N, packed_width(K)) and K % 4 == 0
 
 
 def masks(column_mask: Tensor, N: int, K: int) -> bool:
     """Whether a column mask has the form of one of ``[N, K]``."""
-    return column_mask.dtype is torch.uint8 and column_mask.shape == (N, (K // 2 + 7) // 8)
+    return column_mask.dtype is torch.uint8 and column_mask.shape == (N, packed_width(K // 2))
 
 
 def adds_up(x: Tensor, N: int, bias: Tensor | None, down: Tensor | None, up: Tensor | None) -> bool:

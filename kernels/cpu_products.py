@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slope_compile.kernels.cpu_library import CpuLibrary
+from slope_compile.kernels.metadata import packed_width
 from slope_compile.kernels.reference import as_matrix
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -170,7 +171,7 @@ def pick_columns(library: CpuLibrary, values: Tensor, pattern: Tensor) -> Tensor
     """The second pruning: column mask uint8 ``[N, ceil(K / 16)]``; N is a multiple of 4."""
     N, K = values.shape[0], values.shape[1] * 2
     values, pattern = values.contiguous(), pattern.contiguous()
-    column_mask = pattern.new_empty(N, (K // 2 + 7) // 8)
+    column_mask = pattern.new_empty(N, packed_width(K // 2))
     library.pick_columns(
         CODES[values.dtype],
         torch.get_num_threads(),
@@ -190,7 +191,7 @@ def compress_columns(
     N, K = values.shape[0], values.shape[1] * 2
     values, pattern = values.contiguous(), pattern.contiguous()
     column_mask = None if column_mask is None else column_mask.contiguous()
-    column_values, column_pattern = values.new_empty(K, N // 2), pattern.new_empty(K, (N + 7) // 8)
+    column_values, column_pattern = values.new_empty(K, N // 2), pattern.new_empty(K, packed_width(N))
     library.compress_columns(
         CODES[values.dtype],
         torch.get_num_threads(),

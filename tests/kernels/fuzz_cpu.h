@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -194,6 +195,40 @@ inline Pattern draw_pattern(Random& random, int64_t N, int64_t K) {
       p.buffer.data()[n * p.width + g / 2] |= uint8_t(nibble << (4 * (g % 2)));
     }
   return p;
+}
+
+// --- what should come out -------------------------------------------------------------------------------------------
+
+struct Expected {
+  double sum = 0;       // over the kept entries
+  double scale = 0;     // of their magnitudes
+  bool dense_finite = true;  // whether the pruned ones, which a dense product multiplies by zero, leave it finite too
+  int64_t terms = 0;
+  void add(double a, double b, bool kept = true) {  // b is a weight where some are pruned
+    dense_finite &= std::isfinite(a) && (!kept || std::isfinite(b));
+    if (!kept) return;
+    sum += a * b;
+    scale += std::fabs(a * b);
+    terms++;
+  }
+};
+
+struct Failure {
+  std::string what;
+};
+
+inline void require(bool right, const std::string& what) {
+  if (!right) throw Failure{what};
+}
+
+inline void check(const char* name, Type type, double got, const Expected& expected, int64_t i, int64_t j) {
+  const std::string where = std::string(name) + " [" + std::to_string(i) + ", " + std::to_string(j) + "] is " +
+                            std::to_string(got) + ", expected " + std::to_string(expected.sum);
+  if (!std::isfinite(expected.sum)) return require(!std::isfinite(got), where + ": an infinity or NaN got lost");
+  if (!expected.dense_finite) return;  // multiplied by an explicit zero it may be a NaN, or left out
+  const double added = 2.0 * double(expected.terms + 1) * ROUNDOFF[FLOAT32] * expected.scale;
+  const double rounded = 1.01 * ROUNDOFF[type] * (std::fabs(expected.sum) + added) + SMALLEST[type];
+  require(std::fabs(got - expected.sum) <= added + rounded, where);
 }
 
 }  // namespace fuzz
