@@ -53,6 +53,8 @@ def roofline(op: str, M: int, N: int, K: int, dtype: torch.dtype) -> bool:
     arithmetic = 2 * M * N * K / RIDGE
     activations, dense = (M * N + M * K) * dtype.itemsize, N * K * dtype.itemsize
     stored = dense / 2 + N * K / 8
+    if op == "grad_input_columns":
+        stored += N * K / 16  # the column mask
     kernel = max(arithmetic / SHARE[op], activations + stored)
     product = max(arithmetic, activations + dense)
     # The conversion in between reads one form and writes the other.

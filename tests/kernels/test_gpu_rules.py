@@ -29,6 +29,16 @@ def test_the_kernels_win_where_the_weight_is_what_is_read(op: str) -> None:
     assert not gpu_rules.sparse(op, 1, 4096, 4096, torch.float32, "some GPU")
 
 
+def test_the_column_mask_is_among_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_rules, "SHARE", dict.fromkeys(OPS, 0.5))
+
+    def most_tokens(op: str) -> int:
+        return max(M for M in range(1, 4096) if gpu_rules.roofline(op, M, 4096, 4096, torch.bfloat16))
+
+    # Expanding W^{R,C} reads the mask too, so the kernel that needs no expansion stays ahead for longer.
+    assert most_tokens("grad_input") < most_tokens("grad_input_columns") < 4095
+
+
 @every_dtype
 def test_what_the_kernels_do_not_take(dtype: torch.dtype) -> None:
     tensor = torch.ones(1, dtype=dtype)
