@@ -153,14 +153,16 @@ def _report(given: argparse.Namespace) -> int:
         if given.plots is not None:
             for picture in plots.draw(found, given.plots):
                 print(f"Written: {picture}")
-    if given.readme is not None:
-        old = given.readme.read_text(encoding="utf-8")
+    if given.write is None:
+        return 0
+    for path in given.write or readme.FILES:
+        old = path.read_text(encoding="utf-8")
         new = readme.updated(old, _RESULTS)
         if given.check and new != old:
-            print(f"{given.readme} is not current: run python -m benchmarks report --readme {given.readme}")
+            print(f"{path} is not current: run python -m benchmarks report --write")
             return 1
         if not given.check:
-            given.readme.write_text(new, encoding="utf-8")
+            path.write_text(new, encoding="utf-8")
     return 0
 
 
@@ -254,12 +256,13 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--device", default="", help="as of run")
     profile.add_argument("--tiny", action="store_true", help="sizes that run in seconds")
 
-    report = commands.add_parser("report", help="tables and plots of a results folder; the README's section")
+    report = commands.add_parser("report", help="tables and plots of a results folder; the README's tables")
     report.set_defaults(function=_report)
     report.add_argument("folder", type=Path, nargs="?", help="results of a run")
     report.add_argument("--plots", type=Path, metavar="DIR", help="write PNG files there")
-    report.add_argument("--readme", type=Path, metavar="FILE", help="rewrite its section from benchmarks/results/")
-    report.add_argument("--check", action="store_true", help="with --readme: write nothing, fail if it is not current")
+    report.add_argument("--write", type=Path, nargs="*", metavar="FILE",
+                        help="rewrite the sections of README.md and RESULTS.md (or of FILE) from benchmarks/results/")
+    report.add_argument("--check", action="store_true", help="with --write: write nothing, fail if one is not current")
     return parser
 
 

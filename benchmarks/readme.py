@@ -1,4 +1,4 @@
-"""The README's two sections of measured results, short and long: written from committed files, never by hand."""
+"""What the README and ``RESULTS.md`` say was measured: written from committed files, never by hand."""
 
 from __future__ import annotations
 
@@ -9,26 +9,33 @@ import pretrain_results
 from benchmarks import gpu_report, highlights, records, select, tables, tile_table
 from benchmarks.records import Record
 
-_SECTIONS = ("highlights", "measured")
-"""Names in the comments around each section: ``<!-- measured:begin -->``, ``<!-- measured:end -->``."""
+FILES = (records.ROOT / "README.md", records.ROOT / "benchmarks" / "RESULTS.md")
+"""The first has a table of highlights, the second all tables."""
 _FORM = "github"
 _NOTHING = "No results have been committed yet."
 
 
 def updated(text: str, results: Path) -> str:
-    """The README's text with its sections as the files in ``results`` have them.
+    """The text of a file with its sections as the files in ``results`` have them.
 
     Raises:
-        ValueError: the text lacks a section, or has one twice.
+        ValueError: the text has no section, one twice, or half of one.
     """
-    bodies = (highlights.table(results, _FORM) or _NOTHING, section(results))
-    for name, body in zip(_SECTIONS, bodies, strict=True):
+    found = 0
+    for name, body in _SECTIONS.items():
         begin, end = markers(name)
-        if text.count(begin) != 1 or text.count(end) != 1:
+        counts = text.count(begin), text.count(end)
+        if counts not in ((0, 0), (1, 1)):
             raise ValueError(f"expected one {begin} and one {end}")
-        before, rest = text.split(begin)
-        _, after = rest.split(end)
-        text = f"{before}{begin}\n{body}\n{end}{after}"
+        if counts == (1, 1):
+            found += 1
+            before, rest = text.split(begin)
+            _, after = rest.split(end)
+            text = f"{before}{begin}\n{body(results)}\n{end}{after}"
+    if not found:
+        raise ValueError(
+            f"expected one of the sections {', '.join(_SECTIONS)}, each between {' and '.join(markers('NAME'))}"
+        )
     return text
 
 
@@ -37,12 +44,21 @@ def markers(name: str) -> tuple[str, str]:
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
+def short(results: Path) -> str:
+    """A row for each thing measured, a column for each machine."""
+    return highlights.table(results, _FORM) or _NOTHING
+
+
 def section(results: Path) -> str:
-    """The long section: the demo's tables, those of each results file in order of their names, and those of tiles."""
-    parts = [_demo(path) for path in sorted(results.glob("demo-*.json"))]
-    parts += [_benchmark(found) for path in sorted(results.glob("*.jsonl")) if (found := records.read(path))]
-    parts += [tile_table.section(path, _FORM) for path in sorted(results.glob("tiles-*.json"))]
-    return "\n\n".join(parts) or _NOTHING
+    """All tables, with a heading for each file: those of the demo, of the benchmarks, and of tiles."""
+    parts = {path: _demo(path) for path in sorted(results.glob("demo-*.json"))}
+    parts |= {path: _benchmark(found) for path in sorted(results.glob("*.jsonl")) if (found := records.read(path))}
+    parts |= {path: tile_table.section(path, _FORM) for path in sorted(results.glob("tiles-*.json"))}
+    return "\n\n".join(f"## {path.name}\n\n{text}" for path, text in parts.items()) or _NOTHING
+
+
+_SECTIONS = {"highlights": short, "measured": section}
+"""Name in the comments around a section (``<!-- measured:begin -->``, ``<!-- measured:end -->``) -> its text."""
 
 
 def _demo(path: Path) -> str:

@@ -130,14 +130,16 @@ def test_readme_is_written_from_committed_files_alone(tmp_path: Path, capsys: py
     for mark in marks:
         with pytest.raises(ValueError, match="expected one <!-- "):
             readme.updated(text.replace(mark, ""), tmp_path)
+    with pytest.raises(ValueError, match="expected one of the sections highlights, measured"):
+        readme.updated("nothing to write", tmp_path)
 
     path = tmp_path / "README.md"
     path.write_text(text)
-    assert command.main(["report", "--readme", str(path), "--check"]) == 1
+    assert command.main(["report", "--write", str(path), "--check"]) == 1
     assert path.read_text() == text
     assert "is not current" in capsys.readouterr().out
-    assert command.main(["report", "--readme", str(path)]) == 0
-    assert command.main(["report", "--readme", str(path), "--check"]) == 0
+    assert command.main(["report", "--write", str(path)]) == 0
+    assert command.main(["report", "--write", str(path), "--check"]) == 0
 
 
 def test_highlights_have_a_row_for_each_thing_measured_and_a_column_for_each_machine(tmp_path: Path) -> None:
@@ -193,11 +195,10 @@ def test_demo_table(tmp_path: Path) -> None:
     assert ["tokens/s, adapters off (median step)", "100", "150", "1.500"] in cells(section)
 
 
-def test_the_readme_is_current() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.updated(text, ROOT / "benchmarks" / "results") == text, (
-        "run python -m benchmarks report --readme README.md"
-    )
+@pytest.mark.parametrize("path", readme.FILES, ids=lambda path: path.name)
+def test_what_is_written_from_results_is_current(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert readme.updated(text, ROOT / "benchmarks" / "results") == text, "run python -m benchmarks report --write"
 
 
 def test_committed_results_name_no_folders_and_hold_no_half_lines() -> None:
