@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import sys
@@ -119,6 +120,8 @@ class _Loader:
         self.library: CpuLibrary | None = None
         self.failure: BaseException | None = None
         self.thread: threading.Thread | None = None
+        self.testing = threading.Lock()
+        self.leaving = False
 
     def begin(self, requested: str | None) -> threading.Thread:
         """The thread that finds the library, started by the first call, and again after one that failed.
@@ -139,6 +142,22 @@ class _Loader:
             self.done = True
         except BaseException as failure:
             self.failure = failure  # for those who wait
+
+    def test(self, library: CpuLibrary) -> str | None:
+        """The self-test, unless the process is about to end."""
+        with self.testing:
+            if self.leaving:
+                raise SystemExit("CPU kernels: the process ends, none are loaded any more")
+            return self_test(library)
+
+    def leave(self) -> None:
+        """Wait for a test that runs, and let none begin.
+
+        The thread is a daemon, so that a compiler holds up nobody who leaves.  But such a thread is ended where it
+        comes back into Python after the interpreter has gone, and in PyTorch's C++ that is ``std::terminate``.
+        """
+        with self.testing:
+            self.leaving = True
 
     def found(self) -> CpuLibrary | None:
         """What the thread ended with."""
@@ -181,6 +200,7 @@ def _start_afresh() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_afresh)
+atexit.register(lambda: _loader.leave())
 
 
 def _requested() -> str | None:
@@ -243,7 +263,7 @@ def _try(level: str, compiler: Compiler) -> CpuLibrary:
     library = CpuLibrary(path)
     if library.isa != level:
         raise LibraryError(f"it was built as {library.isa}")
-    if (wrong := self_test(library)) is not None:
+    if (wrong := _loader.test(library)) is not None:
         raise LibraryError(f"its results are wrong: {wrong}")
     log.info("CPU kernels: level %s, %s", level, path)
     return library

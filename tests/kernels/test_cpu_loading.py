@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -85,3 +86,31 @@ def test_a_failure_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
         cpu_library.load()
     assert failures == []
     assert cpu_library.load() is None
+
+
+def test_a_process_that_ends_during_the_self_test_ends_in_order(library: CpuLibrary) -> None:
+    code = """
+import sys, threading, time
+from slope_compile.kernels import cpu_library
+
+real, begun, rounds = cpu_library.self_test, threading.Event(), []
+
+def slow(library):
+    begun.set()
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        rounds.append(real(library))
+    sys.stderr.write(f"ended after {len(rounds) > 0}")
+
+cpu_library.self_test = slow
+cpu_library.start_loading()
+assert begun.wait(300)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stderr) == (0, "ended after True")
+
+
+def test_no_self_test_begins_in_a_process_that_ends(library: CpuLibrary) -> None:
+    cpu_library._loader.leave()
+    with pytest.raises(SystemExit, match="the process ends"):
+        cpu_library.load()
