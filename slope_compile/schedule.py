@@ -73,7 +73,7 @@ class AdapterSchedule:
         fraction: share of the steps with adapters, from the end; default 0.01 as in the method.
         start_step: number of steps without adapters, instead of ``fraction``.
         config: for a dense model only: which layers get adapters of which rank.
-        optimizer: needed for ``lr_scale`` and ``warmup_steps`` only.
+        optimizer: needed for ``lr_scale`` and ``warmup_steps`` only; it may be wrapped, as accelerate does.
         lr_scale: factor on the adapters' updates.
         warmup_steps: steps after the switch over which that factor rises from 0.
 
@@ -209,6 +209,10 @@ class _ScaledUpdates:
         # Weak, so that the optimizer's hooks do not keep a model alive.
         self.schedule = weakref.ref(schedule)
         self.before: list[tuple[Tensor, Tensor]] = []
+        # A wrapper (accelerate's, which Hugging Face's Trainer makes) has no hooks of its own: its __init__ is not that
+        # of an Optimizer.  It keeps what it wraps under this name.
+        while isinstance(wrapped := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = wrapped
         optimizer.register_step_pre_hook(self.remember)
         optimizer.register_step_post_hook(self.rescale)
 

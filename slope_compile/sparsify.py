@@ -85,7 +85,7 @@ def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
             "sparsify_: no layer of the model is eligible; change include, exclude, first_dense, heads_dense or "
             f"pattern in the SlopeConfig:\n{listed}"
         )
-    _check_convertible("sparsify_", [layer for layer, _ in chosen])
+    _check_convertible("sparsify_", [layer for layer, _ in chosen], "convert before the first optimizer step")
 
     # What is made in inference mode can be trained as little as what was made there: it has to be like the weights.
     with torch.inference_mode(any(layer.weight.is_inference() for layer, _ in chosen)):
@@ -121,7 +121,7 @@ def densify_(model: nn.Module) -> Report:
     layers = [layer for layer in linear_layers(model) if layer.sparse or layer.low_rank]
     if not layers:
         raise ConversionError("densify_: the model has no prepared layer; sparsify_ it first")
-    _check_convertible("densify_", layers)
+    _check_convertible("densify_", layers, "densify_ a copy (copy.deepcopy(model))")
     for layer in layers:
         _remove(layer)
     for layer in linear_layers(model):
@@ -255,7 +255,7 @@ def _check_not_prepared(model: nn.Module) -> None:
         )
 
 
-def _check_convertible(who: str, layers: Iterable[LinearLayer]) -> None:
+def _check_convertible(who: str, layers: Iterable[LinearLayer], way_out: str) -> None:
     layers = list(layers)
     for layer in layers:
         weight = layer.weight
@@ -274,6 +274,5 @@ def _check_convertible(who: str, layers: Iterable[LinearLayer]) -> None:
         if any(layer.weight in optimizer.state for optimizer in optimizers):
             raise ConversionError(
                 f"{who}: an optimizer already has state for the weight of {layer.path!r}, whose shape would no "
-                "longer fit; convert before the first optimizer step, or make a new optimizer afterwards and delete "
-                "the old one"
+                f"longer fit; {way_out}, or make a new optimizer afterwards and delete the old one"
             )
