@@ -6,7 +6,8 @@ attribute accesses by which Dynamo reached an input), ``node._dynamo_source`` an
 global scope, from which the chain can be followed to the real module, ``install_guard`` with ``GuardBuilder.ID_MATCH``,
 ``_LazyGraphModule`` (as Dynamo's own graphs are),
 ``OptimizedModule`` and ``Module._compiled_call_impl`` (what was handed to ``torch.compile``), the code objects of
-``OutputGraph.call_user_compiler`` and ``Module._call_impl`` (by which frames on the stack are recognised), and
+``OutputGraph.call_user_compiler`` and ``Module._call_impl`` (by which frames on the stack are recognised),
+``_grad_increment_nesting`` and ``_vmap_increment_nesting`` (with which transforms of ``torch.func`` begin), and
 ``config.use_recursive_dict_tags_for_guards``.
 """
 
@@ -15,13 +16,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
 import torch._dynamo.config
 from torch import Tensor, nn
+from torch._C._functorch import _grad_increment_nesting, _vmap_increment_nesting
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.output_graph import OutputGraph
@@ -31,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from slope_compile.distributed import without_wrapper
 from slope_compile.rules import layer_path, plain_path
 
 _COMPONENT = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
@@ -72,7 +75,11 @@ def origin(placeholder: Node) -> Origin | None:
     components = _COMPONENT.findall(text)
     if not components:
         return None
-    return Origin(_root_module(text), plain_path(".".join(components)))
+    root = _root_module(text)
+    model = None if root is None else without_wrapper(root)
+    if model is not root:
+        components = components[1:]
+    return Origin(model, plain_path(".".join(components)))
 
 
 def _root_module(text: str) -> nn.Module | None:
@@ -112,8 +119,8 @@ def model_of(root: nn.Module) -> tuple[nn.Module, str]:
     around: list[nn.Module] = []
     for owner in _owners(_CALLS):
         if isinstance(owner, nn.Module):
-            inner = owner._orig_mod if isinstance(owner, OptimizedModule) else owner
-            if compiled is None and (inner is not owner or owner._compiled_call_impl is not None):
+            inner = without_wrapper(owner._orig_mod if isinstance(owner, OptimizedModule) else owner)
+            if compiled is None and (isinstance(owner, OptimizedModule) or owner._compiled_call_impl is not None):
                 compiled = inner
             around.append(inner)
     model = compiled if compiled is not None and _path(compiled, root) is not None else root
@@ -216,3 +223,28 @@ def mark_added_input(placeholder: Node) -> None:
 def is_real(value: object) -> bool:
     """Whether an example input is a tensor with data."""
     return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and not value.is_meta
+
+
+def tracing(arguments: Sequence[Any]) -> bool:
+    """Whether a compiled graph is called for its shapes only.
+
+    Where gradients are reduced in several buckets, Dynamo cuts a graph in pieces, and calls each to compile the next.
+    """
+    return any(isinstance(argument, FakeTensor) for argument in arguments)
+
+
+def parameter_behind(placeholder: Node, given: Any) -> Any:
+    """The parameter that an input of the graph will be, where Dynamo gives its shape only; else what it gives.
+
+    It does so for the pieces that it compiles one after the other (see :func:`tracing`).
+    """
+    if not isinstance(given, FakeTensor):
+        return given
+    example = getattr(placeholder.meta.get("grapharg"), "example", None)
+    return example if isinstance(example, nn.Parameter) else given
+
+
+def has_transforms(module: GraphModule) -> bool:
+    """Whether part of a graph is inside of a transform of ``torch.func``, where a weight is no parameter any more."""
+    begins = (_grad_increment_nesting, _vmap_increment_nesting)
+    return any(module.graph.find_nodes(op="call_function", target=begin) for begin in begins)

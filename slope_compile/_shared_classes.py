@@ -11,6 +11,10 @@ The properties are our own: those of ``parametrize`` know the module that the cl
 When ``parametrize`` changes the class of one layer, that layer gets a class of its own first: the property is deleted
 by ``remove_parametrizations``, and registering a parametrization on another tensor adds one.  Both name the layer
 ``module`` where they do it, which is how it is found (torch 2.11 to 2.13; tests fail when that changes).
+
+``parametrize`` refuses to pickle, since its classes cannot be found by name.  A shared class can be made again from the
+stock class and the names, so whole models go through ``torch.save`` and to other processes (private name used:
+``_inject_new_class``).
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 _Classes = weakref.WeakValueDictionary[frozenset[str], type]
@@ -57,14 +62,52 @@ def share(module: nn.Module) -> None:
     names = frozenset(name for name, value in vars(own).items() if isinstance(value, property))
     parametrizations = module.parametrizations
     assert isinstance(parametrizations, nn.ModuleDict)
-    if names != set(parametrizations):
-        return
+    if names == set(parametrizations):
+        module.__class__ = _shared_class(own, names)
+
+
+def _shared_class(own: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
+    """The class of modules like the one that has this class of its own."""
     classes = _shared.setdefault(own.__bases__[0], weakref.WeakValueDictionary())
     found = classes.get(names)
     if found is None:
-        properties = {name: _property(name) for name in names}
-        found = classes[names] = _Shared(own.__name__, own.__bases__, _contents(own) | properties)
-    module.__class__ = found
+        pickling = {"__reduce_ex__": _reduce, "__getstate__": own.__bases__[0].__getstate__}
+        contents = _contents(own) | {name: _property(name) for name in names} | pickling
+        found = classes[names] = _Shared(own.__name__, own.__bases__, contents)
+    return found
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """How to pickle a module of a shared class."""
+    shared = type(module)
+    names = tuple(sorted(name for name, value in vars(shared).items() if isinstance(value, property)))
+    return _blank, (shared.__bases__[0], names), module.__getstate__()
+
+
+def _blank(stock: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """A module of the class that modules of a stock class with these weights share; it has no contents yet."""
+    module = stock.__new__(stock)
+    parametrize._inject_new_class(module)
+    adapt(module)
+    module.__class__ = _shared_class(type(module), frozenset(names))
+    return module
+
+
+def adapt(module: nn.Module) -> None:
+    """Change what has to be other than ``parametrize`` made it, in a class that is the module's own."""
+    own: Any = type(module)
+    own.__repr__ = nn.Module.__repr__  # shows the children, which the stock class may hide (Conv1D does)
+    if own.forward is nn.Linear.forward:
+        own.forward = linear_forward
+
+
+def linear_forward(layer: nn.Linear, input: Tensor) -> Tensor:
+    """``nn.Linear.forward`` in a file that Dynamo may start a graph in: it never does in PyTorch's own modules.
+
+    So a prepared layer is in a graph also where a graph break leaves the container around it to Python, be it
+    ``nn.Sequential`` or ``nn.TransformerEncoderLayer``.
+    """
+    return F.linear(input, layer.weight, layer.bias)
 
 
 def unshare(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from slope_compile._dynamo import avoid_dangling_guards, origin, working_copy
+from slope_compile._dynamo import avoid_dangling_guards, has_transforms, origin, tracing, working_copy
 from slope_compile._inductor import compile_graph
 from slope_compile.columns import StoredColumns, before_training_forward
 from slope_compile.dense_weights import DynamoWeights
@@ -56,9 +56,14 @@ def slope(
     _check_agreement(parsed, context.report)
     columns = _prepared_columns(context, weights)
     _log(context.report, len(weights.read))
+    if has_transforms(graph_module):
+        log.warning(
+            "backend 'slope': a graph has transforms of torch.func in it; linears inside of them run dense, with "
+            "prepared weights expanded; backward() gives the same gradients with 2:4 products"
+        )
     if not len(context.report):
         _find_lone_weights(graph_module)
-    inputs = [*example_inputs, *weights.extra]
+    inputs = [*example_inputs, *(get() for get in weights.extra)]
     graph_module.recompile()
     compiled = compile_graph(graph_module, inputs, parsed.compiler, parsed.patches)
     # Last: where compiling fails, the weights are as they were.
@@ -74,15 +79,18 @@ def _calling(
     compiled: Callable[..., Any], weights: DynamoWeights, columns: Sequence[ColumnArguments]
 ) -> Callable[..., Any]:
     """The compiled graph with its added inputs, after the column masks have been looked after."""
-    extra, stored, read = weights.extra, weights.stored, weights.read
+    extra, stored, read, states = weights.extra, weights.stored, weights.read, weights.states
     if not extra and not stored and not read and not columns:
         return compiled
 
     def call(*args: Any) -> Any:
-        for weight in read:
-            weight.before_call()
-        before_training_forward([*stored, *(find(args) for find in columns)])
-        return compiled(*args, *extra)
+        if not tracing(args):
+            for pruned in read:
+                pruned.before_call()
+            for weight, state in states:
+                state.follow(weight)
+            before_training_forward([*(find() for find in stored), *(find(args) for find in columns)])
+        return compiled(*args, *(get() for get in extra))
 
     return call
 

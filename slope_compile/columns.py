@@ -3,10 +3,12 @@
 A stock training loop tells nobody that it took an optimizer step.  Two things give it away: an optimizer updates
 weights in place, which raises a tensor's version counter, and every ``torch.optim.Optimizer`` calls the hooks of
 ``register_optimizer_step_post_hook``.  Neither is enough: fused optimizers leave the counter alone, and not every
-optimizer is a ``torch.optim`` one.  So the compiled function looks, before each training forward, whether a weight's
-version or its number of hooked steps differs from what it saw last: if so, a step has been taken since.  Micro-batches
-of gradient accumulation and recomputed forwards see the same and do not count.  The count (``column_age``) and the
-mask are updated in place, outside the compiled graph, so that saved addresses stay valid.
+optimizer is a ``torch.optim`` one.  FSDP's steps are those of any optimizer with sharded parameters: what it gathers
+for a forward is another tensor than the shard that is updated, and its counter is left alone.  So the compiled
+function looks, before each training forward, whether a weight's version or its number of hooked steps differs from
+what it saw last: if so, a step has been taken since.  Micro-batches of gradient accumulation and recomputed forwards
+see the same and do not count.  The count (``column_age``) and the mask are updated in place, outside the compiled
+graph, so that saved addresses stay valid.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ share entries, and a fresh entry (a resumed run, a copied model) only means that
 _steps = WeakTensorKeyDictionary()
 """Weight with stored columns -> optimizer steps that reported themselves since it was first looked at."""
 
+_steps_of_shards = 0
+"""Steps of optimizers that have sharded parameters."""
+
 
 @functools.cache
 def _watch_optimizers() -> None:
@@ -42,10 +47,14 @@ def _watch_optimizers() -> None:
 
 
 def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    global _steps_of_shards
+    sharded = False
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if weight in _steps:
                 _steps[weight] += 1
+            sharded = sharded or type(weight).__name__ == "DTensor"  # not imported for that
+    _steps_of_shards += sharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +97,9 @@ class StoredColumns:
         self.column_age.zero_()
         _seen[self.column_age] = self._state()
 
-    def _state(self) -> tuple[int, int]:
+    def _state(self) -> tuple[int, int, int]:
         """Differs after every optimizer step."""
-        return self.weight._version, _steps.setdefault(self.weight, 0)
+        return self.weight._version, _steps.setdefault(self.weight, 0), _steps_of_shards
 
 
 def before_training_forward(stored: Iterable[StoredColumns]) -> None:

@@ -3,7 +3,7 @@
 The weights stay dense-shaped Parameters.  When a graph that reads one is compiled for the first time, its pattern is
 chosen, remembered beside the Parameter, and the weight is pruned in place.  The graph then reads
 ``slope.compress(weight, pattern)``; the gradient comes back expanded, zero at the pruned positions, so that an
-elementwise optimizer with momentum and decay keeps them at zero.
+elementwise optimizer with momentum and decay keeps them at zero (``pruned_weights`` looks after the rest).
 
 A graph without gradients and with few tokens reads the pruned weight itself.  Before such a graph runs, a weight that
 has been written to since (its version counter tells) is looked at, and pruned again where something else was loaded.
@@ -14,72 +14,28 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_compile import _dynamo
 from slope_compile.columns import StoredColumns
 from slope_compile.config import LayerConfig, SlopeConfig
+from slope_compile.distributed import is_sharded
+from slope_compile.errors import ConfigError
 from slope_compile.kernels import ops
 from slope_compile.kernels.masks import choose_mask
-from slope_compile.kernels.metadata import pack_mask, unpack_mask
+from slope_compile.kernels.metadata import pack_mask
 from slope_compile.layers import decide, linear_layers
 from slope_compile.log import log
 from slope_compile.passes.graph import VALUE_KEYS, emit
 from slope_compile.passes.weights import CompressedWeight
-from slope_compile.pattern import Pattern
+from slope_compile.pruned_weights import DenseState, PrunedWeight, prune, state_of
 from slope_compile.report import Decision, Reason
 from slope_compile.rules import is_router, plain_path
-
-
-@dataclasses.dataclass
-class DenseState:
-    """What is remembered about a dense weight, for as long as the Parameter lives."""
-
-    nm: Pattern
-    pattern: Tensor
-    column_mask: Tensor | None = None
-    column_age: Tensor | None = None
-    version: int = -1
-    """Of the weight when it was last seen pruned."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PrunedWeight:
-    """A weight that a compiled graph reads as it lies there, and that has to be pruned therefore."""
-
-    weight: Tensor
-    state: DenseState
-    transposed: bool
-    path: str
-
-    def compressed(self) -> tuple[Tensor, Tensor]:
-        """Values and pattern."""
-        dense = self.weight.detach()
-        dense = dense.t() if self.transposed else dense
-        return ops.compress(dense, self.state.pattern, self.state.nm.keep, self.state.nm.group), self.state.pattern
-
-    @torch.no_grad()
-    def before_call(self) -> None:
-        """Prune the weight again if something that is not pruned was written to it."""
-        if self.weight._version == self.state.version:
-            return
-        values, _ = self.compressed()
-        # Writing only where it is needed: a backward that is still to come may have saved the weight.
-        if int(self.weight.count_nonzero()) != int(values.count_nonzero()):
-            log.info("backend 'slope' prunes %s again, in place: something was written to it", self.path)
-            self.weight.copy_(_masked(self.weight, self.state, self.transposed))
-        self.state.version = self.weight._version
-
-
-_states = WeakTensorKeyDictionary()
-"""Parameter -> DenseState, by identity.  So recompiles (a new shape, adapters on) find the same pattern, even where a
-kept weight has become exactly 0."""
 
 _warned: weakref.WeakKeyDictionary[nn.Module, SlopeConfig] = weakref.WeakKeyDictionary()
 """Model -> the configuration about which :func:`_warn` has said its word."""
@@ -92,13 +48,16 @@ class DynamoWeights:
         self.graph = module.graph
         self.config = config
         self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
-        self.inputs = dict(zip(self.placeholders, inputs, strict=True))
-        self.extra: list[Tensor] = []
-        """Tensors for the placeholders that were added, in order."""
-        self.stored: list[StoredColumns] = []
+        given = zip(self.placeholders, inputs, strict=True)
+        self.inputs = {placeholder: _dynamo.parameter_behind(placeholder, value) for placeholder, value in given}
+        self.extra: list[Callable[[], Tensor]] = []
+        """Tensors for the placeholders that were added, in order; the model may move between two calls."""
+        self.stored: list[Callable[[], StoredColumns]] = []
         self.read: list[PrunedWeight] = []
         """Weights that the graph reads dense."""
-        self._prune: list[tuple[Tensor, DenseState, str, bool]] = []
+        self.states: list[tuple[Tensor, DenseState]] = []
+        """Weights that the graph compresses."""
+        self._prune: list[tuple[Tensor, DenseState, nn.Module | None]] = []
         self._models: dict[nn.Module, tuple[nn.Module, str]] = {}
         self._rulings: dict[nn.Module, dict[str, Decision]] = {}
         self._judged: list[Node] = []
@@ -155,7 +114,7 @@ class DynamoWeights:
         if weight.is_inference():  # has no version counter
             return False
         state = self._state(node, layer, transposed)
-        self.read.append(PrunedWeight(weight, state, transposed, self.path(node)))
+        self.read.append(PrunedWeight(weight, state, self.path(node)))
         return True
 
     def compressed(self, node: Node, layer: LayerConfig, transposed: bool, before: Node) -> CompressedWeight:
@@ -165,31 +124,20 @@ class DynamoWeights:
         stores_columns = layer.stores_columns and rows % layer.pattern.group == 0
         keep, group = layer.pattern.keep, layer.pattern.group
 
-        def values() -> Tensor:
-            dense = weight.detach()
-            compressed: Tensor = ops.compress(dense.t() if transposed else dense, state.pattern, keep, group)
-            return compressed
-
         if stores_columns and state.column_mask is None:
-            masked = _masked(weight.detach(), state, transposed)
-            first = ops.compress(masked.t() if transposed else masked, state.pattern, keep, group)
+            first = state.values(weight)
             state.column_mask = ops.pick_columns(first, state.pattern, keep, group)
             state.column_age = torch.full((1,), -1, dtype=torch.int64, device="cpu")
-        pattern = self._input(node, "pattern", state.pattern)
+        self.states.append((weight, state))
+        pattern = self._input(node, "pattern", lambda: state.pattern)
         with self.graph.inserting_before(before):
             dense = emit(self.graph, torch.ops.aten.t.default, (node,), like=node) if transposed else node
             compressed = emit(self.graph, ops.compress, (dense, pattern, keep, group), like=node)
         columns = None
         if stores_columns:
-            assert state.column_mask is not None and state.column_age is not None
-            columns = self._input(node, "column_mask", state.column_mask)
+            columns = self._input(node, "column_mask", lambda: _there(state.column_mask))
             if layer.interval:
-                self.stored.append(
-                    StoredColumns(
-                        weight, values, state.pattern, state.column_mask, state.column_age,
-                        layer.pattern, layer.interval,
-                    )
-                )  # fmt: skip
+                self.stored.append(lambda: _stored(weight, state, layer))
         return CompressedWeight(compressed, pattern, columns)
 
     def commit(self, prepared: bool) -> int:
@@ -210,15 +158,10 @@ class DynamoWeights:
                 _dynamo.guard_parameter(node)
             for node in self._named:
                 _dynamo.guard_module(node)
-        for weight, state, _, transposed in self._prune:
-            # What was made in inference mode may be written to there only.
-            with torch.inference_mode(weight.is_inference()), torch.no_grad():
-                weight.copy_(_masked(weight, state, transposed))
-            _states[weight] = state
-            if not weight.is_inference():
-                state.version = weight._version
+        for weight, state, model in self._prune:
+            prune(weight, state, model)
         if self._prune:
-            names = [path for _, _, path, _ in self._prune]
+            names = [state.path for _, state, _ in self._prune]
             log.warning(
                 "backend 'slope' pruned %d weights of a dense model in place (first: %s, last: %s); they stay "
                 "dense-shaped. slope_compile.sparsify_ stores them compressed instead.",
@@ -228,38 +171,48 @@ class DynamoWeights:
 
     def _state(self, node: Node, layer: LayerConfig, transposed: bool) -> DenseState:
         """What is remembered about a weight; its pattern is chosen if none is, or if another is asked for."""
-        weight = self.inputs[node]
-        state: DenseState | None = _states.get(weight)
-        if state is None or state.nm != layer.pattern:
-            state = self._choose(weight, layer, transposed, self.path(node))
+        weight, path = self.inputs[node], self.path(node)
+        origin = self._origin(node)
+        model = None if origin is None else origin.root
+        state = state_of(weight, layer.pattern, model, path)
+        if state is None:
+            if model is not None and is_sharded(model):
+                raise ConfigError(
+                    f"backend 'slope': {path!r} is dense and sharded by fully_shard, and pruning what is gathered for "
+                    "a forward does not reach the shards; sparsify_ the model first, then fully_shard and compile it"
+                )
+            dense = weight.detach()
+            dense = (dense.t() if transposed else dense).contiguous()
+            mask = choose_mask(dense, layer.pattern, layer.mask, layer.seed, path)
+            state = DenseState(path, layer.pattern, transposed, pack_mask(mask))
+            self._prune.append((weight, state, model))
         return state
 
-    def _choose(self, weight: Tensor, layer: LayerConfig, transposed: bool, path: str) -> DenseState:
-        dense = weight.detach()
-        dense = (dense.t() if transposed else dense).contiguous()
-        mask = choose_mask(dense, layer.pattern, layer.mask, layer.seed, path)
-        state = DenseState(layer.pattern, pack_mask(mask))
-        self._prune.append((weight, state, path, transposed))
-        return state
-
-    def _input(self, node: Node, suffix: str, tensor: Tensor) -> Node:
+    def _input(self, node: Node, suffix: str, get: Callable[[], Tensor]) -> Node:
         """Add a graph input that the compiled function passes on its own."""
+        tensor = get()
         with self.graph.inserting_after(self.placeholders[-1]):
             placeholder = self.graph.placeholder(f"slope_{len(self.extra)}_{suffix}")
         _dynamo.mark_added_input(placeholder)
         self.placeholders.append(placeholder)
         self.inputs[placeholder] = tensor
-        self.extra.append(tensor)
+        self.extra.append(get)
         mode = getattr(node.meta.get(VALUE_KEYS[0]), "fake_mode", None)
         if mode is not None:
             placeholder.meta[VALUE_KEYS[0]] = mode.from_tensor(tensor, static_shapes=True)
         return placeholder
 
 
-def _masked(weight: Tensor, state: DenseState, transposed: bool) -> Tensor:
-    K = weight.shape[0] if transposed else weight.shape[1]
-    mask = unpack_mask(state.pattern, K)
-    return weight.detach().masked_fill(~(mask.t() if transposed else mask), 0)
+def _there(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def _stored(weight: Tensor, state: DenseState, layer: LayerConfig) -> StoredColumns:
+    return StoredColumns(
+        weight, lambda: state.values(weight), state.pattern, _there(state.column_mask), _there(state.column_age),
+        layer.pattern, layer.interval,
+    )  # fmt: skip
 
 
 def _warn(model: nn.Module, config: SlopeConfig, decisions: Sequence[Decision]) -> None:

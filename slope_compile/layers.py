@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from slope_compile._shared_classes import linear_forward
 from slope_compile.config import SlopeConfig
-from slope_compile.parametrizations import LowRank, SparseWeight, linear_forward
+from slope_compile.parametrizations import LowRank, SparseWeight
 from slope_compile.report import EXPERTS_DETAIL, Decision, Reason
 from slope_compile.rules import first_linears, holds_experts, is_head, is_router, layer_path, plain_path
 

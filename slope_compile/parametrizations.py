@@ -4,7 +4,9 @@
 
 Eager mode, other backends, ``state_dict``, optimizers and autocast see ordinary tensors.  Eager computes the exact
 input gradient; the double-pruned one is what ``torch.compile(..., backend="slope")`` adds.  Forward-mode
-differentiation works in eager mode (private name used: ``torch.autograd.forward_ad._current_level``).
+differentiation works in eager mode, and the transforms of ``torch.func`` work there and in compiled functions (private
+names used: ``torch.autograd.forward_ad._current_level``, ``torch._C._are_functorch_transforms_active`` and
+``_dynamo_marked_constant``).
 
 A Conv1D (Hugging Face's transposed linear) stores its weight as ``[K, N]``: ``transposed=True``.  ``values`` are
 ``[N, K * keep / group]`` all the same.
@@ -17,7 +19,6 @@ import hashlib
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 
 from slope_compile.config import LayerConfig
 from slope_compile.kernels import ops, reference
@@ -62,8 +63,7 @@ class SparseWeight(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and self.place is not None:  # in this order: no guard on the place
             in_python(self.place)
-        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-            # The operators have no rule for forward mode, and autograd would drop the tangent without a word.
+        if _transformed():
             weight = reference.expand(values, self.pattern, self.nm.keep, self.nm.group)
         else:
             weight = ops.expand(
@@ -129,6 +129,23 @@ class SparseWeight(nn.Module):
         del state_dict[old]
 
 
+def _transformed() -> bool:
+    """Whether forward mode or a transform of ``torch.func`` is under way, for which the operators have no rules.
+
+    Their definition consists of operators that do.  Autograd would drop the tangent of forward mode without a word.
+    """
+    return _inside_func() or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+
+
+def _inside_func() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+# As torch.compiler.assume_constant_result, which imports Dynamo: else the call stays in every graph, for nobody.
+# Dynamo guards on the transforms that are under way when a graph begins, and knows of those inside.
+_inside_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _dense_name(prefix: str) -> str:
     """``"a.b.parametrizations.weight.0."`` -> ``"a.b.weight"``: where a dense model has the weight."""
     owner, _, rest = prefix.rpartition("parametrizations.")
@@ -182,15 +199,6 @@ class LowRank(nn.Module):
     def extra_repr(self) -> str:
         state = "on" if self.enabled else "off"
         return f"rank={self.A.shape[0]}, scale={self.scale:g}, {state}"
-
-
-def linear_forward(layer: nn.Linear, input: Tensor) -> Tensor:
-    """``nn.Linear.forward`` in a file that Dynamo may start a graph in: it never does in PyTorch's own modules.
-
-    So a prepared layer is in a graph also where a graph break leaves the container around it to Python, be it
-    ``nn.Sequential`` or ``nn.TransformerEncoderLayer``.
-    """
-    return F.linear(input, layer.weight, layer.bias)
 
 
 def draw_adapter(shape: tuple[int, int], layer: LayerConfig, path: str, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from slope_compile.adapter_nodes import has_adapters, set_adapter_nodes
 from slope_compile.config import SlopeConfig, checked_config
+from slope_compile.distributed import adapters_will_fail, data_parallel
 from slope_compile.errors import ConversionError, ScheduleError
 from slope_compile.graph_state import ADAPTER_A, ADAPTER_B
 from slope_compile.log import log
@@ -78,7 +79,8 @@ class AdapterSchedule:
         warmup_steps: steps after the switch over which that factor rises from 0.
 
     Raises:
-        ScheduleError: the model has no adapters, or arguments contradict each other.
+        ScheduleError: the model has no adapters, arguments contradict each other, or a DistributedDataParallel around
+            the model would fail when the adapters come on.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class AdapterSchedule:
         if optimizer is not None:
             _ScaledUpdates(self, optimizer)
         self._apply()
+        self._check_wrappers()
 
     @property
     def active(self) -> bool:
@@ -140,8 +143,14 @@ class AdapterSchedule:
         return self.lr_scale * warm
 
     def step(self) -> None:
-        """Count one optimizer step; call it after ``optimizer.step()``."""
+        """Count one optimizer step; call it after ``optimizer.step()``.
+
+        Raises:
+            ScheduleError: the model is wrapped in a DistributedDataParallel that would fail when the adapters come on.
+        """
         was = self.active
+        if not self.step_count:
+            self._check_wrappers()
         self.step_count += 1
         if self.active and not was:
             self._apply()
@@ -188,6 +197,14 @@ class AdapterSchedule:
 
     def _apply(self) -> None:
         set_adapters(self.model, self.active)
+
+    def _check_wrappers(self) -> None:
+        """At once, not when the adapters come on: that is at the end of the run."""
+        if not self.active and self.start_step < self.total_steps:
+            for wrapper in data_parallel(self.adapter_parameters()):
+                reason = adapters_will_fail(wrapper)
+                if reason is not None:
+                    raise ScheduleError(f"AdapterSchedule: {reason}")
 
     def adapter_parameters(self) -> list[Tensor]:
         """A and B of every adapter."""

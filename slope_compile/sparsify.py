@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from slope_compile._shared_classes import share, unshare
+from slope_compile._shared_classes import adapt, share, unshare
 from slope_compile.config import LayerConfig, SlopeConfig, checked_config
+from slope_compile.distributed import data_parallel
 from slope_compile.errors import ConversionError
 from slope_compile.kernels import cpu_library
 from slope_compile.kernels.masks import choose_mask
@@ -19,7 +21,7 @@ from slope_compile.layers import ATTENTION_WEIGHTS, LinearLayer, decide, linear_
 from slope_compile.log import log
 from slope_compile.optimizers import optimizers_with_state
 from slope_compile.outside import Place
-from slope_compile.parametrizations import LowRank, SparseWeight, draw_adapter, linear_forward
+from slope_compile.parametrizations import LowRank, SparseWeight, draw_adapter
 from slope_compile.report import Decision, Report
 
 
@@ -36,6 +38,10 @@ class DenseNote:
 class _ShowsNote:
     """Mixed into a layer's class where that has a ``__repr__`` of its own, which does not ask for ``extra_repr``."""
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """To pickle and to copy: the class cannot be found by name."""
+        return _blank_showing_note, (type(self).__mro__[2],), self.__dict__
+
     def __repr__(self) -> str:
         return f"{super().__repr__().removesuffix(')')}, {self.__dict__['extra_repr']()})"
 
@@ -45,6 +51,10 @@ def _showing_note(layer_class: type[nn.Module]) -> type[nn.Module]:
     """One class for all layers of a class, so that a graph which Dynamo compiled for one block serves the others."""
     name, module = layer_class.__name__, layer_class.__module__
     return type(name, (_ShowsNote, layer_class), {"__module__": module, "__qualname__": layer_class.__qualname__})
+
+
+def _blank_showing_note(layer_class: type[nn.Module]) -> nn.Module:
+    return layer_class.__new__(_showing_note(layer_class))  # type: ignore[arg-type]  # "not Hashable"
 
 
 def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
@@ -68,7 +78,8 @@ def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
 
     Raises:
         ConversionError: the model is prepared already, has parameters on the meta device, pending gradients or
-            optimizer state, or has no eligible layer.  Nothing has been changed then.
+            optimizer state, is wrapped in DistributedDataParallel, or has no eligible layer.  Nothing has been changed
+            then.
         ConfigError, TypeError: ``config`` is no SlopeConfig, ``model`` no module.
     """
     config = checked_config("sparsify_", config)
@@ -94,6 +105,7 @@ def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
     for layer, decision in decisions:
         if not decision.sparse:
             _note(layer, decision)
+    _check_ranks(chosen)
     said: set[str] = set()
     for layer, _ in chosen:
         assert layer.sparse is not None
@@ -140,10 +152,10 @@ def add_adapters_(model: nn.Module, config: SlopeConfig) -> list[str]:
     Raises:
         ConversionError: ``adapter_rank`` is 0 everywhere, or nothing is eligible.
     """
-    chosen = [layer for layer, decision in decide(model, config) if decision.sparse]
+    chosen = [(layer, config.layer(layer.path)) for layer, decision in decide(model, config) if decision.sparse]
+    _check_ranks(chosen)
     paths = []
-    for layer in chosen:
-        settings = config.layer(layer.path)
+    for layer, settings in chosen:
         if settings.adapter_rank:
             _register_adapter(layer, settings)
             share(layer.module)
@@ -183,9 +195,7 @@ def _register(layer: LinearLayer, settings: LayerConfig, pattern: Tensor) -> Non
     sparse = SparseWeight(pattern, layer.shape, settings, layer.transposed)
     unshare(layer.module)
     parametrize.register_parametrization(layer.module, layer.name, sparse)
-    _print_children(layer.module)
-    if type(layer.module).forward is nn.Linear.forward:
-        type(layer.module).forward = linear_forward  # its class is its own
+    adapt(layer.module)
     layer.weight.requires_grad_(requires_grad)
     sparse.pick_columns(layer.weight)
     if settings.adapter_rank:
@@ -193,15 +203,24 @@ def _register(layer: LinearLayer, settings: LayerConfig, pattern: Tensor) -> Non
 
 
 def _register_adapter(layer: LinearLayer, settings: LayerConfig) -> None:
-    if settings.adapter_rank > min(layer.shape):
-        log.warning(
-            "adapter_rank %d of %r is more than the rank of its %d x %d weight",
-            settings.adapter_rank, layer.path, *layer.shape,
-        )  # fmt: skip
     A, B = draw_adapter(layer.shape, settings, layer.path, layer.weight.detach())
     adapter = LowRank(A, B, settings.adapter_scale, layer.transposed)
     unshare(layer.module)
     parametrize.register_parametrization(layer.module, layer.name, adapter)
+
+
+def _check_ranks(chosen: Sequence[tuple[LinearLayer, LayerConfig]]) -> None:
+    """Say once how many adapters have more columns than their product can have rank."""
+    over = [(layer, settings.adapter_rank) for layer, settings in chosen if settings.adapter_rank > min(layer.shape)]
+    if not over:
+        return
+    smallest = min((layer for layer, _ in over), key=lambda layer: min(layer.shape))
+    ranks = " or ".join(str(rank) for rank in sorted({rank for _, rank in over}))
+    log.warning(
+        "adapter_rank %s is more than the full rank of %d of %d layers (smallest: %r, %d x %d); an adapter of rank %d "
+        "can already be any matrix of that shape",
+        ranks, len(over), len(chosen), smallest.path, *smallest.shape, min(smallest.shape),
+    )  # fmt: skip
 
 
 def _restore(layer: LinearLayer, data: Tensor) -> None:
@@ -269,6 +288,11 @@ def _check_convertible(who: str, layers: Iterable[LinearLayer], way_out: str) ->
                 f"{who}: the weight of {layer.path!r} has a gradient of the old shape; call "
                 "optimizer.zero_grad(set_to_none=True) first, or convert before the first backward"
             )
+    if data_parallel([layer.weight for layer in layers]):
+        raise ConversionError(
+            f"{who}: the model is wrapped in DistributedDataParallel, which reduces gradients of the old shapes; "
+            f"{who} the model first, then wrap it"
+        )
     optimizers = optimizers_with_state([layer.weight for layer in layers])
     for layer in layers:
         if any(layer.weight in optimizer.state for optimizer in optimizers):

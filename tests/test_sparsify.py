@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from prepared import SPARSE, Net, assert_equals_masked_dense, keep_mask, net, sparse_layers
 from slope_compile.config import Override, SlopeConfig
 from slope_compile.report import Reason
-from slope_compile.sparsify import densify_, sparsify_
+from slope_compile.sparsify import add_adapters_, densify_, sparsify_
 from tolerances import assert_same
 
 # --- what becomes sparse ---------------------------------------------------------------------------------------------
@@ -212,11 +212,20 @@ def test_rules_that_match_nothing_are_logged(caplog: pytest.LogCaptureFixture) -
     assert [r.getMessage() for r in caplog.records] == ["sparsify_: exclude 'blocks.7.*' matched no linear layer"]
 
 
-def test_an_adapter_of_more_than_full_rank_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_adapters_of_more_than_full_rank_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="slope_compile"):
-        sparsify_(net(), SlopeConfig(overrides=(Override(path=r"blocks\.1\.up", adapter_rank=90),)))
+        sparsify_(net(), SlopeConfig(adapter_rank=90, overrides=(Override(path=r"blocks\.1\.up", adapter_rank=16),)))
+    assert [r.getMessage() for r in caplog.records] == [
+        "adapter_rank 90 is more than the full rank of 3 of 4 layers (smallest: 'blocks.0.up', 32 x 16); an adapter of "
+        "rank 16 can already be any matrix of that shape"
+    ]
+
+
+def test_adapters_of_more_than_full_rank_on_a_dense_model(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="slope_compile"):
+        add_adapters_(net(), SlopeConfig(adapter_rank=17))
     (said,) = (r.getMessage() for r in caplog.records)
-    assert said.startswith("adapter_rank 90 of 'blocks.1.up' is more than the rank of its ")
+    assert said.startswith("adapter_rank 17 is more than the full rank of 4 of 4 layers")
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
