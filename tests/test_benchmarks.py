@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import os
 import time
 from pathlib import Path
 
@@ -156,12 +158,27 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compile_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     """The passes are timed alone; of one depth the whole compilation too, of which they are a part."""
     monkeypatch.setattr(compile_time, "ROUNDS", 1)
+    monkeypatch.setattr(compile_time, "_empty_caches", contextlib.nullcontext)  # headers compiled once serve all tests
     one, two = run_cases("compile", ".*")
     assert [m.facts["layers"] for m in (one, two)] == [1, 2]
     assert two.facts["nodes"] > one.facts["nodes"] > 50
     assert (one.facts["linears"], two.facts["linears"]) == (4, 11), "all but the first three and the head"
     assert one.seconds["compilation"].median > one.seconds["passes"].median > 0
     assert "compilation" not in two.seconds
+
+
+@pytest.mark.parametrize("folder", [None, "somewhere"])
+def test_compilation_is_timed_in_an_empty_folder(folder: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    if folder is None:
+        monkeypatch.delenv(name, raising=False)
+    else:
+        monkeypatch.setenv(name, folder)
+    with compile_time._empty_caches():
+        inside = Path(os.environ[name])
+        assert list(inside.iterdir()) == []
+    assert not inside.exists()
+    assert os.environ.get(name) == folder
 
 
 def test_layer_cases(uncompiled: None) -> None:

@@ -7,7 +7,6 @@ that Inductor generates around ours compile.
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import re
@@ -338,7 +337,7 @@ def test_generated_kernels_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_generated_kernels_compute_the_product(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Run by Triton's interpreter, in a process of its own, on awkward sizes and with the epilogues fused in."""
     kernels = []
-    for (M, N, K), bias in itertools.product(((37, 76, 140), (64, 64, 128)), (True, False)):
+    for (M, N, K), bias in (((37, 76, 140), True), ((64, 64, 128), False)):
         torch._dynamo.reset()
         for program in programs(monkeypatch, functools.partial(call, One(N, K, bias), M, N, K)):
             for name, text in program.kernels.items():
@@ -348,7 +347,7 @@ def test_generated_kernels_compute_the_product(monkeypatch: pytest.MonkeyPatch, 
         (program,) = programs(monkeypatch, functools.partial(call_turned, Turned(N, K, bias), M, K))
         ((name, text),) = program.kernels.items()  # the copy is in it
         kernels.append({"name": name, "source": text, "M": M, "N": N, "K": K, "bias": bias, "turned": True})
-    assert len(kernels) == 4 * (3 + 1)
+    assert len(kernels) == 2 * (3 + 1)
     (tmp_path / "kernels.json").write_text(json.dumps(kernels))
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "interpret_generated.py", tmp_path / "kernels.json"],

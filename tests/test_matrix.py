@@ -22,8 +22,8 @@ SAMPLE = {
     "train": "mistral roberta",
     "accumulation": "qwen2 convolution",
     "inference": "qwen3 t5 switch encoder",
-    "checkpointing": "gemma attention t5",
-    "drop-in": "gemma3 phi3 mixtral attention",
+    "checkpointing": "gemma attention",
+    "drop-in": "gemma3 phi3 attention",
     "export": "phi bert whisper mixtral encoder",
     "dynamic": "vit mlp",
 }

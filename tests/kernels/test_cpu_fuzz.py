@@ -22,7 +22,7 @@ from slope_compile.kernels.metadata import check_pattern
 from slope_compile.pattern import Pattern
 
 DRIVER = Path(__file__).with_name("fuzz_cpu.cpp")
-SECONDS = float(os.environ.get("SLOPE_FUZZ_SECONDS", "20"))
+SECONDS = float(os.environ.get("SLOPE_FUZZ_SECONDS", "10"))
 SEED = int(os.environ.get("SLOPE_FUZZ_SEED", "1"))
 SANITIZERS = os.environ.get("SLOPE_FUZZ_SANITIZERS", "address,undefined")
 
