@@ -1,12 +1,35 @@
-"""Optimizers that have state for given weights: no one hands them over, so they are looked for among all objects."""
+"""Optimizers, which no one hands over: those that have state for given weights, and state that fits no weight.
+
+``Optimizer.load_state_dict`` goes by the order of parameters, which is another one in a prepared model, and takes
+moments of any shape.  Those of a dense weight in the place of a compressed one would be read in part by fused
+optimizers, without a word, and those of a compressed weight in the place of a dense one past their end.
+"""
 
 from __future__ import annotations
 
+import functools
 import gc
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from slope_compile.errors import ConversionError
+
+ELEMENTWISE = frozenset(
+    (
+        "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer",
+        "square_avg", "grad_avg", "acc_delta", "sum",
+    )
+)  # fmt: skip
+"""Names of state that the optimizers of ``torch.optim`` keep for each element of a weight."""
+
+_looked_at: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
+"""Optimizer -> its state when it was last looked at; loading one puts another in its place."""
 
 
 def optimizers_with_state(weights: Sequence[Tensor]) -> list[Optimizer]:
@@ -19,3 +42,36 @@ def optimizers_with_state(weights: Sequence[Tensor]) -> list[Optimizer]:
     # type() rather than isinstance(), which would run __class__ of lazy proxies.
     optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
     return [optimizer for optimizer in optimizers if any(weight in optimizer.state for weight in weights)]
+
+
+@functools.cache
+def check_loaded_state() -> None:
+    """Look at what optimizers have loaded, before their next step; once in a process, when there is a use.
+
+    ``Optimizer.step`` then raises :class:`ConversionError` where a moment has another shape than its weight.
+    """
+    register_optimizer_step_pre_hook(torch.compiler.disable(_check))
+
+
+def _check(optimizer: Optimizer, *_: object) -> None:
+    # Optimizers of others may keep moments of any shape under these names (projected ones, say).
+    if _looked_at.get(optimizer) is optimizer.state or not type(optimizer).__module__.startswith("torch.optim"):
+        return
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            for name, value in optimizer.state.get(weight, {}).items():
+                if name in ELEMENTWISE and isinstance(value, Tensor) and value.shape != weight.shape:
+                    raise ConversionError(
+                        f"{type(optimizer).__name__}: {name!r} of {_path(weight)!r} is {tuple(value.shape)}, but the "
+                        f"parameter is {tuple(weight.shape)}: the state is that of a model that was prepared in "
+                        "another way, or not at all; prepare this one as it was (sparsify_ with the same SlopeConfig) "
+                        "before states are loaded, or go on with new moments (optimizer.state.clear())"
+                    )
+    _looked_at[optimizer] = optimizer.state
+
+
+def _path(parameter: Tensor) -> str:
+    """Where a parameter is, by the longest name that a live module has for it."""
+    modules = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+    names = [name for module in modules for name, p in module.named_parameters() if p is parameter]
+    return max(names, key=len, default="a parameter of no module")

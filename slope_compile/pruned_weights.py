@@ -28,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from slope_compile.kernels import ops
 from slope_compile.kernels.metadata import unpack_mask
 from slope_compile.log import log
+from slope_compile.optimizers import check_loaded_state
 from slope_compile.pattern import Pattern
 
 EVERY = 100
@@ -173,6 +174,7 @@ def _watch_optimizers() -> None:
     """Look after pruned weights around every step of ``torch.optim``; once in a process, when there is a use."""
     register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
     register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
+    check_loaded_state()
 
 
 def _pruned(optimizer: Optimizer) -> Iterator[tuple[Tensor, DenseState]]:

@@ -19,7 +19,7 @@ from slope_compile.kernels.masks import choose_mask
 from slope_compile.kernels.metadata import pack_mask
 from slope_compile.layers import ATTENTION_WEIGHTS, LinearLayer, decide, linear_layers, mixture_weights
 from slope_compile.log import log
-from slope_compile.optimizers import optimizers_with_state
+from slope_compile.optimizers import check_loaded_state, optimizers_with_state
 from slope_compile.outside import Place
 from slope_compile.parametrizations import LowRank, SparseWeight, draw_adapter
 from slope_compile.report import Decision, Report
@@ -114,6 +114,7 @@ def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
     for rule in config.unused([layer.path for layer, _ in decisions]):
         log.warning("sparsify_: %s matched no linear layer", rule)
     log.info("sparsify_: %d of %d linear layers are sparse now", len(report.sparse), len(report))
+    check_loaded_state()
     if any(layer.weight.device.type == "cpu" for layer, _ in chosen):
         cpu_library.start_loading()  # compiled while the user builds the optimizer and reads data
     return report
