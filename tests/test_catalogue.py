@@ -10,18 +10,24 @@ import ast
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
 import slope_compile as slope
 from graphs import attribute_graph, exported
+from prepared import Net
 from slope_compile import cli_inspect, cost
 from slope_compile.backend import slope as backend
 from slope_compile.config import Override, SlopeConfig
@@ -75,12 +81,50 @@ def graph() -> Any:
     return attribute_graph(blocks(), torch.randn(2, 8))
 
 
-def from_dynamo(**options: Any) -> None:
-    """What the backend raises for a prepared model, without Dynamo's wrapping."""
+def other_moments() -> None:
+    keep: list[torch.optim.Optimizer] = []
+    with_optimizer(keep)
+    model = prepared()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.load_state_dict(keep[0].state_dict())
+    optimizer.step()
+
+
+@contextmanager
+def a_process_group() -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        torch.compile(prepared(backward="exact"), backend=backend, options={"compiler": "eager", **options})(
-            torch.randn(2, 8)
-        )
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def wrapped_model() -> None:
+    with a_process_group():
+        slope.sparsify_(DistributedDataParallel(blocks()))
+
+
+def wrapped_adapters() -> None:
+    with a_process_group():
+        wrapper = DistributedDataParallel(prepared(adapter_rank=2))
+        schedule(model=wrapper)
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    fully_shard(model)
+    return model
+
+
+def sharded_weights() -> None:
+    with a_process_group():
+        from_dynamo(sharded(Net()))
+
+
+def from_dynamo(model: nn.Module, **options: Any) -> None:
+    """What the backend raises for a model, without Dynamo's wrapping."""
+    try:
+        torch.compile(model, backend=backend, options={"compiler": "eager", **options})(torch.randn(2, 8))
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise error.inner_exception from None
     finally:
@@ -154,13 +198,16 @@ ERROR_CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "not_inductor": (lambda: parse_options(None, {"compiler": "eager", "cpp.threads": 1}), "cpp.threads 'eager' leave"),
     "device": (lambda: parse_options(None, {"device": "H300"}), "'device' 'H300' slope_compile.cost.Device"),
     "fusion": (lambda: parse_options(None, {"fusions": "fuze"}), "'fusions' 'fuze' 'fuse'"),
-    "settled_otherwise": (lambda: from_dynamo(backward="double_pruned"), "'backward' '1' 'exact' leave"),
+    "settled": (lambda: from_dynamo(prepared(), backward="exact"), "'backward' '1' 'double_pruned' leave"),
     # conversions
     "nothing_eligible": (lambda: slope.sparsify_(blocks(), SlopeConfig(include=())), "0: excluded include SlopeConfig"),
     "prepared_twice": (lambda: slope.sparsify_(prepared()), "'1' densify_"),
     "meta": (lambda: slope.sparsify_(blocks(device="meta")), "'1' to_empty"),
     "gradient": (lambda: slope.sparsify_(with_gradient()), "'1' zero_grad"),
     "optimizer": (optimizer_has_state, "'1' new optimizer"),
+    "moments": (other_moments, "AdamW 'exp_avg' '1 (8, 8) (8,) SlopeConfig optimizer.state.clear()"),
+    "data_parallel": (wrapped_model, "sparsify_ DistributedDataParallel first"),
+    "shards": (sharded_weights, "'blocks.0.up' fully_shard sparsify_ first"),
     "not_prepared": (lambda: slope.densify_(blocks()), "densify_ sparsify_"),
     "no_columns": (lambda: slope.refresh_columns_(blocks()), "refresh_columns_ sparsify_"),
     "transformed_twice": (lambda: slope.transform(slope.transform(graph())), "transform original"),
@@ -179,6 +226,7 @@ ERROR_CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "start_after_the_end": (lambda: schedule(start_step=11), "start_step total_steps 10 11"),
     "lr_scale": (lambda: schedule(lr_scale=0.0), "lr_scale positive 0.0"),
     "no_optimizer": (lambda: schedule(lr_scale=2.0), "lr_scale optimizer="),
+    "unused_adapters": (wrapped_adapters, "DistributedDataParallel find_unused_parameters=True"),
     "state": (wrong_state, "total_steps AdapterSchedule"),
     "config_twice": (lambda: schedule(config=CONFIG), "config leave"),
     "schedule_without_config": (lambda: schedule(model=blocks()), "AdapterSchedule config=SlopeConfig(adapter_rank"),
