@@ -57,9 +57,10 @@ demo: $(STAMP) ## Pretrain a small GPT, dense and with SLoPe, and compare
 	$(BIN)/python examples/pretrain.py $(ARGS)
 
 # Types are checked against one torch only, the default: its annotations differ from release to release.
-# Files of tests go to as many processes as there are cores, each with one thread of its own.
+# Files of tests go to as many processes as there are cores, each with one thread of its own, in the order of their
+# names: by default those with the fewest tests would come last, which are some that take longest.
 test: $(STAMP) $(if $(TORCH_SUFFIX),,lint) ## Lint, types and the test suite
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -4,9 +4,7 @@
 
 Eager mode, other backends, ``state_dict``, optimizers and autocast see ordinary tensors.  Eager computes the exact
 input gradient; the double-pruned one is what ``torch.compile(..., backend="slope")`` adds.  Forward-mode
-differentiation works in eager mode, and the transforms of ``torch.func`` work there and in compiled functions (private
-names used: ``torch.autograd.forward_ad._current_level``, ``torch._C._are_functorch_transforms_active`` and
-``_dynamo_marked_constant``).
+differentiation works in eager mode, and the transforms of ``torch.func`` work there and in compiled functions.
 
 A Conv1D (Hugging Face's transposed linear) stores its weight as ``[K, N]``: ``transposed=True``.  ``values`` are
 ``[N, K * keep / group]`` all the same.
@@ -18,8 +16,8 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from slope_compile._transforms import transformed
 from slope_compile.config import LayerConfig
 from slope_compile.kernels import ops, reference
 from slope_compile.kernels.metadata import check_pattern, pack_mask, packed_width, unpack_mask
@@ -63,7 +61,7 @@ class SparseWeight(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and self.place is not None:  # in this order: no guard on the place
             in_python(self.place)
-        if _transformed():
+        if transformed():
             weight = reference.expand(values, self.pattern, self.nm.keep, self.nm.group)
         else:
             weight = ops.expand(
@@ -127,23 +125,6 @@ class SparseWeight(nn.Module):
         mask = reference.compress(unpack_mask(columns, N).t(), pattern, self.nm.keep, self.nm.group)
         state_dict[new] = pack_mask(mask)
         del state_dict[old]
-
-
-def _transformed() -> bool:
-    """Whether forward mode or a transform of ``torch.func`` is under way, for which the operators have no rules.
-
-    Their definition consists of operators that do.  Autograd would drop the tangent of forward mode without a word.
-    """
-    return _inside_func() or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
-
-
-def _inside_func() -> bool:
-    return torch._C._are_functorch_transforms_active()
-
-
-# As torch.compiler.assume_constant_result, which imports Dynamo: else the call stays in every graph, for nobody.
-# Dynamo guards on the transforms that are under way when a graph begins, and knows of those inside.
-_inside_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _dense_name(prefix: str) -> str:

@@ -72,7 +72,7 @@ def whole(function: Callable[..., Any], *inputs: Any) -> tuple[GraphModule, list
         within = Context(config, weights)
         run_passes(graph_module, within)
         weights.commit(prepared=False)
-        done.append((within, weights.extra))
+        done.append((within, [get() for get in weights.extra]))
 
     graph_module, real = dynamo_graph(function, *inputs, work=work)
     within, extra = done[0]

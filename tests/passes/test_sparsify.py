@@ -65,7 +65,7 @@ def in_dynamo(function: Callable[..., Any], *inputs: Any, **fields: Any) -> tupl
         within = selected(graph_module, Context(config, weights))
         Sparsify(within)(graph_module)
         weights.commit(prepared=False)
-        done.append((within, weights.extra))
+        done.append((within, [get() for get in weights.extra]))
 
     graph_module, real = dynamo_graph(function, *inputs, work=work)
     within, extra = done[0]
