@@ -65,7 +65,7 @@ def _check(optimizer: Optimizer, *_: object) -> None:
                         f"{type(optimizer).__name__}: {name!r} of {_path(weight)!r} is {tuple(value.shape)}, but the "
                         f"parameter is {tuple(weight.shape)}: the state is that of a model that was prepared in "
                         "another way, or not at all; prepare this one as it was (sparsify_ with the same SlopeConfig) "
-                        "before states are loaded, or go on with new moments (optimizer.state.clear())"
+                        "before states are loaded, or go on with a new optimizer"
                     )
     _looked_at[optimizer] = optimizer.state
 

@@ -207,7 +207,8 @@ def test_autocast_and_recomputed_blocks(tmp_path: Path, monkeypatch: pytest.Monk
         ours, theirs = logged(trained, name), logged(expected, name)
         assert ours == pytest.approx(theirs, rel=2.0**-8)  # one rounding of the logits
         assert ours != theirs, "autocast was on"
-    assert [(graph.sparse, graph.after[ops.expand]) for graph in recording] == [(SPARSE["llama"], 0)] * 2
+    assert [graph.sparse for graph in recording if graph.sparse] == [SPARSE["llama"]] * 2
+    assert not any(graph.after[ops.expand] for graph in recording)
 
 
 @pytest.mark.parametrize(
