@@ -81,19 +81,19 @@ def test_the_model_is_left_alone(way: str) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_many_calls_do_not_use_up_recompilations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_calls_do_not_use_up_recompilations() -> None:
     """More calls than Dynamo allows recompilations, and the model itself still compiles."""
     model, ids = plain(), token_ids()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
-    for _ in range(5):
-        assert len(slope.explain(model, ids).linears) == len(SPARSE) + len(DENSE)
     graphs = []
 
     def backend(module: torch.fx.GraphModule, inputs: object) -> Any:
         graphs.append(module)
         return module.forward
 
-    torch.compile(model, backend=backend)(ids)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for _ in range(5):
+            assert len(slope.explain(model, ids).linears) == len(SPARSE) + len(DENSE)
+        torch.compile(model, backend=backend)(ids)
     assert len(graphs) == 1
 
 
