@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_compile.kernels import ops
-from slope_compile.kernels.metadata import unpack_mask
+from slope_compile.kernels.metadata import packed_width, unpack_mask
 from slope_compile.log import log
 from slope_compile.optimizers import check_loaded_state
 from slope_compile.pattern import Pattern
@@ -46,7 +46,7 @@ class DenseState:
     column_mask: Tensor | None = None
     column_age: Tensor | None = None
     written: tuple[int, int] | None = None
-    """Version and address of the weight when it was last seen pruned."""
+    """:func:`_writing` of the weight when it was last seen pruned."""
     steps: int = 0
     """Optimizer steps since the weight was pruned."""
     moves: bool = False
@@ -78,6 +78,11 @@ class DenseState:
         compressed: Tensor = ops.compress(dense, self.pattern, self.nm.keep, self.nm.group)
         return compressed
 
+    def is_for(self, weight: Tensor) -> bool:
+        """Whether the pattern is one of a weight of this shape."""
+        N, K = reversed(weight.shape) if self.transposed else weight.shape
+        return self.pattern.shape == (N, packed_width(K))
+
     def fits(self, weight: Tensor) -> bool:
         """Whether the weight is zero at the pruned positions."""
         return int(weight.detach().count_nonzero()) == int(self.values(weight).count_nonzero())
@@ -97,6 +102,7 @@ class PrunedWeight:
     weight: Tensor
     state: DenseState
     path: str
+    """In the model that was compiled; that of the state is the one in the model that was compiled first."""
 
     def compressed(self) -> tuple[Tensor, Tensor]:
         """Values and pattern."""
@@ -105,14 +111,18 @@ class PrunedWeight:
     @torch.no_grad()
     def before_call(self) -> None:
         """Prune the weight again if something that is not pruned was written to it."""
-        written = (self.weight._version, self.weight.data_ptr())
-        if written == self.state.written:
+        if self.state.written == _writing(self.weight):
             return
         # Writing only where it is needed: a backward that is still to come may have saved the weight.
         if not self.state.fits(self.weight):
             log.info("backend 'slope' prunes %s again, in place: something was written to it", self.path)
             self.weight.copy_(self.state.masked_weight(self.weight))
-        self.state.written = (self.weight._version, self.weight.data_ptr())
+        self.state.written = _writing(self.weight)
+
+
+def _writing(weight: Tensor) -> tuple[int, int]:
+    """Version and address of a weight: another one after something was written to it or put in its place."""
+    return weight._version, weight.data_ptr()
 
 
 _states = WeakTensorKeyDictionary()
@@ -132,7 +142,7 @@ def state_of(weight: Tensor, nm: Pattern, model: nn.Module | None, path: str) ->
     state: DenseState | None = _states.get(weight)
     if state is None and model is not None:
         before = _places.get(model, {}).get(path)
-        if before is not None and _shape(before) == _shape_as(weight, before) and before.nm == nm:
+        if before is not None and before.nm == nm and before.is_for(weight):
             moved = dataclasses.replace(before, written=None, masked=[])
             if moved.fits(weight):
                 state = moved
@@ -143,15 +153,6 @@ def state_of(weight: Tensor, nm: Pattern, model: nn.Module | None, path: str) ->
     return state
 
 
-def _shape(state: DenseState) -> tuple[int, int]:
-    return state.pattern.shape[0], state.pattern.shape[1]
-
-
-def _shape_as(weight: Tensor, state: DenseState) -> tuple[int, int]:
-    rows, columns = reversed(weight.shape) if state.transposed else weight.shape
-    return rows, (columns + 7) // 8
-
-
 def prune(weight: Tensor, state: DenseState, model: nn.Module | None) -> None:
     """Prune a weight in place by its state, and remember that."""
     # What was made in inference mode may be written to there only.
@@ -159,7 +160,7 @@ def prune(weight: Tensor, state: DenseState, model: nn.Module | None) -> None:
         state.prune(weight)
     _remember(weight, state, model)
     if not weight.is_inference():
-        state.written = (weight._version, weight.data_ptr())
+        state.written = _writing(weight)
 
 
 def _remember(weight: Tensor, state: DenseState, model: nn.Module | None) -> None:

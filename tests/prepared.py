@@ -47,6 +47,11 @@ class Net(nn.Module):
         return y
 
 
+def blocks(**settings: Any) -> nn.Module:
+    """A first linear, two that the method makes sparse, a head."""
+    return nn.Sequential(*(nn.Linear(8, 8, **settings) for _ in range(4)))
+
+
 SPARSE = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
 
 

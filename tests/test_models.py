@@ -17,29 +17,12 @@ from recording import Recording, compiled_way, record
 from recording import fresh_dynamo as fresh_dynamo
 from slope_compile.kernels import ops
 from slope_compile.pattern import Pattern
+from tiny_transformers import HIDDEN, VOCABULARY, WIDTH, gpt2, llama
 from tolerances import assert_same
 
 transformers = pytest.importorskip("transformers")
 
-VOCABULARY, WIDTH, HIDDEN = 48, 32, 64
 TIED, FIRST, HEAD = slope.Reason.TIED, slope.Reason.FIRST, slope.Reason.HEAD
-
-
-def gpt2() -> nn.Module:
-    # As many positions as features, as in GPT-2 medium: that makes no projection an output head.
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=WIDTH, n_embd=WIDTH, n_layer=2, n_head=2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config)  # type: ignore[no-any-return]
-
-
-def llama() -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=False,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)  # type: ignore[no-any-return]
 
 
 def opt() -> nn.Module:

@@ -12,36 +12,30 @@ import torch
 from torch import Tensor, nn
 
 import slope_compile as slope
+import tiny_transformers
 from masked import masks_of
 from recording import fresh_dynamo as fresh_dynamo
 from recording import record
 from slope_compile.kernels import ops
 from slope_compile.schedule import adapters_of
+from tiny_transformers import VOCABULARY
 from tolerances import assert_same
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-VOCABULARY, WIDTH, STEPS = 48, 32, 6
+STEPS = 6
 SPARSE = {"gpt2": 3, "llama": 4}
 """Products that the method makes sparse in one block."""
 
 
 def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=WIDTH, n_embd=WIDTH, n_layer=1, n_head=2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config)  # type: ignore[no-any-return]
+    return tiny_transformers.gpt2(layers=1)
 
 
 def llama() -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=False,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)  # type: ignore[no-any-return]
+    return tiny_transformers.llama(layers=1)
 
 
 TrainerCallback: Any = transformers.TrainerCallback
