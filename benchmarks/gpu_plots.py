@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import kernel_tables, select
+from benchmarks import kernel_tables, panels, select
 from benchmarks.cases import DTYPES
 from benchmarks.memory_state import total
 from benchmarks.records import Record
@@ -36,33 +36,23 @@ def pictures(records: Sequence[Record]) -> dict[str, Figure]:
 def _fastest(records: Sequence[Record], dtype: str) -> Figure:
     """The fastest 2:4 way against the best dense one: a panel a product, a line a shape, quartiles as a band."""
     figure = Figure(figsize=(13, 7.5), layout="constrained")
-    panels = figure.subplots(2, 3, sharex=True, sharey=True)
-    for axes, (family, found) in zip(panels.flat, kernel_tables.families(records).items(), strict=False):
-        for shape, group in select.grouped(found, select.shape).items():
-            points = sorted(
-                (
-                    (r["facts"]["shape"]["M"], kernel_tables.ratio(r, best))
-                    for r in group
-                    for best in [kernel_tables.fastest(r, kernel_tables.contenders(r, family))]
-                ),
-                key=lambda point: point[0],
-            )
-            tokens = [M for M, _ in points]
-            (line,) = axes.plot(tokens, [s["median"] for _, s in points], marker="o", markersize=3, label=shape)
-            low, high = ([s[side] for _, s in points] for side in ("low", "high"))
-            axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.15)
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_title(family)
-        axes.grid(alpha=0.3)
-    panels.flat[-1].set_axis_off()
-    panels.flat[-1].legend(*panels[0, 0].get_legend_handles_labels(), title="N x K", fontsize="x-small", ncols=2)
+    grid = figure.subplots(2, 3, sharex=True, sharey=True)
+    for axes, (family, found) in zip(grid.flat, kernel_tables.families(records).items(), strict=False):
+        lines = {
+            shape: [(r["facts"]["shape"]["M"], kernel_tables.ratio(r, _fastest_of(r, family))) for r in group]
+            for shape, group in select.grouped(found, select.shape).items()
+        }
+        panels.speedups(axes, family, lines)
+    grid.flat[-1].set_axis_off()
+    grid.flat[-1].legend(*grid[0, 0].get_legend_handles_labels(), title="N x K", fontsize="x-small", ncols=2)
     figure.supxlabel("tokens")
     figure.supylabel("times faster than the best dense")
     figure.suptitle(f"Fastest 2:4 way of each product, {dtype}")
     return figure
+
+
+def _fastest_of(record: Record, family: str) -> str:
+    return kernel_tables.fastest(record, kernel_tables.contenders(record, family))
 
 
 def _roofline(records: Sequence[Record], dtype: str) -> Figure:
@@ -78,7 +68,7 @@ def _roofline(records: Sequence[Record], dtype: str) -> Figure:
             (work,) = layer.dense_forward(size["M"]).works
             chosen = {
                 "dense": kernel_tables.best_dense(record),
-                "fastest 2:4": kernel_tables.fastest(record, kernel_tables.contenders(record, family)),
+                "fastest 2:4": _fastest_of(record, family),
             }
             for what, name in chosen.items():
                 marker, color = marks[what]

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import gpu_plots, select
+from benchmarks import gpu_plots, panels, select
 from benchmarks.records import Record
 
 _PARTS = ("weights", "metadata", "gradients", "moments")
@@ -34,22 +34,15 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
 def _speedups(records: Sequence[Record], title: str) -> Figure:
     """Speed-up over eager dense against tokens: one panel a product, one line a shape, quartiles as a band."""
     figure = Figure(figsize=(13, 7.5), layout="constrained")
-    panels = figure.subplots(2, 3, sharex=True, sharey=True)
-    for axes, (column, (product, contender)) in zip(panels.flat, select.COLUMNS.items(), strict=True):
+    grid = figure.subplots(2, 3, sharex=True, sharey=True)
+    for axes, (column, (product, contender)) in zip(grid.flat, select.COLUMNS.items(), strict=True):
         rows = [record for record in records if record["name"] == product]
-        for shape, group in select.grouped(rows, select.shape).items():
-            points = sorted((r["facts"]["shape"]["M"], select.speedup(r, contender)) for r in group)
-            tokens = [M for M, _ in points]
-            (line,) = axes.plot(tokens, [s["median"] for _, s in points], marker="o", markersize=3, label=shape)
-            low, high = ([s[side] for _, s in points] for side in ("low", "high"))
-            axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.15)
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_title(column)
-        axes.grid(alpha=0.3)
-    panels[0, 0].legend(title="N x K", fontsize="small")
+        lines = {
+            shape: [(r["facts"]["shape"]["M"], select.speedup(r, contender)) for r in group]
+            for shape, group in select.grouped(rows, select.shape).items()
+        }
+        panels.speedups(axes, column, lines)
+    grid[0, 0].legend(title="N x K", fontsize="small")
     figure.supxlabel("tokens")
     figure.supylabel("times faster than dense")
     figure.suptitle(title)

@@ -14,40 +14,31 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from slope_compile.passes._hidden_linears import DEFINITIONS, trace
-from slope_compile.passes.context import Context
 from slope_compile.passes.derived import origin_of
-from slope_compile.passes.graph import VALUE_KEYS, Region, is_expand, recompile, regions, replace, value
+from slope_compile.passes.graph import VALUE_KEYS, Region, is_expand, replace, value
+from slope_compile.passes.rewrite import Rewrite
 from slope_compile.report import Decision, Reason
 
 WAY_OUT = "torch.backends.mha.set_fastpath_enabled(False) has PyTorch take another way"
 
 
-class Decompose(PassBase):
+class Decompose(Rewrite):
     """See the module docstring."""
 
     name: ClassVar[str] = "decompose"
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
-
-    def call(self, graph_module: GraphModule) -> PassResult:
+    def rewrite(self, region: Region) -> int:
         changes = 0
-        found = regions(graph_module)
-        for region in found:
-            for node in list(region.graph.nodes):
-                if node.op == "call_function" and node.target in DEFINITIONS:
-                    definition = trace(node) if region.entered else None
-                    if definition is not None and inline(region, node, definition):
-                        changes += 1
-                    else:
-                        self._refuse(region, node)
-        if changes:
-            recompile(found)
-        self.context.report.count(self.name, changes)
-        return PassResult(graph_module, changes > 0)
+        for node in list(region.graph.nodes):
+            if node.op == "call_function" and node.target in DEFINITIONS:
+                definition = trace(node) if region.entered else None
+                if definition is not None and inline(region, node, definition):
+                    changes += 1
+                else:
+                    self._refuse(region, node)
+        return changes
 
     def _refuse(self, region: Region, node: Node) -> None:
         for weight in node.all_input_nodes:

@@ -17,40 +17,34 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx import Node
 
 from slope_compile.passes.barriers import stretches
-from slope_compile.passes.context import Context
-from slope_compile.passes.graph import META, Region, emit, recompile, regions, replace, value
+from slope_compile.passes.graph import META, Region, emit, replace, value
 from slope_compile.passes.low_rank import DOWN
 from slope_compile.passes.normalize import LINEAR
+from slope_compile.passes.rewrite import Rewrite
 
 
-class Fuse(PassBase):
+class Fuse(Rewrite):
     """See the module docstring."""
 
     name: ClassVar[str] = "fuse"
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
-
-    def call(self, graph_module: GraphModule) -> PassResult:
-        changes = 0
-        found = regions(graph_module)
-        for region in found:
-            siblings: dict[tuple[Any, int], list[Node]] = collections.defaultdict(list)
-            stretch = stretches(region.graph)
-            for node in region.graph.nodes:
-                if node.meta.get(META) == DOWN and _factor(node).op in ("placeholder", "get_attr"):
-                    siblings[node.args[0], stretch[node]].append(node)
-            for group in siblings.values():
-                if len(group) > 1 and all(isinstance(value(_factor(n)), Tensor) for n in group):
-                    _fuse(region, group)
-                    changes += 1
-        recompile(found)
-        self.context.report.count(self.name, changes)
-        return PassResult(graph_module, changes > 0)
+    def rewrite(self, region: Region) -> int:
+        siblings: dict[tuple[Any, int], list[Node]] = collections.defaultdict(list)
+        stretch = stretches(region.graph)
+        for node in region.graph.nodes:
+            if node.meta.get(META) == DOWN and _factor(node).op in ("placeholder", "get_attr"):
+                siblings[node.args[0], stretch[node]].append(node)
+        groups = [
+            group
+            for group in siblings.values()
+            if len(group) > 1 and all(isinstance(value(_factor(n)), Tensor) for n in group)
+        ]
+        for group in groups:
+            _fuse(region, group)
+        return len(groups)
 
 
 def _factor(product: Node) -> Node:

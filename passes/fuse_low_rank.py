@@ -18,37 +18,26 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx import Node
 
 from slope_compile.kernels import ops
-from slope_compile.passes.context import Context
-from slope_compile.passes.graph import META, emit, recompile, regions, replace, value
+from slope_compile.passes.graph import META, Region, emit, replace, value
 from slope_compile.passes.low_rank import ADD, MUL
 from slope_compile.passes.normalize import LINEAR
+from slope_compile.passes.rewrite import Rewrite
 
 _PLAIN = 8
 """Arguments of ``slope.linear`` before those of the low-rank branch."""
 
 
-class FuseLowRank(PassBase):
+class FuseLowRank(Rewrite):
     """See the module docstring."""
 
     name: ClassVar[str] = "fuse_low_rank"
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
-
-    def call(self, graph_module: GraphModule) -> PassResult:
-        changes = 0
-        found = regions(graph_module)
-        for region in found:
-            for node in list(region.graph.nodes):
-                if node.target is ADD and len(node.args) == 2 and not node.kwargs:
-                    changes += _fuse(node)
-        recompile(found)
-        self.context.report.count(self.name, changes)
-        return PassResult(graph_module, changes > 0)
+    def rewrite(self, region: Region) -> int:
+        sums = [n for n in region.graph.nodes if n.target is ADD and len(n.args) == 2 and not n.kwargs]
+        return sum(_fuse(node) for node in sums)
 
 
 def _fuse(total: Node) -> int:

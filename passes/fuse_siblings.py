@@ -19,13 +19,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx import Node
 
 from slope_compile.kernels import ops
 from slope_compile.passes.barriers import stretches
-from slope_compile.passes.context import Context
-from slope_compile.passes.graph import Region, emit, recompile, regions, replace, value
+from slope_compile.passes.graph import Region, emit, replace, value
+from slope_compile.passes.rewrite import Rewrite
 
 X, VALUES, PATTERN, BIAS, KEEP, GROUP, DOUBLE_PRUNED, COLUMNS = range(8)
 """Arguments of ``slope.linear``."""
@@ -43,30 +42,21 @@ def pays(tokens: Any, rows: int, itemsize: int, count: int) -> bool:
     return isinstance(tokens, int) and tokens * saved > copied
 
 
-class FuseSiblings(PassBase):
+class FuseSiblings(Rewrite):
     """See the module docstring."""
 
     name: ClassVar[str] = "fuse_siblings"
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
-
-    def call(self, graph_module: GraphModule) -> PassResult:
-        changes = 0
-        found = regions(graph_module)
-        for region in found:
-            siblings: dict[Hashable, list[Node]] = collections.defaultdict(list)
-            stretch = stretches(region.graph)
-            for node in region.graph.nodes:
-                if node.target is ops.linear and (kind := _kind(node)) is not None:
-                    siblings[kind, stretch[node]].append(node)
-            for group in siblings.values():
-                if len(group) > 1 and _profitable(group):
-                    _fuse(region, group)
-                    changes += 1
-        recompile(found)
-        self.context.report.count(self.name, changes)
-        return PassResult(graph_module, changes > 0)
+    def rewrite(self, region: Region) -> int:
+        siblings: dict[Hashable, list[Node]] = collections.defaultdict(list)
+        stretch = stretches(region.graph)
+        for node in region.graph.nodes:
+            if node.target is ops.linear and (kind := _kind(node)) is not None:
+                siblings[kind, stretch[node]].append(node)
+        groups = [group for group in siblings.values() if len(group) > 1 and _profitable(group)]
+        for group in groups:
+            _fuse(region, group)
+        return len(groups)
 
 
 def _arguments(node: Node) -> list[Any]:

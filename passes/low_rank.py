@@ -13,21 +13,19 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx import Node
 
-from slope_compile.passes.context import Context, Selection
+from slope_compile.passes.context import Selection
 from slope_compile.passes.graph import (
     META,
     Region,
     emit,
     erase_unused,
-    recompile,
-    regions,
     replace,
     weight_source,
 )
 from slope_compile.passes.normalize import LINEAR
+from slope_compile.passes.rewrite import Rewrite
 
 ADD = torch.ops.aten.add.Tensor
 MUL = torch.ops.aten.mul.Tensor
@@ -35,24 +33,14 @@ DOWN = "down_projection"
 """``node.meta["slope"]`` of the product with A, by which *fuse* finds it."""
 
 
-class DistributeLowRank(PassBase):
+class DistributeLowRank(Rewrite):
     """See the module docstring."""
 
     name: ClassVar[str] = "low_rank"
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
-
-    def call(self, graph_module: GraphModule) -> PassResult:
-        changes = 0
-        found = regions(graph_module)
-        for region in found:
-            for node in list(region.graph.nodes):
-                if isinstance(node.meta.get(META), Selection):
-                    changes += _distribute(region, node)
-        recompile(found)
-        self.context.report.count(self.name, changes)
-        return PassResult(graph_module, changes > 0)
+    def rewrite(self, region: Region) -> int:
+        nodes = [node for node in region.graph.nodes if isinstance(node.meta.get(META), Selection)]
+        return sum(_distribute(region, node) for node in nodes)
 
 
 def _distribute(region: Region, node: Node) -> int:

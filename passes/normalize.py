@@ -15,24 +15,21 @@ import operator
 from typing import ClassVar
 
 import torch
-from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx import Node
 
 from slope_compile.passes._higher_order import in_transform
-from slope_compile.passes.context import Context
 from slope_compile.passes.graph import (
     Region,
     attribute,
     emit,
     erase_unused,
     is_expand,
-    recompile,
-    regions,
     replace,
     strip_transposes,
     value,
     weight_source,
 )
+from slope_compile.passes.rewrite import Rewrite
 from slope_compile.report import Decision, Reason
 
 LINEAR = torch.ops.aten.linear.default
@@ -42,26 +39,15 @@ _ADDMMS = (torch.addmm, torch.ops.aten.addmm.default)
 _EINSUMS = (torch.einsum, torch.functional.einsum, torch.ops.aten.einsum.default)
 
 
-class Normalize(PassBase):
+class Normalize(Rewrite):
     """See the module docstring."""
 
     name: ClassVar[str] = "normalize"
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
+    def rewrite(self, region: Region) -> int:
+        return sum(self._linear(region, node) for node in list(region.graph.nodes)) if region.entered else 0
 
-    def call(self, graph_module: GraphModule) -> PassResult:
-        changes = 0
-        found = regions(graph_module)
-        for region in found:
-            if region.entered:
-                for node in list(region.graph.nodes):
-                    changes += self._rewrite(region, node)
-        recompile(found)
-        self.context.report.count(self.name, changes)
-        return PassResult(graph_module, changes > 0)
-
-    def _rewrite(self, region: Region, node: Node) -> int:
+    def _linear(self, region: Region, node: Node) -> int:
         if _is_hooked(region, node):
             self.context.report.add(
                 Decision(str(node.target), False, Reason.FORWARD_REPLACED, node=node.name, detail="it has hooks")

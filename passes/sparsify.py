@@ -17,52 +17,40 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx import Node
 
 from slope_compile.kernels import compressing, ops
 from slope_compile.passes._symbols import at_least
-from slope_compile.passes.context import ColumnSite, Context, Selection
+from slope_compile.passes.context import ColumnSite, Selection
 from slope_compile.passes.graph import (
     META,
     Region,
     emit,
     erase_unused,
     is_expand,
-    recompile,
-    regions,
     replace,
     strip_transposes,
     value,
 )
+from slope_compile.passes.rewrite import Rewrite
 from slope_compile.pattern import Pattern
 
 
-class Sparsify(PassBase):
+class Sparsify(Rewrite):
     """See the module docstring."""
 
     name: ClassVar[str] = "sparsify"
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
+    def rewrite(self, region: Region) -> int:
+        selected = [node for node in region.graph.nodes if isinstance(node.meta.get(META), Selection)]
+        for node in selected:
+            self._product(region, node)
+        for node in list(region.graph.nodes):
+            if is_expand(node):  # a module that looks at a weight first leaves an expansion that nobody reads
+                erase_unused(region, node)
+        return len(selected)
 
-    def call(self, graph_module: GraphModule) -> PassResult:
-        changes = 0
-        found = regions(graph_module)
-        for region in found:
-            for node in list(region.graph.nodes):
-                if isinstance(node.meta.get(META), Selection):
-                    self._rewrite(region, node)
-                    changes += 1
-        for region in found:
-            for node in list(region.graph.nodes):
-                if is_expand(node):  # a module that looks at a weight first leaves an expansion that nobody reads
-                    erase_unused(region, node)
-        recompile(found)
-        self.context.report.count(self.name, changes)
-        return PassResult(graph_module, changes > 0)
-
-    def _rewrite(self, region: Region, node: Node) -> None:
+    def _product(self, region: Region, node: Node) -> None:
         x, weight, bias = node.args
         assert isinstance(weight, Node)
         # Transposes may stand on both sides of a call's boundary, hence twice.
