@@ -14,6 +14,7 @@ PYTHON ?= python3
 TORCH ?= $(DEFAULT_TORCH)
 ARGS ?=
 PYTEST_ARGS ?=
+SLOW ?=
 
 # .venv, .venv-torch2.11, .venv-python3.12, .venv-torch2.11-python3.12. A Python that is named is asked for its
 # version, since a path says little: /usr/bin/python3 and ~/other/bin/python3 may be different ones.
@@ -36,6 +37,7 @@ help: ## List the targets
 	@echo "  TORCH=2.11              another torch release, in an environment of its own"
 	@echo "  PYTHON=python3.12       another Python, likewise"
 	@echo "  ARGS='--steps 100'      flags for the demo"
+	@echo "  SLOW=1                  the slow tests too"
 	@echo "  PYTEST_ARGS='-k wheel'  flags for pytest"
 
 install: $(STAMP) ## Make the environment and install the project in it
@@ -60,7 +62,8 @@ demo: $(STAMP) ## Pretrain a small GPT, dense and with SLoPe, and compare
 # Files of tests go to as many processes as there are cores, each with one thread of its own, in the order of their
 # names: by default those with the fewest tests would come last, which are some that take longest.
 test: $(STAMP) $(if $(TORCH_SUFFIX),,lint) ## Lint, types and the test suite
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+		$(if $(SLOW),,-m 'not slow') $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

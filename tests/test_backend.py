@@ -51,7 +51,7 @@ def test_one_graph_for_every_shape(way: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("adapters", [False, True])
 def test_compiled_with_the_exact_backward_equals_eager(adapters: bool, compiler: str) -> None:
     """Outputs and every gradient of the prepared model itself, adapters on and off."""
@@ -71,6 +71,7 @@ def test_compiled_with_the_exact_backward_equals_eager(adapters: bool, compiler:
             assert_same(parameter.grad, theirs, name)
 
 
+@pytest.mark.slow
 def test_a_shape_that_changes_is_compiled_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo's default: static at first, dynamic from the second length on."""
     recording = record(monkeypatch)
@@ -319,6 +320,7 @@ def test_models_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch) -> No
     assert [one.sparse for one in recording] == [len(SPARSE)] * len(runs)
 
 
+@pytest.mark.slow
 def test_compiling_again_after_a_reset() -> None:
     """Recompiled from nothing, a model keeps its masks and its values."""
     dense, ids = toy(), token_ids()
@@ -341,6 +343,7 @@ def one_block() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
 def test_modes_through_inductor(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward only, by name: each mode compiles with its options and computes what the masked model does."""
@@ -375,6 +378,7 @@ def test_inference_through_inductor_uses_the_weights_as_they_are(way: str) -> No
             assert_same(after, masked_now(dense, model)(ids).detach())
 
 
+@pytest.mark.slow
 @every_way
 def test_autocast_through_inductor(way: str) -> None:
     """bfloat16 products in generated code, forward and backward, as good as those of stock autocast."""
@@ -384,6 +388,7 @@ def test_autocast_through_inductor(way: str) -> None:
     assert_as_good_as_stock(dense, model, ids, logits, torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_dynamic_training_through_inductor() -> None:
     dense = one_block()
     model, run = compiled_way("B", dense, compiler="inductor", dynamic=True)

@@ -127,6 +127,7 @@ def test_models_are_compared_gradient_by_gradient(uncompiled: None) -> None:
         model_checks._error({"a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)})
 
 
+@pytest.mark.slow
 def test_cases_are_shared_out_among_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     only = "products/m5/76x140/(bf16|fp32)|products/m1/64x64/bf16"
     words = ["run", "--suite", "correctness", "--tiny", "--only", only, "--jobs", "2", "--out", str(tmp_path)]
@@ -200,6 +201,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_suites_run_with_nothing_but_torch(tmp_path: Path) -> None:
     only = "products/m5/76x140/bf16|64x64/m1/bf16|tiny-opt/(state/bf16|decode/b1|train/m4)"
     words = ["--suite", "correctness", "kernels", "layer", "model", "memory", "--tiny", "--threads", "1"]

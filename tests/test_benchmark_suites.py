@@ -160,6 +160,7 @@ def test_layer_cases(uncompiled: None, known_limits: limits.Limits) -> None:
     assert "torchao" in {*train.seconds, *train.facts["left_out"]}
 
 
+@pytest.mark.slow
 def test_memory_grows_by_the_same_with_every_block() -> None:
     size, options = blocks.TINY["tiny-opt"], Options(tiny=True)
     one, two, three = (memory_state._states(size, depth, "bfloat16", options) for depth in (1, 2, 3))
@@ -172,6 +173,7 @@ def test_memory_grows_by_the_same_with_every_block() -> None:
     assert memory_state.total(three["slope"], "adapters") == 0
 
 
+@pytest.mark.slow
 def test_quality_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [c.id for c in cases.cases("quality", Options())]
     assert [name.split("/")[2] for name in ids[: len(quality.VARIANTS)]] == list(quality.VARIANTS)

@@ -155,6 +155,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 
+@pytest.mark.slow
 def test_compile_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     """The passes are timed alone; of one depth the whole compilation too, of which they are a part."""
     monkeypatch.setattr(compile_time, "ROUNDS", 1)

@@ -75,6 +75,7 @@ def test_a_gradient_for_the_input_alone_is_training(monkeypatch: pytest.MonkeyPa
     assert_same(model.embedding.weight.grad, expected)
 
 
+@pytest.mark.slow
 def test_unknown_numbers_of_tokens_stay_dense(library: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph for few and many: it must not be slower than dense with few."""
     model = toy(torch.float32)
@@ -182,6 +183,7 @@ def test_explained(shape: tuple[int, int], library: None) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "nothing is pruned"
 
 
+@pytest.mark.slow
 def test_through_inductor(library: None) -> None:
     model, ids = toy(torch.float32), token_ids(1, 4)
     run = compiled(model, "inductor")

@@ -103,6 +103,7 @@ def test_rules_without_effect_are_said_once_each(caplog: pytest.LogCaptureFixtur
     assert "  head: output head" in dense
 
 
+@pytest.mark.slow
 def test_adapters_that_will_not_come_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
     run = compiled(toy(), options={"adapter_rank": 4})
     with caplog.at_level(logging.WARNING, "slope_compile"):
@@ -159,6 +160,7 @@ def test_pruned_weights_stay_pruned(make_optimizer: Callable[[Any], torch.optim.
         assert bool(moved.all()), f"{path}: kept weights train"
 
 
+@pytest.mark.slow
 def test_a_kept_zero_lets_nothing_in_after_a_recompile() -> None:
     model = toy()
     run = compiled(model)

@@ -162,6 +162,7 @@ def _in_tests(rank: int, folder: str, path: list[str]) -> None:
     worker(rank, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_training_is_that_of_one_process(ranks: list[dict[str, Any]], case: Case) -> None:
     one, other = (rank[case.name] for rank in ranks)

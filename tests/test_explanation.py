@@ -81,6 +81,7 @@ def test_the_model_is_left_alone(way: str) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_many_calls_do_not_use_up_recompilations() -> None:
     """More calls than Dynamo allows recompilations, and the model itself still compiles."""
     model, ids = plain(), token_ids()
@@ -164,6 +165,7 @@ def test_repeated_blocks_are_folded(tmp_path: Path) -> None:
     assert len(list(root.iter(f"{SVG}line"))) == len(found.before.edges) + len(found.after.edges)
 
 
+@pytest.mark.slow
 def test_boxes_of_a_deep_model_with_adapters_stay_apart(tmp_path: Path) -> None:
     model = deep(12)
     slope.sparsify_(model, slope.SlopeConfig(adapter_rank=2))

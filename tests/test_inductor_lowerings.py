@@ -91,7 +91,7 @@ def test_products_are_called_directly(backward: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [(3, 5), (1, 1), (7, 6)])
+@pytest.mark.parametrize("tokens", [(3, 5), *(pytest.param(t, marks=pytest.mark.slow) for t in [(1, 1), (7, 6)])])
 def test_adapters_are_added_up_inside_the_products(tokens: tuple[int, int], dtype: torch.dtype) -> None:
     model = prepared(dtype=dtype, adapter_rank=3, column_refresh="never")
     slope.set_adapters(model, True)
@@ -124,6 +124,7 @@ def test_any_number_of_tokens() -> None:
             assert_same(value, expected[name], f"{name} {shape}")
 
 
+@pytest.mark.slow
 def test_max_autotune_measures_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every product has two choices; whichever is taken, the numbers are the same."""
     from slope_compile import _inductor_lowerings
@@ -168,7 +169,7 @@ def test_the_autotuner_measures_with_a_column_mask_like_a_real_one() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "options"),
-    [({"pattern": "1:4"}, {}), ({}, {"cpp_wrapper": True})],
+    [({"pattern": "1:4"}, {}), pytest.param({}, {"cpp_wrapper": True}, marks=pytest.mark.slow)],
     ids=["another_pattern", "cpp_wrapper"],
 )
 def test_the_operator_where_a_direct_call_cannot_be(fields: dict[str, Any], options: dict[str, Any]) -> None:
@@ -181,6 +182,7 @@ def test_the_operator_where_a_direct_call_cannot_be(fields: dict[str, Any], opti
         assert_same(value, expected[name], name)
 
 
+@pytest.mark.slow
 def test_aot_inductor() -> None:
     """A library made ahead of time calls operators too, and takes any number of tokens."""
     net = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
@@ -268,6 +270,7 @@ print(json.dumps(counted | {"y": float(y.double().sum()), "dx": float(x.grad.dou
 """
 
 
+@pytest.mark.slow
 def test_caches_serve_another_process_and_keep_backends_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ torch.compile(toy(torch.float32), backend="slope", options={"compiler": "eager"}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "table", "summary"),
     [("+slope_compile", True, True), ("slope_compile", False, True), ("", False, False)],

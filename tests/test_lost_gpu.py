@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = """
 import pytest, torch
 pytestmark = pytest.mark.gpu
@@ -33,6 +35,7 @@ def test_after():
 """
 
 
+@pytest.mark.slow
 def test_the_one_that_breaks_it_fails(tmp_path: Path) -> None:
     shutil.copy(Path(__file__).parent / "conftest.py", tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a device\n")

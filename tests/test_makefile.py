@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     # The suite may itself run under make, which hands its own flags and variables on.
-    ours = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "TORCH", "PYTHON", "VENV", "PYTEST_ARGS")
+    ours = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "TORCH", "PYTHON", "VENV", "PYTEST_ARGS", "SLOW")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         ["make", "--no-print-directory", *arguments],
@@ -78,3 +78,8 @@ def test_a_python_that_is_too_old_is_named_before_anything_is_installed(tmp_path
     assert done.returncode != 0
     assert f"{python} is Python 3.10, and this project needs 3.11 or later" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_slow_tests_run_when_asked_for() -> None:
+    assert "-m 'not slow'" in make("--dry-run", "test").stdout
+    assert "not slow" not in make("--dry-run", "test", "SLOW=1").stdout

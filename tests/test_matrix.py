@@ -16,22 +16,28 @@ from matrix.models import BY_NAME, MODELS
 pytest.importorskip("transformers")
 
 SAMPLE = {
-    "breaks": "gpt2 convolution sequential encoder",
+    "breaks": "sequential convolution gpt2 encoder",
     "generate": "opt",
     "autocast": "llama mlp",
     "train": "mistral roberta",
     "accumulation": "qwen2 convolution",
-    "inference": "qwen3 t5 switch encoder",
+    "inference": "qwen3 switch t5 encoder",
     "checkpointing": "gemma attention",
     "drop-in": "gemma3 phi3 attention",
     "export": "phi bert whisper mixtral encoder",
-    "dynamic": "vit mlp",
+    "dynamic": "mlp vit",
 }
-"""Mode -> models."""
+"""Mode -> models; all but the first are slow."""
+
+CELLS = [
+    pytest.param(mode, model, marks=[pytest.mark.slow] if others else [])
+    for mode, models in SAMPLE.items()
+    for others, model in enumerate(models.split())
+]
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
-@pytest.mark.parametrize(("mode", "model"), [(mode, m) for mode, models in SAMPLE.items() for m in models.split()])
+@pytest.mark.parametrize(("mode", "model"), CELLS)
 def test_cell(mode: str, model: str) -> None:
     assert fill(BY_NAME[model], mode).eligible
 
@@ -41,6 +47,7 @@ def test_every_model_prepared_and_eager(name: str) -> None:
     assert fill(BY_NAME[name], "eager").eligible
 
 
+@pytest.mark.slow
 def test_through_inductor() -> None:
     assert fill(BY_NAME["attention"], "inference", "inductor").eligible
 

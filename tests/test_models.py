@@ -141,6 +141,7 @@ def test_compiled_equals_the_masked_reference(
     assert_same_gradients(model, reference)
 
 
+@pytest.mark.slow
 def test_through_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     # In float32: Inductor of torch 2.11 cannot compile this model in float64, dense or not.
     recording = record(monkeypatch)

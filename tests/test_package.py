@@ -220,6 +220,7 @@ def test_wheel_is_the_same_where_links_are_lost(distributions: Distributions, tm
 # --- what an environment with it does -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_modules_come_from_the_installation(environment: Environment) -> None:
     code = """
 import importlib, json, sys
@@ -237,6 +238,7 @@ def test_package_data_is_found(environment: Environment) -> None:
     assert environment.python_says(code) == "True"
 
 
+@pytest.mark.slow
 def test_backend_is_found_by_name_alone(environment: Environment) -> None:
     """torch finds the entry point and imports the package at the first use of the name, not before."""
     code = """
@@ -316,6 +318,7 @@ def test_a_regular_package_named_kernels_wins_at_the_repository_root(tmp_path: P
     assert run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(tmp_path)).strip() == "installed"
 
 
+@pytest.mark.slow
 def test_transformers_imports_at_the_repository_root() -> None:
     """With a top-level ``kernels/__init__.py`` this fails: our folder is taken for Hugging Face's."""
     if importlib.util.find_spec("transformers") is None:

@@ -108,6 +108,7 @@ def train_one_step(model: nn.Module, x: Tensor, file: str) -> None:
     torch.save({name: p.grad for name, p in model.named_parameters()}, file)
 
 
+@pytest.mark.slow
 def test_a_model_goes_to_a_process_that_is_spawned(tmp_path: object) -> None:
     model, x, file = net(), torch.randn(3, 8, dtype=torch.float64), f"{tmp_path}/gradients.pt"
     slope.sparsify_(model, slope.SlopeConfig(adapter_rank=2, backward="exact"))

@@ -345,6 +345,7 @@ def test_a_state_that_is_not_one() -> None:
 # --- other graphs ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_scale_is_a_constant_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where shapes are symbols, or one code runs with several scales, a float would become an input of the graph."""
     recording = record(monkeypatch)

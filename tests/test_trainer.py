@@ -169,6 +169,7 @@ def test_prepared_equals_a_loop_by_hand(make: Callable[[], nn.Module], compiled:
     assert all(adapter.enabled and adapter.B.any() for adapter in adapters_of(model))
 
 
+@pytest.mark.slow
 def test_drop_in_equals_a_loop_by_hand(tmp_path: Path) -> None:
     """The same model, prepared: both choose the same masks, and eager execution has the exact input gradient."""
     model = llama()
@@ -187,6 +188,7 @@ def test_drop_in_equals_a_loop_by_hand(tmp_path: Path) -> None:
     assert not any(model.get_parameter(f"{path}.weight")[~mask].any() for path, mask in masks.items())
 
 
+@pytest.mark.slow
 def test_autocast_and_recomputed_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All products are sparse, in evaluation too, and losses are those without either, up to bfloat16."""
     recording = record(monkeypatch)
@@ -205,6 +207,7 @@ def test_autocast_and_recomputed_blocks(tmp_path: Path, monkeypatch: pytest.Monk
     assert not any(graph.after[ops.expand] for graph in recording)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "way", "steps"),
     [

@@ -132,6 +132,7 @@ def test_the_self_test_passes(dtype: torch.dtype) -> None:
     assert gpu_self_test.passes(torch.device(DEVICE), dtype)
 
 
+@pytest.mark.slow
 def test_the_self_test_notices_a_wrong_kernel(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -231,6 +231,7 @@ def test_the_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.
     assert cpu_build.cache_folder() == tmp_path / "inductor" / "slope_compile"
 
 
+@pytest.mark.slow
 def test_the_folder_that_inductor_names_by_itself_is_not_the_users_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,6 +167,7 @@ def test_children_and_ids_are_limited(children: Children, monkeypatch: pytest.Mo
         assert children.tried()[3:] == ["2 1", "3 1", "4 1"]
 
 
+@pytest.mark.slow
 def test_time_is_limited(children: Children, caplog: pytest.LogCaptureFixture) -> None:
     """An id that the limit cuts off has done nothing wrong; what was found counts, and what was not is unknown."""
     with children.search(**{"3 1": "hang"}) as search:
@@ -247,6 +248,7 @@ def test_what_tuning_searches() -> None:
     assert products[0][1] == max(gpu_tuning.TOKENS)
 
 
+@pytest.mark.slow
 def test_a_real_child(children: Children, caplog: pytest.LogCaptureFixture) -> None:
     """The process that computes, with ids that are wrong in every way, and one that aborts it."""
     with Search(CPU, fake_cusparselt.COMMAND) as search:

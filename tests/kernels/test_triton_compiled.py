@@ -32,7 +32,7 @@ def acceptable(build: Build) -> bool:
     return True
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_configuration(kernel: str, arch: int) -> None:
     chosen = [b for b in builds((arch,), (torch.bfloat16,), (True,)) if b.kernel == kernel]
@@ -40,6 +40,7 @@ def test_every_configuration(kernel: str, arch: int) -> None:
     assert all(acceptable(build) for build in chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [100, 120])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_largest_configuration(kernel: str, arch: int) -> None:
