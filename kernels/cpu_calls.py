@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from slope_compile.kernels import cpu_library, cpu_ops, cpu_products, cpu_rules
+from slope_compile.kernels import cpu_library, cpu_ops, cpu_products, cpu_rules, dense_copies, reference
 from slope_compile.kernels.cpu_library import CpuLibrary
 
 
@@ -53,6 +53,9 @@ def _linear(
     library = cpu_library.load()
     if library is None:
         return out.copy_(cpu_ops.linear(x, values, pattern, bias, 2, 4, down=down, up=up))
+    dense = None if sparse is not None else cpu_ops.dense_copy(library, x, values, pattern)
+    if dense is not None:
+        return out.copy_(reference.forward_dense(x, dense, bias, down, up))
     way = _way(library, "forward", x, values.shape[0], 2 * values.shape[1], sparse)
     return cpu_products.forward(library, way, x, values, pattern, bias, out, down, up)
 
@@ -62,6 +65,7 @@ def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, *, out: Tensor, sp
     library = cpu_library.load()
     if library is None:
         return out.copy_(cpu_ops.grad_input(grad, values, pattern, 2, 4))
+    dense_copies.gradient(pattern)
     way = _way(library, "grad_input", grad, values.shape[0], 2 * values.shape[1], sparse)
     return cpu_products.grad_input(library, way, grad, values, pattern, None, out)
 
@@ -73,6 +77,7 @@ def grad_input_columns(
     library = cpu_library.load()
     if library is None:
         return out.copy_(cpu_ops.grad_input_columns(grad, values, pattern, column_mask, 2, 4))
+    dense_copies.gradient(pattern)
     way = _way(library, "grad_input_columns", grad, values.shape[0], 2 * values.shape[1], sparse)
     return cpu_products.grad_input(library, way, grad, values, pattern, column_mask, out)
 
@@ -82,6 +87,7 @@ def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, *, out: Tensor, sparse
     library = cpu_library.load()
     if library is None:
         return out.copy_(cpu_ops.grad_weight(grad, x, pattern, 2, 4))
+    dense_copies.gradient(pattern)
     way = _way(library, "grad_weight", x, grad.shape[1], x.shape[1], sparse)
     return cpu_products.grad_weight(library, way, grad, x, pattern, out)
 

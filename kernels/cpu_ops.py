@@ -3,8 +3,8 @@
 Registered for the CPU over the definitions in ``reference``.  A call goes to the definition when the pattern is not
 2:4, the dtype is not one of the kernels', or no library could be built; the values agree to rounding in every case.
 So does a call whose operands do not fit together, which is an error there: the kernels check nothing.
-Where there is no library the forward product reads a dense copy, which ``dense_copies`` keeps while the weight is
-constant.
+Where there is no library, or copies were measured to be faster, the forward product reads a dense copy, which
+``dense_copies`` keeps while the weight is constant.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch import Tensor
 from slope_compile.kernels import cpu_library, cpu_products, cpu_rules, dense_copies, reference
 from slope_compile.kernels.cpu_library import CpuLibrary
 from slope_compile.kernels.metadata import packed_width
+
+ONCE_RECOMPUTED = 2
+"""Forward products of a weight in training before its gradients, at most: no copy is made for those."""
 
 
 def library_for(keep: int, group: int, *tensors: Tensor | None) -> CpuLibrary | None:
@@ -96,16 +99,25 @@ def linear(
     N, K = values.shape[0], 2 * values.shape[1]
     if library is None or x.shape[-1] != K or not (describes(pattern, N, K) and adds_up(x, N, bias, down, up)):
         return reference.forward(x, values, pattern, bias, keep, group, down, up)
+    dense = dense_copy(library, x, values, pattern)
+    if dense is not None:
+        return reference.forward_dense(x, dense, bias, down, up)
     sparse = cpu_rules.sparse("forward", tokens(x), N, K, x.dtype, library.isa)
     return cpu_products.forward(library, sparse, x, values, pattern, bias, down=down, up=up)
 
 
+def dense_copy(library: CpuLibrary, x: Tensor, values: Tensor, pattern: Tensor) -> Tensor | None:
+    """The dense weight where the forward product reads a copy of it, see ``cpu_rules.copied``."""
+    wanted = cpu_rules.copied(tokens(x), values.shape[0], 2 * values.shape[1], x.dtype, library.isa)
+    return dense_copies.kept(values, pattern, 2, 4, after=ONCE_RECOMPUTED) if wanted else None
+
+
 def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.grad_input`."""
+    dense_copies.gradient(pattern)
     library = library_for(keep, group, grad, values)
     N, K = values.shape[0], 2 * values.shape[1]
     if library is None or grad.shape[-1] != N or not describes(pattern, N, K):
-        dense_copies.gradient(pattern)
         return reference.grad_input(grad, values, pattern, keep, group)
     sparse = cpu_rules.sparse("grad_input", tokens(grad), N, K, grad.dtype, library.isa)
     return cpu_products.grad_input(library, sparse, grad, values, pattern, None)
@@ -115,11 +127,11 @@ def grad_input_columns(
     grad: Tensor, values: Tensor, pattern: Tensor, column_mask: Tensor, keep: int, group: int
 ) -> Tensor:
     """See :func:`reference.grad_input_columns`: the values that the column mask keeps too."""
+    dense_copies.gradient(pattern)
     library = library_for(keep, group, grad, values)
     N, K = values.shape[0], 2 * values.shape[1]
     fits = grad.shape[-1] == N and describes(pattern, N, K) and masks(column_mask, N, K)
     if library is None or not fits:
-        dense_copies.gradient(pattern)
         return reference.grad_input_columns(grad, values, pattern, column_mask, keep, group)
     sparse = cpu_rules.sparse("grad_input_columns", tokens(grad), N, K, grad.dtype, library.isa)
     return cpu_products.grad_input(library, sparse, grad, values, pattern, column_mask)
@@ -127,10 +139,10 @@ def grad_input_columns(
 
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.grad_weight`."""
+    dense_copies.gradient(pattern)
     library = library_for(keep, group, grad, x)
     N, K = grad.shape[-1], x.shape[-1]
     if library is None or grad.shape[:-1] != x.shape[:-1] or not describes(pattern, N, K):
-        dense_copies.gradient(pattern)
         return reference.grad_weight(grad, x, pattern, keep, group)
     sparse = cpu_rules.sparse("grad_weight", tokens(x), N, K, x.dtype, library.isa)
     return cpu_products.grad_weight(library, sparse, grad, x, pattern)

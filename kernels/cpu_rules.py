@@ -1,4 +1,4 @@
-"""When the 2:4 kernels are used on a CPU, and when a dense product with the expanded weight is.
+"""When the 2:4 kernels are used on a CPU, when a dense product with the expanded weight is, and when one with a copy.
 
 A machine on which ``slope-compile tune`` has run goes by what was measured there.  Elsewhere a rule decides, which
 comes from interleaved measurements on an AVX2 and an AVX-512 machine: a 2:4 kernel is better than expanding in all but
@@ -33,3 +33,10 @@ def sparse(op: str, M: int, N: int, K: int, dtype: torch.dtype, isa: str) -> boo
     if op != "grad_weight":
         return True
     return isa != "portable" or M <= OUTER or M >= PACKED
+
+
+def copied(M: int, N: int, K: int, dtype: torch.dtype, isa: str) -> bool:
+    """Whether a forward product reads a copy of the dense weight, if ``dense_copies`` has one: on a machine that was
+    tuned with copies, where they are faster than both other ways.  Nobody gets one without having asked."""
+    table = cpu_tuning.load(isa, torch.get_num_threads())
+    return table is not None and table.copied("forward", M, N, K, dtype)

@@ -1,7 +1,8 @@
-"""Which of two ways is faster on this machine, measured: the 2:4 kernel, or a dense product with the expanded weight.
+"""Which way is faster on this machine, measured: the 2:4 kernel, a dense product with the expanded weight, or, where
+asked for, one with a copy of the dense weight.
 
 ``slope-compile tune`` writes the answer beside the compiled library, under a name that says for which CPU, library
-level, number of threads and torch it holds; ``cpu_rules`` reads it.  Both ways give the same numbers to rounding.
+level, number of threads and torch it holds; ``cpu_rules`` reads it.  All ways give the same numbers to rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,9 @@ MOST_DECIDED = 4096
 MARGIN = 0.97
 """The kernel also wins a near tie: its alternative needs memory for the expanded weight."""
 
+COPY_MARGIN = 0.95
+"""What is kept for good has to gain more."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -57,6 +62,8 @@ class Entry:
     K: int
     speedup: float
     """Time of the dense way over time of the kernel."""
+    over_copy: float | None = None
+    """The same with a dense weight that need not be expanded; None if copies were not asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +72,27 @@ class Table:
 
     threads: int
     entries: tuple[Entry, ...]
-    _decided: dict[tuple[object, ...], bool | None] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    _found: dict[tuple[object, ...], Entry | None] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     """What was asked before: products ask at every call."""
 
     def sparse(self, op: str, M: int, N: int, K: int, dtype: torch.dtype) -> bool | None:
         """Whether the kernel won at the nearest sizes (by their ratios); None if nothing like it is there."""
-        asked = (op, M, N, K, dtype)
-        if asked not in self._decided:
-            if len(self._decided) >= MOST_DECIDED:
-                self._decided.clear()
-            self._decided[asked] = self._nearest(*asked)
-        return self._decided[asked]
+        nearest = self._nearest(op, M, N, K, dtype)
+        return None if nearest is None else nearest.speedup >= MARGIN
 
-    def _nearest(self, op: str, M: int, N: int, K: int, dtype: torch.dtype) -> bool | None:
+    def copied(self, op: str, M: int, N: int, K: int, dtype: torch.dtype) -> bool:
+        """Whether a copy of the dense weight won there."""
+        nearest = self._nearest(op, M, N, K, dtype)
+        return nearest is not None and nearest.over_copy is not None and nearest.over_copy < COPY_MARGIN
+
+    def _nearest(self, *asked: Any) -> Entry | None:
+        if asked not in self._found:
+            if len(self._found) >= MOST_DECIDED:
+                self._found.clear()
+            self._found[asked] = self._find(*asked)
+        return self._found[asked]
+
+    def _find(self, op: str, M: int, N: int, K: int, dtype: torch.dtype) -> Entry | None:
         near = [e for e in self.entries if e.op == op and DTYPES[e.dtype] is dtype]
         if not near:
             return None
@@ -86,7 +101,7 @@ class Table:
             pairs = ((entry.tokens, M), (entry.N, N), (entry.K, K))
             return sum(abs(math.log(measured / max(1, wanted))) for measured, wanted in pairs)
 
-        return min(near, key=distance).speedup >= MARGIN
+        return min(near, key=distance)
 
 
 def table_path(isa: str, threads: int) -> Path:
@@ -121,18 +136,21 @@ def load(isa: str, threads: int) -> Table | None:
         return None
 
 
-def measure(library: CpuLibrary) -> Iterator[Entry]:
-    """Measure every case with the current number of threads; some minutes."""
+def measure(library: CpuLibrary, copies: bool = False) -> Iterator[Entry]:
+    """Measure every case with the current number of threads; some minutes.  With ``copies``, the forward product also
+    against one with a dense weight."""
     for name, dtype in DTYPES.items():
         for N, K in SHAPES:
             too_slow = set()
             problem = _Problem(N, K, dtype)
             for tokens in TOKENS:
                 for op in (op for op in OPS if op not in too_slow):
-                    ratio, slowest = _compare(*problem.ways(library, op, tokens))
+                    kernel, expanded = problem.ways(library, op, tokens)
+                    ratio, slowest = _compare(kernel, expanded)
                     if slowest > SLOW_SECONDS:
                         too_slow.add(op)
-                    yield Entry(op, name, tokens, N, K, ratio)
+                    over_copy = _compare(kernel, problem.copy(tokens))[0] if copies and op == "forward" else None
+                    yield Entry(op, name, tokens, N, K, ratio, over_copy)
 
 
 class _Problem:
@@ -164,6 +182,11 @@ class _Problem:
         }
         call = calls[op]
         return (lambda: call(True)), (lambda: call(False))
+
+    def copy(self, M: int) -> Callable[[], object]:
+        """The forward product on M fresh random tokens with a copy of the dense weight."""
+        x, weight = self.numbers(M, self.K), reference.expand(self.values, self.pattern, 2, 4)
+        return lambda: torch.nn.functional.linear(x, weight)
 
 
 def _compare(kernel: Callable[[], object], dense: Callable[[], object]) -> tuple[float, float]:

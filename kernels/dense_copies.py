@@ -1,7 +1,8 @@
-"""Dense copies of 2:4 weights, for CPUs where no kernel reads them compressed: no C++ compiler, or kernels off.
+"""Dense copies of 2:4 weights, for CPUs where no kernel reads them compressed (no C++ compiler, or kernels off) and
+where copies were measured to be faster (``slope-compile tune --copies``).
 
-There a product expands its weight, which takes longer than the product itself.  While a weight does not change its
-expanded form is kept instead: memory of a dense weight for each, as long as its pattern lives.  It is made at the
+To expand a weight takes longer than the product itself.  While a weight does not change its expanded form is kept
+instead: memory of a dense weight for each, as long as its pattern lives.  It is made at the
 second forward product in a row that finds the values as the first one did, and given up when they have changed or a
 gradient is asked for: training, where every forward product is followed by gradients, keeps none.
 
@@ -27,6 +28,8 @@ class _Use:
     values: weakref.ref[Tensor]
     state: tuple[int, int]
     """Version and address of the values."""
+    count: int = 1
+    """Forward products in a row that found them so."""
     dense: Tensor | None = None
 
 
@@ -36,23 +39,36 @@ _uses = WeakTensorKeyDictionary()
 
 def expanded(values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """The dense weight ``[N, K]`` for a forward product; it must not be written to."""
+    dense = kept(values, pattern, keep, group)
+    return reference.expand(values, pattern, keep, group) if dense is None else dense
+
+
+def kept(values: Tensor, pattern: Tensor, keep: int, group: int, after: int = 1) -> Tensor | None:
+    """The same, or None where fewer than ``after`` forward products in a row found the values as this one does."""
     if values.is_inference():  # has no version counter
-        return reference.expand(values, pattern, keep, group)
+        return None
     state, use = (values._version, values.data_ptr()), _uses.get(pattern)
     if use is None or use.values() is not values or use.state != state:
         _uses[pattern] = _Use(weakref.ref(values), state)
-        return reference.expand(values, pattern, keep, group)
-    if use.dense is None:
+        return None
+    use.count += 1
+    if use.dense is None and use.count > after:
         use.dense = reference.expand(values, pattern, keep, group)
-    dense: Tensor = use.dense
+    dense: Tensor | None = use.dense
     return dense
 
 
 def gradient(pattern: Tensor) -> None:
     """Note that a gradient of a product with this weight is computed: it is being trained."""
-    _uses.pop(pattern, None)
+    if _uses:
+        _uses.pop(pattern, None)
 
 
 def forget() -> None:
     """Give up every copy."""
     _uses.clear()
+
+
+def count() -> int:
+    """Copies there are."""
+    return sum(use.dense is not None for use in _uses.values())

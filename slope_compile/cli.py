@@ -6,7 +6,7 @@ import argparse
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import tabulate
 import torch
@@ -36,6 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     tune.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default), cuda or cuda:1")
     tune.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; default: PyTorch's")
+    tune.add_argument(
+        "--copies", action="store_true",
+        help="on a CPU: also measure a copy of the dense weight; where it wins, weights that do not change keep one "
+        "from then on, in the memory of a dense weight",
+    )  # fmt: skip
     tune.add_argument(
         "--sizes", action="append", default=[], metavar="MxNxK",
         help="on a GPU: verify algorithms of cuSPARSELt for M tokens and a weight [N, K] too; as often as you like",
@@ -70,15 +75,19 @@ def run_tune(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads or before)
         threads = torch.get_num_threads()
         entries = []
-        for entry in cpu_tuning.measure(library):
+        for entry in cpu_tuning.measure(library, arguments.copies):
             entries.append(entry)
             case = f"{entry.op} {entry.dtype} {entry.N}x{entry.K} {entry.tokens} tokens"
-            sys.stderr.write(f"{case}: {entry.speedup:.2f}\n")
+            copy = "" if entry.over_copy is None else f", than with a copy {entry.over_copy:.2f}"
+            sys.stderr.write(f"{case}: {entry.speedup:.2f}{copy}\n")
         path = cpu_tuning.save(cpu_tuning.Table(threads, tuple(entries)), library.isa)
     finally:
         torch.set_num_threads(before)
     _write(f"2:4 kernels ({library.isa}, {threads} threads): times faster than expanding the weight, by tokens\n")
-    _write(_speedups(entries))
+    _write(_speedups({_case(e): e.speedup for e in entries}))
+    if arguments.copies:
+        _write("\n\nTimes faster than a dense product with a copy of the weight\n")
+        _write(_speedups({_case(e): e.over_copy for e in entries if e.over_copy is not None}))
     _write(f"\nSaved to {path}; every process on this machine goes by it.\n")
     return 0
 
@@ -161,8 +170,11 @@ def _times(entries: Sequence[gpu_tuning.Entry]) -> str:
     return tabulate.tabulate(rows, headers=("product", "dtype", "M", "N", "K", *gpu_rules.WAYS))
 
 
-def _speedups(entries: Sequence[cpu_tuning.Entry]) -> str:
-    found = {(e.op, e.dtype, f"{e.N}x{e.K}", e.tokens): e.speedup for e in entries}
+def _case(entry: cpu_tuning.Entry) -> tuple[str, str, str, int]:
+    return entry.op, entry.dtype, f"{entry.N}x{entry.K}", entry.tokens
+
+
+def _speedups(found: Mapping[tuple[str, str, str, int], float]) -> str:
     lines = dict.fromkeys(key[:3] for key in found)
     rows = [(*line, *(found.get((*line, M)) for M in cpu_tuning.TOKENS)) for line in lines]
     headers = ("product", "dtype", "N x K", *map(str, cpu_tuning.TOKENS))

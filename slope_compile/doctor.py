@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from slope_compile import __version__
 from slope_compile.kernels import cpu_build, cpu_library, cpu_tuning, gpu_ops, gpu_tuning, triton_products
-from slope_compile.lowering import EXPANDED, lowering
+from slope_compile.lowering import EXPANDED, OR_COPY, lowering
 from slope_compile.pattern import Pattern
 
 HEADERS = ("product", "dtype", *map(str, cpu_tuning.TOKENS))
@@ -101,6 +101,8 @@ def _choices(device: torch.device) -> Iterator[tuple[str, ...]]:
 
 def _short(way: str, device: torch.device) -> str:
     """On a CPU there is one kind of kernel, on a GPU the table names it."""
+    if way.endswith(OR_COPY):
+        return "copy"
     if way == EXPANDED:
         return "dense"
     return "2:4" if device.type == "cpu" else way.removeprefix("2:4 kernel, ").removeprefix("Gluon ")

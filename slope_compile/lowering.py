@@ -11,6 +11,8 @@ DENSE = "dense"
 EXPANDED = "dense with expanded weight"
 PRUNED = "dense with pruned weight"
 """Of a drop-in model without gradients, for few tokens: see ``passes.sparsify``."""
+OR_COPY = ", or while the weight does not change dense with a copy of it"
+"""Added on a machine that was tuned with copies, where those are faster."""
 _NAMES = {
     "triton": "Triton", "few": "Gluon for few tokens", "mma_sp": "Gluon mma.sp", "wgmma_sp": "Gluon wgmma.sp",
     "cusparselt": "cuSPARSELt",
@@ -27,8 +29,9 @@ def lowering(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.
         return EXPANDED
     if device.type == "cpu" and dtype in cpu_products.CODES:
         library = cpu_library.load()
-        if library is not None and cpu_rules.sparse(op, M, N, K, dtype, library.isa):
-            return f"2:4 kernel, {library.isa}"
+        if library is not None:
+            way = f"2:4 kernel, {library.isa}" if cpu_rules.sparse(op, M, N, K, dtype, library.isa) else EXPANDED
+            return way + OR_COPY if op == "forward" and cpu_rules.copied(M, N, K, dtype, library.isa) else way
     if device.type == "cuda" and dtype in triton_products.DTYPES and gpu_ops.available(device):
         way = gpu_calls.chosen(op, M, N, K, dtype, device)
         if way != "expanded":

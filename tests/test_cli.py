@@ -73,6 +73,12 @@ def test_tune(own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert str(own_cache) in out
     assert "grad_weight" in out
     assert "16x24" in out
+    assert "copy" not in out
+    assert cli.main(["tune", "--threads", "2", "--copies"]) == 0
+    assert "with a copy of the weight" in capsys.readouterr().out
+    table = cpu_tuning.load(library.isa, 2)
+    assert table is not None
+    assert {e.op for e in table.entries if e.over_copy is not None} == {"forward"}
 
 
 def test_nothing_is_measured_where_no_table_can_be_kept(

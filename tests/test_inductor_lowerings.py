@@ -24,7 +24,7 @@ from torch._inductor.utils import run_and_get_code
 import slope_compile as slope
 from recording import compiled
 from recording import fresh_dynamo as fresh_dynamo
-from slope_compile.kernels import cpu_build, cpu_library
+from slope_compile.kernels import cpu_build, cpu_library, cpu_tuning, dense_copies
 from slope_compile.kernels.metadata import unpack_mask
 from slope_compile.schedule import adapters_of
 from tolerances import assert_same
@@ -305,3 +305,34 @@ def test_caches_serve_another_process_and_keep_backends_apart(
         assert other["dx"] == pytest.approx(first["dx"], rel=1e-5)
     assert changed["y"] == pytest.approx(first["y"], rel=1e-5)
     assert changed["dx"] != pytest.approx(first["dx"], rel=1e-5)
+
+
+def test_inference_reads_copies_where_they_win_and_training_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = cpu_library.load()
+    assert library is not None
+    monkeypatch.setattr(cpu_tuning, "table_path", lambda isa, threads: tmp_path / f"{isa}-{threads}.json")
+    cpu_tuning.save(
+        cpu_tuning.Table(
+            torch.get_num_threads(), (cpu_tuning.Entry("forward", "float32", 15, 16, 16, 2.0, over_copy=0.5),)
+        ),
+        library.isa,
+    )
+    dense_copies.forget()
+    try:
+        model = prepared()
+        run = torch.compile(model, backend="slope")
+        x = torch.randn(3, 5, 16)
+        for _ in range(3):
+            results(run, model, x)
+        assert dense_copies.count() == 0
+        for _ in range(4):
+            with torch.no_grad():
+                assert_same(run(x), model(x), "y")
+        assert dense_copies.count() == 2
+        results(run, model, x)
+        assert dense_copies.count() == 0
+    finally:
+        dense_copies.forget()
+        cpu_tuning.load.cache_clear()

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from slope_compile.kernels import cpu_library, cpu_ops, cpu_products, cpu_rules, cpu_tuning
+from slope_compile.kernels import (
+    cpu_calls,
+    cpu_library,
+    cpu_ops,
+    cpu_products,
+    cpu_rules,
+    cpu_tuning,
+    dense_copies,
+    reference,
+)
 from slope_compile.kernels.cpu_library import CpuLibrary
 from slope_compile.kernels.cpu_tuning import Entry, Table
+from slope_compile.lowering import OR_COPY, lowering
+from slope_compile.pattern import Pattern
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +96,7 @@ def test_what_was_decided_is_remembered_up_to_a_limit(monkeypatch: pytest.Monkey
         for M in range(10):
             assert table.sparse("forward", M, 768, 768, torch.float32) is False
             assert table.sparse("forward", M, 768, 768, torch.bfloat16) is None
-            assert len(table._decided) <= 3
+            assert len(table._found) <= 3
 
 
 def test_another_number_of_threads_is_another_table() -> None:
@@ -161,3 +173,118 @@ def test_the_choice_reaches_the_operators(library: CpuLibrary, monkeypatch: pyte
         cpu_ops.grad_input_columns(grad, p.values, p.pattern, p.column_mask, 2, 4)
         cpu_ops.grad_weight(grad, x, p.pattern, 2, 4)
     assert chosen == [True] * 4 + [False] * 4
+
+
+# --- copies ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copies_win(library: CpuLibrary) -> Iterator[None]:
+    """A machine on which a copy of the dense weight was measured to be faster, for 32 tokens and not for one."""
+    entries = (
+        Entry("forward", "float32", 1, 16, 24, 2.0, over_copy=0.96),
+        Entry("forward", "float32", 32, 16, 24, 2.0, over_copy=0.5),
+    )
+    cpu_tuning.save(Table(torch.get_num_threads(), entries), library.isa)
+    dense_copies.forget()
+    yield
+    dense_copies.forget()
+
+
+class Forward:
+    """Forward products of one weight, as operators or as compiled code calls them."""
+
+    def __init__(self, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.direct = direct
+        self.p = cpu_tuning._Problem(16, 24, torch.float32)
+        self.kernels = 0
+        original = cpu_products.forward
+
+        def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+            self.kernels += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(cpu_products, "forward", counted)
+
+    def ways(self, times: int, M: int = 32) -> str:
+        """What computed each of some products: k(ernel) or c(opy).  Every result is checked."""
+        found = ""
+        for _ in range(times):
+            x, bias, down, up = (self.p.numbers(*s) for s in ((M, 24), (16,), (M, 3), (16, 3)))
+            before = self.kernels
+            if self.direct:
+                y = cpu_calls.linear_low_rank(
+                    x, self.p.values, self.p.pattern, down, up, bias, out=torch.full((M, 16), torch.nan)
+                )
+            else:
+                y = cpu_ops.linear(x, self.p.values, self.p.pattern, bias, 2, 4, down=down, up=up)
+            weight = reference.expand(self.p.values, self.p.pattern, 2, 4)
+            torch.testing.assert_close(y, x @ weight.t() + bias + down @ up.t(), rtol=1e-5, atol=1e-5)
+            found += "k" if self.kernels > before else "c"
+        return found
+
+
+@pytest.fixture(params=["operators", "compiled code"])
+def forward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Forward:
+    return Forward(request.param == "compiled code", monkeypatch)
+
+
+@pytest.mark.usefixtures("copies_win")
+def test_a_copy_serves_a_weight_that_does_not_change(forward: Forward) -> None:
+    assert forward.ways(5) == "kkccc"
+    assert forward.ways(2, M=1) == "kk", "a near tie is none"
+    forward.p.values.mul_(2)
+    assert forward.ways(4) == "kkcc"
+
+
+@pytest.mark.usefixtures("copies_win")
+@pytest.mark.parametrize("gradient", ["grad_input", "grad_input_columns", "grad_weight"])
+def test_training_keeps_no_copy(forward: Forward, gradient: str) -> None:
+    """Not over micro-batches, of which each is computed and recomputed."""
+    p, x, grad, dx, dv = forward.p, torch.randn(32, 24), torch.randn(32, 16), torch.empty(32, 24), torch.empty(16, 12)
+    calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "grad_input": (
+            lambda: cpu_ops.grad_input(grad, p.values, p.pattern, 2, 4),
+            lambda: cpu_calls.grad_input(grad, p.values, p.pattern, out=dx),
+        ),
+        "grad_input_columns": (
+            lambda: cpu_ops.grad_input_columns(grad, p.values, p.pattern, p.column_mask, 2, 4),
+            lambda: cpu_calls.grad_input_columns(grad, p.values, p.pattern, p.column_mask, out=dx),
+        ),
+        "grad_weight": (
+            lambda: cpu_ops.grad_weight(grad, x, p.pattern, 2, 4),
+            lambda: cpu_calls.grad_weight(grad, x, p.pattern, out=dv),
+        ),
+    }
+    for _ in range(3):
+        assert forward.ways(2) == "kk"
+        calls[gradient][forward.direct]()
+    assert forward.ways(3) == "kkc"
+    calls[gradient][forward.direct]()
+    assert dense_copies.count() == 0
+
+
+def test_nobody_gets_a_copy_unasked(library: CpuLibrary, forward: Forward) -> None:
+    assert forward.ways(5) == "kkkkk"
+    cpu_tuning.save(Table(torch.get_num_threads(), (Entry("forward", "float32", 32, 16, 24, 2.0),)), library.isa)
+    assert forward.ways(5) == "kkkkk"
+    assert dense_copies.count() == 0
+
+
+@pytest.mark.usefixtures("copies_win")
+def test_what_runs_is_said(library: CpuLibrary) -> None:
+    kernel = f"2:4 kernel, {library.isa}"
+    for op, M, expected in (
+        ("forward", 32, kernel + OR_COPY),
+        ("forward", 1, kernel),
+        ("grad_input", 32, kernel),
+    ):
+        assert lowering(op, M, 16, 24, torch.float32, torch.device("cpu"), Pattern(2, 4)) == expected
+
+
+def test_copies_are_measured_when_asked_for(library: CpuLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_tuning, "TOKENS", (1, 20))
+    monkeypatch.setattr(cpu_tuning, "SHAPES", ((16, 24),))
+    for asked in (True, False):
+        for entry in cpu_tuning.measure(library, asked):
+            assert (entry.over_copy is not None and entry.over_copy > 0) == (asked and entry.op == "forward")
