@@ -185,6 +185,7 @@ def test_training_is_that_of_one_process(ranks: list[dict[str, Any]], case: Case
         assert sum(name.endswith("column_mask") for name in one["state"]) == len(SPARSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "message"),
     [

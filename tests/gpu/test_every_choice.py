@@ -207,7 +207,14 @@ every_gluon = pytest.mark.parametrize("choice", GLUON, ids=str)
 every_triton = pytest.mark.parametrize(
     ("choice", "dtype"), [pytest.param(c, d, id=f"{c}-{DTYPES[d]}") for c, d in TRITON]
 )
-both_dtypes = pytest.mark.parametrize("dtype", [pytest.param(dtype, id=name) for dtype, name in HALF.items()])
+
+
+def slow_but_bf16(dtypes: dict[torch.dtype, str]) -> pytest.MarkDecorator:
+    """Each dtype; all but one are slow."""
+    slow = {dtype: [] if dtype is torch.bfloat16 else [pytest.mark.slow] for dtype in dtypes}
+    return pytest.mark.parametrize("dtype", [pytest.param(d, id=name, marks=slow[d]) for d, name in dtypes.items()])
+
+
 needs_gluon = pytest.mark.skipif(interpreting(), reason="the interpreter does not know Gluon; run elsewhere")
 
 
@@ -216,7 +223,7 @@ def check(choice: Choice, case: Case) -> None:
 
 
 @needs_gluon
-@both_dtypes
+@slow_but_bf16(HALF)
 @every_gluon
 def test_gluon(choice: Choice, dtype: torch.dtype) -> None:
     if not choice.fits():
@@ -238,7 +245,7 @@ def test_triton(choice: Choice, dtype: torch.dtype) -> None:
 
 
 @ON_A_CPU
-@pytest.mark.parametrize("dtype", [pytest.param(dtype, id=name) for dtype, name in DTYPES.items()])
+@slow_but_bf16(DTYPES)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("way", gpu_rules.WAYS)
 def test_through_the_calls_of_compiled_code(way: str, op: str, dtype: torch.dtype) -> None:

@@ -102,7 +102,9 @@ def test_products(kernel: str, shape: Shape, dtype: torch.dtype) -> None:
     check(draw(TWO_FOUR, whole_rows(shape, config), dtype), config)
 
 
-@both_dtypes
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["bf16", "fp16"]
+)
 @every_config
 def test_every_configuration(config: Config, dtype: torch.dtype) -> None:
     if isinstance(config, WgmmaSp):  # each stage more than once, a rest of a block; tiles that are partial
