@@ -2,9 +2,10 @@
 where copies were measured to be faster (``slope-compile tune --copies``).
 
 To expand a weight takes longer than the product itself.  While a weight does not change its expanded form is kept
-instead: memory of a dense weight for each, as long as its pattern lives.  It is made at the
-second forward product in a row that finds the values as the first one did, and given up when they have changed or a
-gradient is asked for: training, where every forward product is followed by gradients, keeps none.
+instead: memory of a dense weight for each, as long as its pattern lives.  It is made at the second forward product in a
+row that finds the values as the first one did (where there are kernels at the third, since training may compute a
+product twice), and given up when they have changed or a gradient is asked for: training, where forward products are
+followed by gradients, keeps none.
 
 What changes the values is told by their version counter and address.  Writing through ``values.data`` raises no
 counter: what is kept would be stale until :func:`forget` is called, or a gradient computed.
