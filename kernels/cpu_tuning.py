@@ -142,6 +142,7 @@ def load(isa: str, threads: int) -> Table | None:
 def measure(library: CpuLibrary, copies: bool = False) -> Iterator[Entry]:
     """Measure every case with the current number of threads; some minutes.  With ``copies``, the forward product also
     against one with a dense weight."""
+    other = torch.zeros(CACHES, dtype=torch.uint8, device="cpu")
     for name, dtype in DTYPES.items():
         for N, K in SHAPES:
             too_slow = set()
@@ -149,10 +150,10 @@ def measure(library: CpuLibrary, copies: bool = False) -> Iterator[Entry]:
             for tokens in TOKENS:
                 for op in (op for op in OPS if op not in too_slow):
                     kernel, expanded = problem.ways(library, op, tokens)
-                    ratio, slowest = _compare(kernel, expanded)
+                    ratio, slowest = _compare(kernel, expanded, other)
                     if slowest > SLOW_SECONDS:
                         too_slow.add(op)
-                    over_copy = _compare(kernel, problem.copy(tokens))[0] if copies and op == "forward" else None
+                    over_copy = _compare(kernel, problem.copy(tokens), other)[0] if copies and op == "forward" else None
                     yield Entry(op, name, tokens, N, K, ratio, over_copy)
 
 
@@ -192,9 +193,9 @@ class _Problem:
         return lambda: torch.nn.functional.linear(x, weight)
 
 
-def _compare(kernel: Callable[[], object], dense: Callable[[], object]) -> tuple[float, float]:
-    """(time of dense over time of kernel, longest time), medians of interleaved rounds on cold weights."""
-    other = torch.zeros(CACHES, dtype=torch.uint8, device="cpu")
+def _compare(kernel: Callable[[], object], dense: Callable[[], object], other: Tensor) -> tuple[float, float]:
+    """(time of dense over time of kernel, longest time), medians of interleaved rounds; ``other`` is written in
+    between, so that weights are not in the caches."""
 
     def seconds(call: Callable[[], object]) -> float:
         other.add_(1)

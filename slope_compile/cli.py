@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_tune(arguments: argparse.Namespace) -> int:
     """Measure, show and save the table that the rules of a device go by."""
     if arguments.device != "cpu":
+        if arguments.copies:
+            sys.stderr.write("slope-compile tune: --copies is for CPUs; leave it out, or leave --device out\n")
+            return 2
         return _tune_gpu(arguments.device, arguments.sizes)
     if arguments.threads < 0:
         sys.stderr.write(f"slope-compile tune: --threads: expected 1 or more, got {arguments.threads}\n")

@@ -107,6 +107,11 @@ def test_wrong_calls(arguments: list[str], message: str, capsys: pytest.CaptureF
     assert message in capsys.readouterr().err
 
 
+def test_copies_are_for_cpus(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune", "--device", "cuda", "--copies"]) == 2
+    assert "--copies is for CPUs" in capsys.readouterr().err
+
+
 def test_a_negative_number_of_threads(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune", "--threads", "-1"]) == 2
     assert "--threads" in capsys.readouterr().err
