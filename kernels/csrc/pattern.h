@@ -107,6 +107,9 @@ inline Vec4 load_values(const Float16* p) {
 #endif
 }
 
+// The same for lane<i>.
+template <class T> inline Four load_four(const T* p) { return four_of(load_values(p)); }
+
 // The eight dense elements of a byte of metadata.
 inline Vec8 expand8(Vec4 values, uint8_t byte) {
 #if defined(__AVX2__)

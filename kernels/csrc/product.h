@@ -72,40 +72,55 @@ struct Lists {
   int counts[BLOCK];
 };
 
+// Sums of R outputs over NV vectors of tokens, in registers; in memory, outputs are TILE apart.
+template <int NV, int R> struct Sums {
+  Vec s[R][NV];
+
+  explicit Sums(const float* from) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) s[r][v] = *reinterpret_cast<const Vec*>(from + r * TILE + v * LANES);
+  }
+  void store(float* to) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) *reinterpret_cast<Vec*>(to + r * TILE + v * LANES) = s[r][v];
+  }
+  // Adds weight times a row of a tile, at `offset` bytes from `tile`.
+  void add(int r, Vec weight, const char* tile, uint64_t offset) {
+    const Vec* row = reinterpret_cast<const Vec*>(tile + offset);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) s[r][v] += weight * row[v];
+  }
+  // The same for four weights, whose offsets are 16 bits each.
+  void add_four(int r, Four weights, const char* tile, uint64_t offsets) {
+    add(r, lane<0>(weights), tile, offsets & 0xffff);
+    add(r, lane<1>(weights), tile, offsets >> 16 & 0xffff);
+    add(r, lane<2>(weights), tile, offsets >> 32 & 0xffff);
+    add(r, lane<3>(weights), tile, offsets >> 48);
+  }
+};
+
 // sums [R][NV vectors] += list of each of R outputs, over `count` entries from `first` on.
 template <int NV, int R>
 inline void add_entries(float* sums, const float* weights, const uint16_t* offsets, int first, int count,
                         const char* tile) {
-  Vec s[R][NV];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) s[r][v] = *reinterpret_cast<const Vec*>(sums + r * TILE + v * LANES);
-  auto add = [&](int r, Vec w, uint64_t offset) {
-    const Vec* row = reinterpret_cast<const Vec*>(tile + offset);
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) s[r][v] += w * row[v];
-  };
+  Sums<NV, R> in_flight(sums);
   int e = first;
   // Loads are what limits this loop, so four weights and four offsets come with one load each.
   for (; e + 4 <= first + count; e += 4)
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const Four w = load_four(weights + r * CHUNK + e);
       uint64_t four;
       std::memcpy(&four, offsets + r * CHUNK + e, sizeof four);
-      add(r, lane<0>(w), four & 0xffff);
-      add(r, lane<1>(w), four >> 16 & 0xffff);
-      add(r, lane<2>(w), four >> 32 & 0xffff);
-      add(r, lane<3>(w), four >> 48);
+      in_flight.add_four(r, load_four(weights + r * CHUNK + e), tile, four);
     }
   for (; e < first + count; e++)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) add(r, broadcast(weights[r * CHUNK + e]), offsets[r * CHUNK + e]);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) *reinterpret_cast<Vec*>(sums + r * TILE + v * LANES) = s[r][v];
+    for (int r = 0; r < R; r++) in_flight.add(r, broadcast(weights[r * CHUNK + e]), tile, offsets[r * CHUNK + e]);
+  in_flight.store(sums);
 }
 
 // One tile: sums [block][TILE] += the lists.  NV vectors of each tile row hold tokens.  `next` is the tile that will be

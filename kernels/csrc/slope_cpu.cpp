@@ -11,6 +11,7 @@
 #include "columns.h"
 #include "gemv.h"
 #include "product.h"
+#include "several.h"
 #include "few_backward.h"
 #include "few_pairs.h"
 #include "kept_lanes.h"
@@ -104,8 +105,11 @@ EXPORT int slope_cpu_forward(int dtype, int threads, const void* x, int64_t x_st
                           N, ForwardSlots{v, pattern, N, K});
     else
 #endif
-    return product(threads, a, M, K, Matrix<T>{d, R, 1}, u, R, b, static_cast<T*>(y), N,
-                   ForwardLists<T>{v, pattern, N, K});
+    if (M <= SEVERAL)
+      return forward_several(threads, a, v, pattern, b, Matrix<T>{d, R, 1}, u, R, static_cast<T*>(y), M, N, K);
+    else
+      return product(threads, a, M, K, Matrix<T>{d, R, 1}, u, R, b, static_cast<T*>(y), N,
+                     ForwardLists<T>{v, pattern, N, K});
   });
 }
 

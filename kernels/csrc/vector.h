@@ -205,14 +205,17 @@ inline Vec8 sums8(const Vec (&v)[8]) {
 // Four floats in a register, of which `lane<i>` broadcasts one: a shuffle in place of a load.
 #if defined(__AVX512F__)
 typedef Vec Four;
+inline Four four_of(Vec4 v) { return (Four)_mm512_broadcast_f32x4((__m128)v); }
 inline Four load_four(const float* p) { return (Four)_mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 template <int I> inline Vec lane(Four f) { return (Vec)_mm512_permute_ps((__m512)f, I * 0x55); }
 #elif defined(__AVX2__)
 typedef Vec Four;
+inline Four four_of(Vec4 v) { return (Four)_mm256_set_m128((__m128)v, (__m128)v); }
 inline Four load_four(const float* p) { return (Four)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
 template <int I> inline Vec lane(Four f) { return (Vec)_mm256_permute_ps((__m256)f, I * 0x55); }
 #else
 typedef Vec4 Four;
+inline Four four_of(Vec4 v) { return v; }
 inline Four load_four(const float* p) { return *reinterpret_cast<const AnyVec4*>(p); }
 template <int I> inline Vec lane(Four f) { return SLOPE_SHUFFLE4(f, I, I, I, I); }
 #endif
