@@ -112,7 +112,7 @@ inline int rows_at_once(int64_t M, int most) { return M <= 4 ? 8 : M <= 8 ? 16 :
 // Asks for what a tile of `rows` rows from n0 on, columns from k on, of [k0, k1), will need some `bytes` of values later:
 // further on in the same rows, or at the start of the next ones.
 template <class T>
-inline void prefetch_tile(const T* values, const uint8_t* pattern, const uint8_t* column_mask, int64_t n0, int rows,
+PREFETCHES inline void prefetch_tile(const T* values, const uint8_t* pattern, const uint8_t* column_mask, int64_t n0, int rows,
                           int64_t k, int64_t k0, int64_t k1, int64_t stretch, int64_t bytes, int64_t N, int64_t K) {
   const int64_t line = 64, each = stretch / 2 * int64_t(sizeof(T));
   int64_t column = k + bytes / (rows * each) * stretch;
@@ -225,8 +225,11 @@ int grad_input_few(int threads, Matrix<T> a, const T* values, const uint8_t* pat
       for (int64_t k = k0; k < k1; k += STRETCH) {
         prefetch_tile(values, pattern, column_mask, n0, rows, k, k0, k1, STRETCH, AHEAD, N, K);
         expand_tile(w, values, pattern, column_mask, n0, depth, k, K);
-        for (int64_t m = 0; m < M; m += TOKENS)
-          add_rows(std::min<int64_t>(TOKENS, M - m), sums + m * padded + k, padded, g + m * N + n0, N, w, depth);
+        for (int64_t m = 0, next; m < M; m = next) {
+          // A token alone would wait for its sums.
+          next = M - m == TOKENS + 1 ? m + TOKENS - 1 : std::min(M, m + TOKENS);
+          add_rows(next - m, sums + m * padded + k, padded, g + m * N + n0, N, w, depth);
+        }
       }
     }
     for (int64_t m = 0; m < M; m++) {

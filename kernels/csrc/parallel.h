@@ -48,6 +48,9 @@ class Scratch {
 // The caller's (shared with the workers of its call) and each worker's own.
 inline thread_local Scratch shared_a, shared_b, shared_c, own;
 
+// For functions that only prefetch: GCC sees no effect in them, and drops the calls that it has not inlined by then.
+#define PREFETCHES __attribute__((always_inline))
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Size of the blocks into which `count` outputs are cut: at most `largest`, a multiple of `multiple`, and as many

@@ -256,7 +256,7 @@ int product(int threads, Matrix<T> a, int64_t M, int64_t reduction, Matrix<T> ex
 }
 
 // Asks for `bytes` bytes at p, which need not be readable.
-inline void prefetch(const void* p, int64_t bytes) {
+PREFETCHES inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
 }
 
