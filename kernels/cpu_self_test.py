@@ -20,9 +20,9 @@ from slope_compile.pattern import Pattern
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """dtype -> largest relative error of rounding to it, in the order of the C interface's numbers."""
 
-SHAPES = ((1, 77, 140), (6, 36, 76), (269, 76, 108))
-"""(M, N, K): a matrix-vector product, a small and a larger one, each with tails beside whole blocks.  None has the 2^15
-entries from which PyTorch takes several threads: on a busy machine each such operation waits for milliseconds."""
+SHAPES = ((1, 77, 140), (6, 36, 76), (23, 20, 92), (269, 76, 108))
+"""(M, N, K): a matrix-vector product, small ones and a larger one, each with tails beside whole blocks.  None has the
+2^15 entries from which PyTorch takes several threads: on a busy machine each such operation waits for milliseconds."""
 
 RANK = 5
 

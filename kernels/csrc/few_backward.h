@@ -18,7 +18,7 @@ constexpr int STRETCH = SPREAD * LANES;  // columns of dX in registers
 constexpr int DEPTH = 32;                // rows of W expanded at a time, at most
 constexpr int64_t AHEAD = 6 << 10;       // bytes of values that are asked for before their turn
 // Tokens up to which grad_input_few is used.
-constexpr int64_t FEW_GRADIENTS = 32;
+constexpr int64_t FEW_GRADIENTS = 48;
 // And those up to which grad_weight_few is: fewer where kept_lanes.h or kept_quads.h is there for what comes next.
 #if defined(__AVX512F__)
 constexpr int64_t FEW_OUTER = 2;
@@ -31,11 +31,7 @@ constexpr int64_t FEW_OUTER = 8;
 // sums [R rows, `stride` apart][STRETCH] += g [R rows, N apart][depth] * w [depth][STRETCH].
 template <int R>
 inline void add_rows(float* sums, int64_t stride, const float* g, int64_t N, const float* w, int depth) {
-  Vec s[R][SPREAD];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int v = 0; v < SPREAD; v++) s[r][v] = *reinterpret_cast<const Vec*>(sums + r * stride + v * LANES);
+  Vec s[R][SPREAD] = {};  // a sum of partial sums rounds less than one from end to end
   for (int n = 0; n < depth; n++) {
     Vec row[SPREAD];
 #pragma GCC unroll 8
@@ -50,7 +46,7 @@ inline void add_rows(float* sums, int64_t stride, const float* g, int64_t N, con
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < SPREAD; v++) *reinterpret_cast<Vec*>(sums + r * stride + v * LANES) = s[r][v];
+    for (int v = 0; v < SPREAD; v++) *reinterpret_cast<Vec*>(sums + r * stride + v * LANES) += s[r][v];
 }
 
 inline void add_rows(int64_t R, float* sums, int64_t stride, const float* g, int64_t N, const float* w, int depth) {

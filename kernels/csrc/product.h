@@ -72,21 +72,16 @@ struct Lists {
   int counts[BLOCK];
 };
 
-// Sums of R outputs over NV vectors of tokens, in registers; in memory, outputs are TILE apart.
+// Sums of R outputs over NV vectors of tokens, in registers.  They begin at zero and are added to those in memory, where
+// outputs are TILE apart, after a part of the reduction: a sum of partial sums rounds less than one from end to end.
 template <int NV, int R> struct Sums {
-  Vec s[R][NV];
+  Vec s[R][NV] = {};
 
-  explicit Sums(const float* from) {
+  void add_to(float* sums) const {
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) s[r][v] = *reinterpret_cast<const Vec*>(from + r * TILE + v * LANES);
-  }
-  void store(float* to) const {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) *reinterpret_cast<Vec*>(to + r * TILE + v * LANES) = s[r][v];
+      for (int v = 0; v < NV; v++) *reinterpret_cast<Vec*>(sums + r * TILE + v * LANES) += s[r][v];
   }
   // Adds weight times a row of a tile, at `offset` bytes from `tile`.
   void add(int r, Vec weight, const char* tile, uint64_t offset) {
@@ -107,7 +102,7 @@ template <int NV, int R> struct Sums {
 template <int NV, int R>
 inline void add_entries(float* sums, const float* weights, const uint16_t* offsets, int first, int count,
                         const char* tile) {
-  Sums<NV, R> in_flight(sums);
+  Sums<NV, R> in_flight;
   int e = first;
   // Loads are what limits this loop, so four weights and four offsets come with one load each.
   for (; e + 4 <= first + count; e += 4)
@@ -120,7 +115,7 @@ inline void add_entries(float* sums, const float* weights, const uint16_t* offse
   for (; e < first + count; e++)
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) in_flight.add(r, broadcast(weights[r * CHUNK + e]), tile, offsets[r * CHUNK + e]);
-  in_flight.store(sums);
+  in_flight.add_to(sums);
 }
 
 // One tile: sums [block][TILE] += the lists.  NV vectors of each tile row hold tokens.  `next` is the tile that will be
