@@ -108,8 +108,9 @@ inline int rows_at_once(int64_t M, int most) { return M <= 4 ? 8 : M <= 8 ? 16 :
 // Asks for what a tile of `rows` rows from n0 on, columns from k on, of [k0, k1), will need some `bytes` of values later:
 // further on in the same rows, or at the start of the next ones.
 template <class T>
-PREFETCHES inline void prefetch_tile(const T* values, const uint8_t* pattern, const uint8_t* column_mask, int64_t n0, int rows,
-                          int64_t k, int64_t k0, int64_t k1, int64_t stretch, int64_t bytes, int64_t N, int64_t K) {
+PREFETCHES inline void prefetch_tile(const T* values, const uint8_t* pattern, const uint8_t* column_mask, int64_t n0,
+                                     int rows, int64_t k, int64_t k0, int64_t k1, int64_t stretch, int64_t bytes,
+                                     int64_t N, int64_t K) {
   const int64_t line = 64, each = stretch / 2 * int64_t(sizeof(T));
   int64_t column = k + bytes / (rows * each) * stretch;
   for (; column >= k1; column -= k1 - k0) n0 += rows;

@@ -63,8 +63,8 @@ template <class T, int NV, int R> void add_low_rank(float* sums, const char* til
 }
 
 template <class T, int NV>
-int forward_several(int threads, Matrix<T> a, const T* values, const uint8_t* pattern, const T* bias, Matrix<T> down,
-                    const T* up, int64_t R, T* y, int64_t M, int64_t N, int64_t K) {
+int forward_tile(int threads, Matrix<T> a, const T* values, const uint8_t* pattern, const T* bias, Matrix<T> down,
+                 const T* up, int64_t R, T* y, int64_t M, int64_t N, int64_t K) {
   constexpr int LINE = NV * LANES, TOGETHER = rows_together<NV>();
   float* tile = shared_a.floats(std::max<int64_t>(1, K + R) * LINE);
   if (tile == nullptr) return 1;
@@ -110,13 +110,13 @@ int forward_several(int threads, Matrix<T> a, const T* values, const uint8_t* pa
   auto* const f = [&] {
     switch (ceil_div(M, UNIT) * (UNIT / LANES)) {
 #if defined(__AVX512F__)
-      case 1: return forward_several<T, 1>;
+      case 1: return forward_tile<T, 1>;
 #endif
 #if defined(__AVX2__)
-      case 3: return forward_several<T, 3>;
+      case 3: return forward_tile<T, 3>;
 #endif
-      case 2: return forward_several<T, 2>;
-      default: return forward_several<T, 4>;
+      case 2: return forward_tile<T, 2>;
+      default: return forward_tile<T, 4>;
     }
   }();
   return f(threads, a, values, pattern, bias, down, up, R, y, M, N, K);
