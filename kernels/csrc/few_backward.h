@@ -9,17 +9,17 @@
 namespace slope {
 
 #if defined(__AVX512F__)
-constexpr int TOKENS = 6;  // rows of dX in registers, each of SPREAD vectors
+constexpr int TOKENS = 6;               // rows of dX in registers, each of SPREAD vectors
+constexpr int64_t FEW_GRADIENTS = 32;  // tokens up to which grad_input_few is used
 #else
 constexpr int TOKENS = 3;
+constexpr int64_t FEW_GRADIENTS = 48;
 #endif
 constexpr int SPREAD = 4;
 constexpr int STRETCH = SPREAD * LANES;  // columns of dX in registers
 constexpr int DEPTH = 32;                // rows of W expanded at a time, at most
 constexpr int64_t AHEAD = 6 << 10;       // bytes of values that are asked for before their turn
-// Tokens up to which grad_input_few is used.
-constexpr int64_t FEW_GRADIENTS = 48;
-// And those up to which grad_weight_few is: fewer where kept_lanes.h or kept_quads.h is there for what comes next.
+// Tokens up to which grad_weight_few is used: fewer where kept_lanes.h or kept_quads.h is there for what comes next.
 #if defined(__AVX512F__)
 constexpr int64_t FEW_OUTER = 2;
 #elif defined(__AVX2__)
