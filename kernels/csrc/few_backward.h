@@ -9,7 +9,7 @@
 namespace slope {
 
 #if defined(__AVX512F__)
-constexpr int TOKENS = 6;               // rows of dX in registers, each of SPREAD vectors
+constexpr int TOKENS = 6;              // rows of dX in registers, each of SPREAD vectors
 constexpr int64_t FEW_GRADIENTS = 32;  // tokens up to which grad_input_few is used
 #else
 constexpr int TOKENS = 3;
