@@ -6,6 +6,8 @@
 //   stretch  columns whose part of the tile stays in L2
 #pragma once
 
+#include <type_traits>
+
 #include "product.h"
 
 namespace slope {
