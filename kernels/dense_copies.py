@@ -7,16 +7,20 @@ row that finds the values as the first one did (where there are kernels at the t
 product twice), and given up when they have changed or a gradient is asked for: training, where forward products are
 followed by gradients, keeps none.
 
-What changes the values is told by their version counter and address.  Writing through ``values.data`` raises no
-counter: what is kept would be stale until :func:`forget` is called, or a gradient computed.
+A change of the values shows in their version counter or address, or in a step of a ``torch.optim`` optimizer that has
+them among its parameters: fused optimizers raise no counter.  Writing through ``values.data`` shows in neither: then
+the copy is stale until :func:`forget` is called or a gradient is computed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 
+import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_compile.kernels import reference
@@ -35,7 +39,25 @@ class _Use:
 
 
 _uses = WeakTensorKeyDictionary()
-"""Pattern -> its last use.  The pattern, because every product has it, the weight gradient too."""
+"""Pattern -> its last use.  Keyed by the pattern because every product, including the weight gradient, receives it."""
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Have every optimizer of ``torch.optim`` report its steps; once in a process, with the first copy."""
+    register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Give up the copies of the weights that an optimizer has updated."""
+    if not _uses:
+        return
+    updated = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    if any(type(tensor).__name__ == "DTensor" for tensor in updated):  # what is multiplied was gathered from shards
+        forget()
+    addresses = {tensor.data_ptr() for tensor in updated}
+    for pattern in [pattern for pattern, use in _uses.items() if use.state[1] in addresses]:
+        del _uses[pattern]
 
 
 def expanded(values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
@@ -45,7 +67,7 @@ def expanded(values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
 
 
 def kept(values: Tensor, pattern: Tensor, keep: int, group: int, after: int = 1) -> Tensor | None:
-    """The same, or None where fewer than ``after`` forward products in a row found the values as this one does."""
+    """The kept copy; None until more than ``after`` forward products in a row have seen the same values."""
     if values.is_inference():  # has no version counter
         return None
     state, use = (values._version, values.data_ptr()), _uses.get(pattern)
@@ -54,6 +76,7 @@ def kept(values: Tensor, pattern: Tensor, keep: int, group: int, after: int = 1)
         return None
     use.count += 1
     if use.dense is None and use.count > after:
+        _watch_optimizers()
         use.dense = reference.expand(values, pattern, keep, group)
     dense: Tensor | None = use.dense
     return dense

@@ -109,6 +109,27 @@ def test_training_keeps_nothing(problem: Problem, expansions: list[int]) -> None
         expansions.clear()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_step_gives_the_copies_of_its_weights_up(problem: Problem, fused: bool, groups: int) -> None:
+    """Validation between a gradient and its step; and gradients that were computed without these operators."""
+    values, other = torch.nn.Parameter(problem.values), torch.nn.Parameter(problem.values.clone())
+    params: list[dict[str, Any]] = [{"params": [torch.ones(1)]}, {"params": [values]}]
+    optimizer = torch.optim.AdamW(params[-groups:], lr=0.1, fused=fused)
+    their_pattern = problem.pattern.clone()
+    for _ in range(2):
+        values.grad = torch.ones_like(values)
+        with torch.no_grad():
+            for _ in range(3):
+                forward(problem, values)  # compares with what the values give now
+                ops.linear(problem.x, other, their_pattern, None, problem.nm.keep, problem.nm.group)
+        assert dense_copies.count() == 2
+        optimizer.step()
+        assert dense_copies.count() == 1, "the other weight has not changed"
+    with torch.no_grad():
+        forward(problem, values)
+
+
 def test_each_gradient_gives_the_copy_up(problem: Problem) -> None:
     p, nm = problem, (problem.nm.keep, problem.nm.group)
     mask = packed_columns(p.weight, p.mask, p.nm)
