@@ -1,6 +1,6 @@
-"""Stored column masks of W^{R,C}: who refreshes them, and when.
+"""Refreshes stored column masks of W^{R,C} after enough optimizer steps.
 
-A stock training loop tells nobody that it took an optimizer step.  Two things give it away: an optimizer updates
+A stock training loop does not announce its optimizer steps.  Two things show them: an optimizer updates
 weights in place, which raises a tensor's version counter, and every ``torch.optim.Optimizer`` calls the hooks of
 ``register_optimizer_step_post_hook``.  Neither is enough: fused optimizers leave the counter alone, and not every
 optimizer is a ``torch.optim`` one.  FSDP's steps are those of any optimizer with sharded parameters: what it gathers
@@ -77,7 +77,7 @@ class StoredColumns:
 
         The first training forward picks too: the model may have been loaded, or trained elsewhere, in the meantime.
         """
-        if self.weight.is_inference():  # nobody trains it
+        if self.weight.is_inference():  # not trained
             return
         _watch_optimizers()
         state = self._state()
@@ -98,8 +98,13 @@ class StoredColumns:
         _seen[self.column_age] = self._state()
 
     def _state(self) -> tuple[int, int, int]:
-        """Differs after every optimizer step."""
-        return self.weight._version, _steps.setdefault(self.weight, 0), _steps_of_shards
+        """Differs after every optimizer step.
+
+        An optimizer that has shards does not have the weight that was gathered from them, and the other way round: a
+        weight with steps of its own is not counted with other models' shards.
+        """
+        own = _steps.setdefault(self.weight, 0)
+        return self.weight._version, own, 0 if own else _steps_of_shards
 
 
 def before_training_forward(stored: Iterable[StoredColumns]) -> None:
@@ -113,7 +118,7 @@ def refresh_columns_(model: nn.Module) -> int:
     """Refresh every stored column mask of a prepared model or a transformed GraphModule; returns how many.
 
     Compiled models do this on their own, every ``column_refresh`` optimizer steps; this is for transformed graphs,
-    which have nobody who counts steps, and for loops that want another moment.
+    where nothing counts steps, or to refresh at another time.
 
     Raises:
         ConversionError: the model is not prepared.

@@ -259,6 +259,22 @@ def test_models_count_on_their_own() -> None:
     assert (ages(first), ages(second)) == ({2}, {0})
 
 
+def test_steps_of_other_models_shards_do_not_count() -> None:
+    class DTensor(nn.Parameter):
+        """Goes by its name, as shards do."""
+
+    model, shard = prepared(100), DTensor(torch.ones(2))
+    run, optimizer, other = compiled(model, "eager"), sgd(model), torch.optim.SGD([shard], lr=0.1)
+    shard.grad = torch.ones(2)
+    train_step(run, batch())
+    for step in range(1, 3):
+        optimizer.step()
+        for _ in range(3):
+            train_step(run, batch())
+            other.step()
+        assert ages(model) == {step}
+
+
 def test_refresh_by_hand() -> None:
     model = prepared(3)
     run, optimizer = compiled(model, "eager"), sgd(model)
