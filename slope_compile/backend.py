@@ -23,7 +23,7 @@ from slope_compile.outside import without_product
 from slope_compile.passes.context import Context
 from slope_compile.passes.pipeline import run_passes
 from slope_compile.pattern import Pattern
-from slope_compile.report import Reason, Report
+from slope_compile.report import Decision, Reason, Report
 
 
 def slope(
@@ -51,7 +51,7 @@ def slope(
     parsed = parse_options(mode, options)
     graph_module = working_copy(graph_module)
     weights = DynamoWeights(graph_module, example_inputs, parsed.config)
-    context = Context(parsed.config, weights, fusions=parsed.fusions, device=parsed.device)
+    context = Context(parsed.config, weights, parsed.fusions, device=parsed.device)
     graph_module = run_passes(graph_module, context)
     _check_agreement(parsed, context.report)
     columns = _prepared_columns(context, weights)
@@ -125,12 +125,19 @@ def _check_agreement(options: BackendOptions, report: Report) -> None:
         return
     for field in ("pattern", "backward"):
         wanted = getattr(options.config, field)
-        other = next((d for d in prepared if getattr(d, field) != wanted), None)
+        other = next((d for d in prepared if not _agrees(d, field, wanted)), None)
         if field in options.given and not options.config.overrides and other is not None:
             raise ConfigError(
                 f"option {field!r} is {wanted!r}, but {other.weight!r} was prepared by sparsify_ with "
                 f"{getattr(other, field)!r}; set it in the SlopeConfig given to sparsify_ and leave it out here"
             )
+
+
+def _agrees(decision: Decision, field: str, wanted: object) -> bool:
+    """A layer whose rows cannot be grouped is exact under ``backward="double_pruned"`` too."""
+    found = getattr(decision, field)
+    ungrouped = field == "backward" and found == "exact" and decision.shape[0] % Pattern.parse(decision.pattern).group
+    return found == wanted or bool(ungrouped)
 
 
 def _find_lone_weights(graph_module: GraphModule) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import slope_compile as slope
 from recording import compiled, record
@@ -179,6 +180,15 @@ def test_options_that_repeat_what_a_prepared_model_has_are_fine() -> None:
     slope.sparsify_(model, slope.SlopeConfig(backward="exact", pattern="1:4"))
     expected = model(token_ids(2, 3))
     assert compiled(model, options={"backward": "exact", "pattern": "1:4"})(token_ids(2, 3)).shape == expected.shape
+
+
+def test_what_is_exact_for_its_shape_alone_contradicts_nothing() -> None:
+    model = nn.Sequential(nn.Linear(8, 18), nn.ReLU(), nn.Linear(18, 8))
+    report = slope.sparsify_(model, slope.SlopeConfig(first_dense=False))
+    assert report.decisions[0].backward == "exact", "18 rows make no groups of four"
+    assert compiled(model, options={"backward": "double_pruned"})(torch.randn(2, 8)).shape == (2, 8)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="'1:2'"):
+        compiled(model, options={"pattern": "1:2"})(torch.randn(2, 8))
 
 
 def test_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
