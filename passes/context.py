@@ -31,11 +31,11 @@ class Context:
 
     config: SlopeConfig
     weights: WeightStore
+    fusions: frozenset[str]
+    """Names of the fusions that are on; *fuse_siblings* is off until asked for: on a CPU it was measured to gain
+    nothing (0.99), on a GPU it has not been measured."""
     report: Report = dataclasses.field(default_factory=Report)
     columns: list[ColumnSite] = dataclasses.field(default_factory=list)
-    fusions: frozenset[str] = frozenset({"fuse"})
-    """Names of the fusions that are on; *fuse_siblings* is off until asked for: on a CPU it was measured to gain
-    nothing (0.99), on a GPU nobody has measured it."""
     device: Device | None = None
     """Where given, *select* refuses dense linears whose rewrite is predicted slower on it."""
 

@@ -27,7 +27,9 @@ from slope_compile.passes.normalize import LINEAR
 from slope_compile.passes.rewrite import Rewrite
 
 _PLAIN = 8
-"""Arguments of ``slope.linear`` before those of the low-rank branch."""
+"""Arguments of ``slope.linear`` before those of the low-rank branch, ``down`` and ``up``."""
+UP = _PLAIN + 1
+"""Position of ``up``."""
 
 
 class FuseLowRank(Rewrite):

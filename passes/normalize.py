@@ -7,6 +7,10 @@ Recognised, with ``w`` a weight expression (a parameter, ``slope.expand`` of one
 3. ``addmm(b, x, w.T)`` (Hugging Face's Conv1D: ``addmm(b, x, w)`` with w ``[K, N]``), alpha = beta = 1
 4. ``einsum("...k,nk->...n", x, w)`` and the other equations that are a linear with the weight second
 5. a ``call_module`` of ``nn.Linear`` without hooks (a symbolically traced graph)
+
+Products of two parameters (the ``B @ A`` of an adapter) are no linears: nothing there is an activation.  A linear whose
+spelling does not say that it is one (2. and 4.) is marked as :data:`BARE`, so that *select* can be more careful: scores
+against a table of relative positions look the same.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ from slope_compile.passes.graph import (
 from slope_compile.passes.rewrite import Rewrite
 from slope_compile.report import Decision, Reason
 
+BARE = "slope_bare"
+"""Key in ``node.meta`` of a linear that was a product of two matrices."""
 LINEAR = torch.ops.aten.linear.default
 _LINEARS = (torch.nn.functional.linear, LINEAR)
 _MATMULS = (torch.matmul, torch.mm, operator.matmul, torch.ops.aten.mm.default, torch.ops.aten.matmul.default)
@@ -48,16 +54,18 @@ class Normalize(Rewrite):
         return sum(self._linear(region, node) for node in list(region.graph.nodes)) if region.entered else 0
 
     def _linear(self, region: Region, node: Node) -> int:
-        if _is_hooked(region, node):
+        changed = _changed(region, node)
+        if changed:
             self.context.report.add(
-                Decision(str(node.target), False, Reason.FORWARD_REPLACED, node=node.name, detail="it has hooks")
+                Decision(str(node.target), False, Reason.FORWARD_REPLACED, node=node.name, detail=changed)
             )
             return 0
         found = _module_call(region, node) or _function_call(node)
         if found is None or _in_transform(node):
             return 0
         x, weight, transposed, bias = found
-        if node.op != "call_module" and not says_linear(node) and not self._is_weight(region, weight, transposed):
+        spelled = node.op == "call_module" or says_linear(node)
+        if not spelled and (self._is_parameter(region, x) or not self._is_weight(region, weight, transposed)):
             return 0
         with region.graph.inserting_before(node):
             # The weight as [N, K]: what matmul reads is [K, N], so a transposition more or less.
@@ -65,9 +73,15 @@ class Normalize(Rewrite):
             if flipped != transposed:
                 base = emit(region.graph, torch.ops.aten.t.default, (base,), like=base)
             linear = emit(region.graph, LINEAR, (x, base, bias), like=node)
+        if not spelled and bias is None:
+            linear.meta[BARE] = True
         replace(node, linear)
         erase_unused(region, weight)
         return 1
+
+    def _is_parameter(self, region: Region, node: Node) -> bool:
+        home, base = region.origin(strip_transposes(node)[0])
+        return home.parent is None and self.context.weights.tensor(base) is not None
 
     def _is_weight(self, region: Region, node: Node, transposed: bool) -> bool:
         value_ = value(node)
@@ -89,7 +103,8 @@ def _module_call(region: Region, node: Node) -> Found | None:
     if node.op != "call_module":
         return None
     module = attribute(region.module, str(node.target))
-    if type(module).forward is not torch.nn.Linear.forward or len(node.args) + len(node.kwargs) != 1:
+    plain = getattr(module.forward, "__func__", None) is torch.nn.Linear.forward
+    if not plain or len(node.args) + len(node.kwargs) != 1:
         return None
     with region.graph.inserting_before(node):
         weight = region.graph.get_attr(f"{node.target}.weight")
@@ -98,11 +113,15 @@ def _module_call(region: Region, node: Node) -> Found | None:
     return (x, weight, False, bias) if isinstance(x, Node) else None
 
 
-def _is_hooked(region: Region, node: Node) -> bool:
-    """Whether the node calls a linear with hooks, which do more than its forward."""
+def _changed(region: Region, node: Node) -> str:
+    """Why a call of an ``nn.Linear`` may do something else than a linear; "" where it does not."""
     module = attribute(region.module, str(node.target)) if node.op == "call_module" else None
+    if not isinstance(module, torch.nn.Linear):
+        return ""
+    if "forward" in vars(module):
+        return "the instance has a forward of its own"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return isinstance(module, torch.nn.Linear) and any(getattr(module, name) for name in hooks)
+    return "it has hooks" if any(getattr(module, name) for name in hooks) else ""
 
 
 def _function_call(node: Node) -> Found | None:

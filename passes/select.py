@@ -42,7 +42,7 @@ from slope_compile.passes.graph import (
     weight_expression,
     weight_source,
 )
-from slope_compile.passes.normalize import LINEAR, stays
+from slope_compile.passes.normalize import BARE, LINEAR, stays
 from slope_compile.passes.profit import example_tokens, objection
 from slope_compile.pattern import Pattern
 from slope_compile.report import EXPERTS_DETAIL, Decision, Reason
@@ -226,6 +226,8 @@ class _Judge:
             return ruling.reason, ruling.detail
         if not config.selects(path):
             return Reason.EXCLUDED, ""
+        if site.node.meta.get(BARE) and not self.context.weights.owned(site.base) and not config.names(path):
+            return Reason.BARE, ""
         if config.heads_dense and self.context.weights.router(site.base):
             return Reason.ROUTER, ""
         if config.first_dense and site.node in self.first:

@@ -40,6 +40,10 @@ class WeightStore(Protocol):
         """What the rules say with the whole model at hand; None where only the graph is known."""
         ...
 
+    def owned(self, node: Node) -> bool:
+        """Whether a linear layer owns the parameter, going by its name; True where only the graph is known."""
+        ...
+
     def router(self, node: Node) -> bool:
         """Whether the layer chooses among the experts of a mixture, going by the names around it."""
         ...

@@ -20,6 +20,7 @@ from slope_compile import _dynamo
 from slope_compile.config import SlopeConfig
 from slope_compile.dense_weights import DynamoWeights
 from slope_compile.kernels import ops
+from slope_compile.options import DEFAULT_FUSIONS
 from slope_compile.passes.context import Context
 from slope_compile.passes.decompose import Decompose
 from slope_compile.passes.graph import Region, regions, value
@@ -97,11 +98,11 @@ def _call(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 def _rewrite(module: GraphModule, inputs: Sequence[Any], config: SlopeConfig) -> Captured:
     before, normal, after = (_dynamo.working_copy(module) for _ in range(3))
-    _spell_out(normal, Context(config, DynamoWeights(normal, inputs, config)))
+    _spell_out(normal, Context(config, DynamoWeights(normal, inputs, config), DEFAULT_FUSIONS))
     weights = DynamoWeights(after, inputs, config)
-    _spell_out(after, Context(config, weights))
+    _spell_out(after, Context(config, weights, DEFAULT_FUSIONS))
     sites = _linears(after)
-    context = Context(config, weights)
+    context = Context(config, weights, DEFAULT_FUSIONS)
     run_passes(after, context)  # without weights.commit(): nothing is pruned
     # Decisions stand in the order of the graph, products too, and what stays a dense linear keeps its node.
     operators = {n.name: (r, n) for r in regions(after) for n in r.graph.nodes}

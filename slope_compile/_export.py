@@ -50,6 +50,9 @@ class ExportedWeights:
     def ruling(self, node: Node) -> Decision | None:
         return None
 
+    def owned(self, node: Node) -> bool:
+        return True
+
     def router(self, node: Node) -> bool:
         return is_router(self.path(node), self.state)
 

@@ -18,6 +18,8 @@ ColumnRefresh = int | Literal["backward", "never"]
 
 _LAYER_FIELDS = ("pattern", "mask", "backward", "column_refresh", "adapter_rank", "adapter_scale")
 
+_EVERYTHING = (".*",)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerConfig:
@@ -105,7 +107,7 @@ class SlopeConfig:
     """R of the lazy low-rank adapters B @ A; 0 = none."""
     adapter_scale: float | None = None
     """Factor of the adapter product, the same in training and inference; ``None`` = 1 / adapter_rank."""
-    include: tuple[str, ...] = (".*",)
+    include: tuple[str, ...] = _EVERYTHING
     """Regular expressions; a layer is considered when one of them matches its whole module path."""
     exclude: tuple[str, ...] = ()
     """Regular expressions; a layer is left dense when one of them matches its whole module path."""
@@ -139,6 +141,10 @@ class SlopeConfig:
     def selects(self, path: str) -> bool:
         """Whether ``include`` and ``exclude`` let the layer at this module path be considered."""
         return _any_match(self.include, path) and not _any_match(self.exclude, path)
+
+    def names(self, path: str) -> bool:
+        """Whether ``include`` says more than its default, and lets the weight at this path be considered."""
+        return self.include != _EVERYTHING and self.selects(path)
 
     def layer(self, path: str) -> LayerConfig:
         """The settings of the layer at this module path."""

@@ -35,7 +35,7 @@ from slope_compile.passes.graph import VALUE_KEYS, emit
 from slope_compile.passes.weights import CompressedWeight
 from slope_compile.pruned_weights import DenseState, PrunedWeight, prune, state_of
 from slope_compile.report import Decision, Reason
-from slope_compile.rules import is_router, plain_path
+from slope_compile.rules import is_router, layer_path, plain_path
 
 _warned: weakref.WeakKeyDictionary[nn.Module, SlopeConfig] = weakref.WeakKeyDictionary()
 """Model -> the configuration about which :func:`_warn` has said its word."""
@@ -83,6 +83,10 @@ class DynamoWeights:
         if origin.root not in self._rulings:
             self._rulings[origin.root] = self._decide(origin.root)
         return self._rulings[origin.root].get(origin.layer)
+
+    def owned(self, node: Node) -> bool:
+        origin = self._origin(node)
+        return origin is None or origin.root is None or origin.layer != origin.name
 
     def router(self, node: Node) -> bool:
         origin = self._origin(node)
@@ -220,7 +224,8 @@ def _warn(model: nn.Module, config: SlopeConfig, decisions: Sequence[Decision]) 
     if _warned.get(model) == config:
         return
     _warned[model] = config
-    for rule in config.unused([d.weight for d in decisions]):
+    others = [layer_path(name) for name, weight in model.named_parameters() if weight.dim() == 2]
+    for rule in config.unused([*(d.weight for d in decisions), *others]):
         log.warning("backend 'slope': %s matches no linear layer of %s", rule, type(model).__name__)
     with_rank = next((d.weight for d in decisions if d.sparse and config.layer(d.weight).adapter_rank), None)
     if with_rank is not None:

@@ -28,6 +28,7 @@ from slope_compile.kernels import ops
 from slope_compile.layers import LinearLayer, linear_layers
 from slope_compile.lowering import DENSE, EXPANDED, PRUNED, lowering
 from slope_compile.passes.dataflow import dataflow
+from slope_compile.passes.fuse_low_rank import UP
 from slope_compile.passes.graph import regions
 from slope_compile.passes.profit import example_tokens
 from slope_compile.pattern import Pattern
@@ -401,7 +402,8 @@ def _mark(graph: Captured, node: Node, side: str) -> Mark:
     decision = graph.linears[position].decision
     detail = "x".join(map(str, decision.shape))
     if decision.sparse and side == "after":
-        return Mark(decision.weight, "sparse", f"{detail} {decision.pattern}".lstrip())
+        branch = "+ B" if len(node.args) > UP and node.args[UP] is not None else ""
+        return Mark(decision.weight, "sparse", " ".join(filter(None, (detail, decision.pattern, branch))))
     return Mark(decision.weight, "dense", detail)
 
 

@@ -44,9 +44,10 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Backen
         options: any of ``config`` (a SlopeConfig), single fields of SlopeConfig, ``compiler`` ("inductor",
             "aot_eager", "eager": what runs the rewritten graph), ``mode`` (``torch.compile`` takes either ``mode`` or
             ``options``; here both can be had), ``fusions`` (names of those that are to run, of
-            ``passes.pipeline.FUSIONS``; default: "fuse"), ``device`` (a :class:`slope_compile.cost.Device` or the
-            name of one in ``cost.DATA_SHEETS``: dense linears whose rewrite is predicted slower on it stay dense,
-            unless the autotuner is on, which measures instead), and Inductor's own options.
+            ``passes.pipeline.FUSIONS``; default: :data:`DEFAULT_FUSIONS`),
+            ``device`` (a :class:`slope_compile.cost.Device` or the name of one in ``cost.DATA_SHEETS``: dense linears
+            whose rewrite is predicted slower on it stay dense, unless the autotuner is on, which measures instead),
+            and Inductor's own options.
 
     Raises:
         ConfigError: an unknown option (the nearest valid one is named), contradictory options, or a bad value.

@@ -77,14 +77,14 @@ def transform(
     if isinstance(program, ExportedProgram):
         module = _copy(program.graph_module)
         exported = ExportedWeights(program, module)
-        report = _run(module, Context(config, exported, fusions=enabled, device=peaks))
+        report = _run(module, Context(config, exported, enabled, device=peaks))
         result = rebuild(program, module, exported)
         result.graph_module.meta["slope_report"] = report
         return result
     if isinstance(program, GraphModule):
         module = _copy(program)
         attributes = AttributeWeights(module)
-        report = _run(module, Context(config, attributes, fusions=enabled, device=peaks))
+        report = _run(module, Context(config, attributes, enabled, device=peaks))
         attributes.remove_replaced()
         module.recompile()
         module.meta["slope_report"] = report
@@ -132,6 +132,9 @@ class AttributeWeights:
 
     def ruling(self, node: Node) -> Decision | None:
         return None
+
+    def owned(self, node: Node) -> bool:
+        return True
 
     def router(self, node: Node) -> bool:
         return is_router(self.path(node), (name for name, _ in self.module.named_parameters()))

@@ -30,6 +30,7 @@ class Reason(enum.Enum):
     DTYPE = "dtype is not supported"
     COMPUTED = "weight is computed, not a parameter"
     FROZEN = "weight is frozen, a constant of the graph"
+    BARE = "matrix product with a parameter that no linear layer owns"
     NOT_CONSTANT = "weight is a graph input without a parameter behind it"
     PARAMETRIZED = "weight has a parametrization that is not ours"
     SUBCLASS = "weight is a tensor subclass"
@@ -52,6 +53,7 @@ WAYS_OUT = {
     Reason.DTYPE: "convert the weight to float32, bfloat16, float16 or float64",
     Reason.COMPUTED: "multiply with the parameter itself, or give the part a linear of its own",
     Reason.FROZEN: "sparsify_ the model first, or compile it without freezing",
+    Reason.BARE: "name it in include, use F.linear, or make it the weight of an nn.Linear",
     Reason.NOT_CONSTANT: "make the weight a Parameter of the model",
     Reason.PARAMETRIZED: "remove the parametrization before converting",
     Reason.SUBCLASS: "convert before the weight is wrapped (sharded, quantized)",

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 import slope_compile as slope
 from slope_compile._dynamo import working_copy
+from slope_compile.options import EXPORT_FUSIONS
 from slope_compile.passes.context import Context
 from slope_compile.passes.graph import Region, regions, value
 from slope_compile.program import AttributeWeights
@@ -59,7 +60,7 @@ def dynamo_graph(
 def context(graph_module: GraphModule, **fields: Any) -> Context:
     """A context for a graph whose weights are attributes."""
     config = slope.SlopeConfig(**{**ALL, **fields})
-    return Context(config, AttributeWeights(graph_module))
+    return Context(config, AttributeWeights(graph_module), EXPORT_FUSIONS)
 
 
 def nodes(graph_module: GraphModule, target: Any) -> list[Node]:

@@ -12,12 +12,14 @@ import pytest
 import sympy
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 import slope_compile as slope
 from problems import column_mask
 from recording import fresh_dynamo as fresh_dynamo
 from slope_compile import cost
+from slope_compile._capture import capture
 from slope_compile.sketch import COLOURS, Mark
 from toy import DENSE, SPARSE, Block, Toy, token_ids, toy
 
@@ -207,11 +209,32 @@ def test_adapters_are_drawn() -> None:
     slope.set_adapters(model, True)
     on = slope.explain(model, token_ids(), device=PEAKS)
     assert not [m for m in off.after.marks if m.kind == "low-rank"]
-    assert {m.path for m in on.after.marks if m.kind == "low-rank"} == {f"{p} {f}" for p in SPARSE for f in "AB"}
+    assert {m.path for m in on.after.marks if m.kind == "low-rank"} == {f"{p} A" for p in SPARSE}
+    assert {m.path for m in on.after.marks if m.detail.endswith("2:4 + B")} == set(SPARSE)
     for a, b in zip(off.linears, on.linears, strict=True):
         assert a.seconds_after is not None
         assert b.seconds_after is not None
         assert (b.seconds_after > a.seconds_after) == a.sparse
+
+
+def test_the_graph_is_that_of_the_backend(fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With adapters on, every pass has something to do."""
+    handed: list[list[str]] = []
+
+    def targets(module: GraphModule) -> list[str]:
+        return [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+
+    def compile_graph(module: GraphModule, *_: Any) -> Any:
+        handed.append(targets(module))
+        return module.forward
+
+    model = plain()
+    slope.sparsify_(model, slope.SlopeConfig(adapter_rank=2))
+    slope.set_adapters(model, True)
+    monkeypatch.setattr("slope_compile.backend.compile_graph", compile_graph)
+    torch.compile(model, backend="slope")(token_ids())
+    (graph,) = capture(model, (token_ids(),), {}, slope.SlopeConfig())
+    assert handed == [targets(graph.after)]
 
 
 @pytest.mark.parametrize("symbols", [False, True])

@@ -86,6 +86,20 @@ def reasons_of_a_graph() -> Report:
 
 
 @functools.cache
+def bare_product() -> Report:
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.good, self.positions, self.head = nn.Linear(8, 8), nn.Parameter(torch.randn(12, 8)), nn.Linear(12, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.head((self.good(x) @ self.positions.T).softmax(-1))
+            return y
+
+    return explained(Scores(), torch.randn(2, 8))
+
+
+@functools.cache
 def unprofitable() -> Report:
     program = exported(blocks(), torch.randn(2, 8))
     device = cost.Device("slow", peak=1e12, sparse_peak=1e3, bandwidth=1e12)
@@ -163,6 +177,7 @@ REASON_CASES: dict[Reason, tuple[Callable[[], Report], str]] = {
     Reason.FORWARD_REPLACED: (reasons_of_a_model, "replaced"),
     Reason.SUBCLASS: (a_subclass, "2"),
     Reason.COMPUTED: (reasons_of_a_graph, "tanh"),
+    Reason.BARE: (bare_product, "positions"),
     Reason.NOT_CONSTANT: (reasons_of_a_graph, "w"),
     Reason.FROZEN: (frozen, ""),
     Reason.HIGHER_ORDER: (reasons_of_a_graph, "p_branch_weight"),

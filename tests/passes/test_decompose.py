@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import slope_compile as slope
 from graphs import dynamo_graph, nodes
 from slope_compile.dense_weights import DynamoWeights
+from slope_compile.options import EXPORT_FUSIONS
 from slope_compile.passes._hidden_linears import DEFINITIONS
 from slope_compile.passes.context import Context
 from slope_compile.passes.decompose import Decompose
@@ -30,7 +31,7 @@ def decomposed(function: Any, *inputs: Any) -> tuple[Any, Context]:
 
     def work(module: torch.fx.GraphModule, given: list[Any]) -> None:
         assert any(nodes(module, target) for target in DEFINITIONS), "there is nothing hidden"
-        found.append(Context(slope.SlopeConfig(), DynamoWeights(module, given, slope.SlopeConfig())))
+        found.append(Context(slope.SlopeConfig(), DynamoWeights(module, given, slope.SlopeConfig()), EXPORT_FUSIONS))
         Decompose(found[0])(module)
         for region in regions(module):
             region.graph.lint()

@@ -15,6 +15,7 @@ import slope_compile as slope
 from graphs import ALL, Chain, Siblings, attribute_graph, checked_run, context, dynamo_graph, nodes, rows
 from slope_compile.config import SlopeConfig
 from slope_compile.dense_weights import DynamoWeights
+from slope_compile.options import EXPORT_FUSIONS
 from slope_compile.passes.context import Context
 from slope_compile.passes.graph import value
 from slope_compile.passes.normalize import LINEAR
@@ -122,7 +123,7 @@ def test_inside_a_checkpointed_body() -> None:
 
     graph_module, inputs = dynamo_graph(forward, x)
     config = SlopeConfig(first_dense=False)
-    within = Context(config, DynamoWeights(graph_module, inputs, config))
+    within = Context(config, DynamoWeights(graph_module, inputs, config), EXPORT_FUSIONS)
     run_passes(graph_module, within)
     assert within.report.changes["fuse"] == 1
     (cat,) = nodes(graph_module, CAT)

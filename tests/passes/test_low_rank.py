@@ -15,6 +15,7 @@ from graphs import attribute_graph, checked_run, context, dynamo_graph, nodes, r
 from slope_compile.config import SlopeConfig
 from slope_compile.dense_weights import DynamoWeights
 from slope_compile.kernels import ops
+from slope_compile.options import EXPORT_FUSIONS
 from slope_compile.passes.context import Context, Selection
 from slope_compile.passes.graph import META, is_addmm, is_expand, strip_transposes
 from slope_compile.passes.low_rank import ADD, DOWN, MUL, DistributeLowRank
@@ -155,7 +156,7 @@ def test_inside_a_body(
     forward = function(module)
     graph_module, inputs = dynamo_graph(forward, x)
     config = SlopeConfig(first_dense=False, heads_dense=False)
-    within = selected(graph_module, Context(config, DynamoWeights(graph_module, inputs, config)))
+    within = selected(graph_module, Context(config, DynamoWeights(graph_module, inputs, config), EXPORT_FUSIONS))
     DistributeLowRank(within)(graph_module)
     assert within.report.changes["low_rank"] == 1
     assert not nodes(graph_module, torch.addmm), "nor is the sum left outside, as an operand that nobody reads"

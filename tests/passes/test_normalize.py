@@ -17,9 +17,11 @@ from recording import DENSE_PRODUCTS, targets
 from slope_compile.config import SlopeConfig
 from slope_compile.dense_weights import DynamoWeights
 from slope_compile.kernels import ops
+from slope_compile.options import EXPORT_FUSIONS
 from slope_compile.passes.context import Context
 from slope_compile.passes.graph import is_transpose
 from slope_compile.passes.normalize import LINEAR, Normalize
+from slope_compile.report import Reason
 
 N, K = 16, 8
 
@@ -91,7 +93,7 @@ def captured(how: str, module: nn.Module, x: Tensor) -> tuple[GraphModule, list[
     if how == "dynamo":
         graph_module, inputs = dynamo_graph(module, x)
         store = DynamoWeights(graph_module, inputs, SlopeConfig())
-        return graph_module, inputs, Context(SlopeConfig(), store)
+        return graph_module, inputs, Context(SlopeConfig(), store, EXPORT_FUSIONS)
     graph_module = attribute_graph(module, x)
     return graph_module, [x], context(graph_module)
 
@@ -223,7 +225,7 @@ def test_weight_of_ordinary_input_is_not_taken_for_a_parameter() -> None:
         return x @ y.T
 
     graph_module, inputs = dynamo_graph(forward, rows(3, K), rows(N, K))
-    within = Context(SlopeConfig(), DynamoWeights(graph_module, inputs, SlopeConfig()))
+    within = Context(SlopeConfig(), DynamoWeights(graph_module, inputs, SlopeConfig()), EXPORT_FUSIONS)
     Normalize(within)(graph_module)
     assert within.report.changes == {"normalize": 0}
 
@@ -295,7 +297,7 @@ def test_product_that_writes_to_a_tensor_is_left_alone(product: Callable[..., Te
     module, x = Parameters(forward, N, K), rows(3, K)
     graph_module, inputs = dynamo_graph(module.requires_grad_(False), x)
     store = DynamoWeights(graph_module, inputs, SlopeConfig())
-    Normalize(Context(SlopeConfig(), store)).call(graph_module)
+    Normalize(Context(SlopeConfig(), store, EXPORT_FUSIONS)).call(graph_module)
     assert not nodes(graph_module, LINEAR)
     assert torch.equal(graph_module(*inputs)[0], module(x))
 
@@ -318,3 +320,36 @@ def test_module_calls_with_hooks_and_keywords() -> None:
     assert len(nodes(graph_module, LINEAR)) == 1
     assert [(d.weight, d.sparse, d.detail) for d in within.report] == [("hooked", False, "it has hooks")]
     assert torch.equal(graph_module(x), module(x))
+
+
+def test_module_call_with_a_forward_of_its_own() -> None:
+    module: Any = nn.Sequential(*(nn.Linear(K, K, dtype=torch.float64) for _ in range(2)))
+    linear = type(module[0]).forward
+    module[0].forward = lambda x: linear(module[0], x) * 2
+    graph_module, x = symbolic_trace(module), rows(3, K)
+    within = context(graph_module)
+    Normalize(within).call(graph_module)
+    assert len(nodes(graph_module, LINEAR)) == 1
+    (decision,) = within.report
+    assert (decision.reason, decision.detail) == (Reason.FORWARD_REPLACED, "the instance has a forward of its own")
+    assert torch.equal(graph_module(x), module(x))
+
+
+class LoRA(nn.Module):
+    """An adapter of another library: its product is written into the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.A, self.B = nn.Linear(K, N).double(), nn.Parameter(rows(4, K)), nn.Parameter(rows(N, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.linear.weight + self.B @ self.A, self.linear.bias)
+
+
+@pytest.mark.parametrize("source", ["dynamo", "export"])
+def test_product_of_parameters_is_no_linear(source: str) -> None:
+    graph_module, _, within = captured(source, LoRA(), rows(3, K))
+    Normalize(within)(graph_module)
+    linears = nodes(graph_module, LINEAR)
+    assert len(linears) == 1
+    assert "weight" not in str(linears[0].args[0])

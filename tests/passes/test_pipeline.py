@@ -19,6 +19,7 @@ from masked import masks_of_prepared
 from slope_compile.config import SlopeConfig
 from slope_compile.dense_weights import DynamoWeights
 from slope_compile.kernels import ops
+from slope_compile.options import EXPORT_FUSIONS
 from slope_compile.passes import pipeline
 from slope_compile.passes.context import Context
 from slope_compile.passes.graph import is_addmm, regions
@@ -69,7 +70,7 @@ def whole(function: Callable[..., Any], *inputs: Any) -> tuple[GraphModule, list
 
     def work(graph_module: GraphModule, real: list[Any]) -> None:
         weights = DynamoWeights(graph_module, real, config)
-        within = Context(config, weights)
+        within = Context(config, weights, EXPORT_FUSIONS)
         run_passes(graph_module, within)
         weights.commit(prepared=False)
         done.append((within, [get() for get in weights.extra]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from graphs import Chain, Siblings, attribute_graph, context, dynamo_graph, nodes, rows
 from slope_compile.config import Override, SlopeConfig
 from slope_compile.dense_weights import DynamoWeights
+from slope_compile.options import EXPORT_FUSIONS
 from slope_compile.passes.context import Context, Selection
 from slope_compile.passes.graph import META
 from slope_compile.passes.normalize import LINEAR, Normalize
@@ -304,7 +305,7 @@ def in_dynamo(function: Callable[..., Any], *inputs: Any, **fields: Any) -> Repo
     reports = []
 
     def decide(graph_module: GraphModule, real: list[Any]) -> None:
-        within = Context(config, DynamoWeights(graph_module, real, config))
+        within = Context(config, DynamoWeights(graph_module, real, config), EXPORT_FUSIONS)
         Normalize(within)(graph_module)
         Select(within)(graph_module)
         reports.append(within.report)
@@ -358,3 +359,35 @@ def test_prepared_weights_are_selected_whatever_the_configuration_says() -> None
     assert [d.reason for d in report] == [Reason.PREPARED] * 2
     assert all(d.shape == (8, 8) and d.pattern == "2:4" and d.backward == "exact" for d in report)
     assert [d.weight for d in report] == ["layers.0", "layers.1"]
+
+
+class Bare(nn.Module):
+    """Scores against a table look like a linear; a matrix called ``weight`` is taken for the weight of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.table, self.scores = nn.Parameter(torch.randn(8, 8)), nn.Module()
+        self.scores.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.inner(x)) @ self.table.T
+        y: Tensor = self.last(torch.einsum("bk,nk->bn", x, cast("Tensor", self.scores.weight)))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, Reason.BARE),
+        ({"include": ("table|last",)}, Reason.SELECTED),
+        ({"include": ("last",)}, Reason.EXCLUDED),
+        ({"exclude": ("table",)}, Reason.EXCLUDED),
+    ],
+)
+def test_a_bare_product_is_a_linear_where_it_is_named(fields: dict[str, Any], reason: Reason) -> None:
+    model = Bare()
+    report = in_dynamo(model, torch.randn(2, 8), first_dense=False, heads_dense=False, **fields)
+    assert {d.weight: d.reason for d in report}["table"] is reason
+    if not fields:
+        assert {d.weight for d in report if d.sparse} == {"inner", "scores", "last"}

@@ -28,6 +28,7 @@ from problems import column_mask, kept
 from slope_compile.config import SlopeConfig
 from slope_compile.dense_weights import DynamoWeights
 from slope_compile.kernels import ops
+from slope_compile.options import EXPORT_FUSIONS
 from slope_compile.passes.context import ColumnSite, Context, Selection
 from slope_compile.passes.graph import META, is_expand
 from slope_compile.passes.normalize import LINEAR, Normalize
@@ -62,7 +63,7 @@ def in_dynamo(function: Callable[..., Any], *inputs: Any, **fields: Any) -> tupl
 
     def work(graph_module: GraphModule, real: list[Any]) -> None:
         weights = DynamoWeights(graph_module, real, config)
-        within = selected(graph_module, Context(config, weights))
+        within = selected(graph_module, Context(config, weights, EXPORT_FUSIONS))
         Sparsify(within)(graph_module)
         weights.commit(prepared=False)
         done.append((within, [get() for get in weights.extra]))
