@@ -1,30 +1,30 @@
-"""2:4 products by NVIDIA's cuSPARSELt through PyTorch's primitives, called so that their silent traps cannot be met.
+"""2:4 products by NVIDIA's cuSPARSELt through PyTorch's primitives, so that their silent failure modes cannot occur.
 
-What the primitives do and do not (PyTorch 2.11 to 2.13):
+Properties of the primitives (PyTorch 2.11 to 2.13):
 
-- The sparse operand is the left one and packed: W ``[N, K]`` for ``Y = X W^T``.  The dense operand is ``X.t()``; it is
-  taken for the transpose of a *contiguous* matrix, whatever its strides are, so X is made contiguous first.  With
-  ``transpose_result=True`` the result is ``[M, N]`` in memory, not a view.
-- Nobody checks that the sizes along K agree, nor that what is packed has the pattern: both are checked here, or follow
-  from the storage.
-- Some algorithm ids return wrong numbers, in some runs, or write nothing at all, and some end in an illegal instruction
-  (seen on an H200 in float16), after which no CUDA call of the process works.  So nothing is tried here: a product runs
-  by an algorithm that was verified before, by another process, on this GPU, with this library, for exactly its sizes
-  and dtype.  ``slope-compile tune --device cuda`` looks for such algorithms and keeps them in a file.  Where it has not
-  been run, cuSPARSELt is never chosen.
-- PyTorch keeps one handle of the library for each thread, made for the device that the thread first used it on (seen in
-  its source); on another device that thread must not call it.
-- Each call makes the library's descriptors and plan anew, some 50 to 200 microseconds on the host (reports of others).
-  A CUDA graph pays it once.  ``alpha`` is never given: it is read back.
+- The sparse operand is the left one and packed: W ``[N, K]`` for ``Y = X W^T``.  The dense operand is ``X.t()``.  The
+  library assumes that it is the transpose of a *contiguous* matrix, whatever its strides are, so X is made contiguous
+  first.  With ``transpose_result=True`` the result is ``[M, N]`` in memory, not a view.
+- The primitives check neither that the sizes along K agree nor that the packed matrix has the pattern.  Both are
+  checked here or follow from the storage.
+- Some algorithm ids return wrong numbers in some runs, or write nothing at all.  Others end in an illegal instruction
+  (seen on an H200 in float16), after which every CUDA call of the process fails.  So no algorithm is tried here: a
+  product uses only an algorithm that another process verified on this GPU, with this library, for exactly these sizes
+  and this dtype.  ``slope-compile tune --device cuda`` searches for such algorithms and stores them in a file.  Without
+  that file, cuSPARSELt is never chosen.
+- PyTorch keeps one handle of the library per thread, made for the device on which the thread first used the library
+  (seen in its source).  The thread must not call the library on another device.
+- Each call makes the library's descriptors and plan anew, which reportedly takes 50 to 200 microseconds on the host.
+  A CUDA graph pays this once.  ``alpha`` is never given, because the library would read it back from the device.
 
-**Packed operands.**  The Parameter holds values and the pattern is a buffer; a packed operand is derived from them
-and is as large as both.  By default it is made for a call and freed after it (one kernel to expand, one to pack, and a
-dense scratch): no second copy of the weights stays.  :class:`Packed` keeps one, for whoever asks for it, and follows
-in-place updates of the values by copying them into place where that was seen to work on the device, else by packing
-anew, in both cases at the same address, so that a captured graph stays valid.
+**Packed operands.**  The Parameter holds values and the pattern is a buffer.  A packed operand is derived from them and
+is as large as both.  By default it is made for a call and freed after it (one kernel to expand, one to pack, and a
+dense scratch tensor), so that no second copy of the weights stays.  :class:`Packed` keeps one on request.  It follows
+in-place updates of the values: it copies them into the operand if that was found to work on the device, else it packs
+anew.  Either way the address stays the same, so that a captured graph stays valid.
 
-Private names used, tested on torch 2.13 without a GPU by fakes: ``torch._cslt_compress``, ``torch._cslt_sparse_mm``,
-``torch._C._cusparselt.mm_search``.
+The module uses private names, tested on torch 2.13 without a GPU by fakes: ``torch._cslt_compress``,
+``torch._cslt_sparse_mm``, ``torch._C._cusparselt.mm_search``.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ from slope_compile.pattern import Pattern
 
 DTYPES = (torch.bfloat16, torch.float16)
 MULTIPLE = 16
-"""Of all three sizes."""
+"""M, N and K must be multiples of it."""
 OLDEST = (8, 0)
+"""Oldest compute capability."""
 
 Product = tuple[torch.dtype, int, int, int]
 """dtype, M, N, K of ``Y [M, N] = X [M, K] W^T``."""
@@ -60,7 +61,7 @@ Product = tuple[torch.dtype, int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """How the library computes one product."""
+    """The library's parameters for computing a product."""
 
     alg_id: int
     split_k: int = 1
@@ -68,10 +69,10 @@ class Algorithm:
 
 
 class Primitives:
-    """PyTorch's; the tests put others in their place."""
+    """PyTorch's primitives; the tests replace them."""
 
     def version(self) -> int | None:
-        """Of the library; None: it is not in this PyTorch."""
+        """Version of the library; None if this PyTorch does not include it."""
         lt = torch.backends.cusparselt
         return lt.version() if lt.is_available() else None
 
@@ -91,9 +92,9 @@ class Primitives:
         )  # fmt: skip
 
     def suggestion(self, packed: Tensor, dense: Tensor) -> tuple[int, int, int, int]:
-        """The library's own pick: id, split_k, mode; and how many ids there are.
+        """The library's own choice (id, split_k, mode), and the number of ids.
 
-        It runs them: for ``cusparselt_trials`` alone.
+        The library runs algorithms for it, so only ``cusparselt_trials`` may call this.
         """
         binding: Any = torch._C._cusparselt
         alg_id, split_k, mode, count = binding.mm_search(packed, dense, None, None, None, True)
@@ -108,7 +109,7 @@ primitives = Primitives()
 
 class _Thread(threading.local):
     device: torch.device | None = None
-    """For which this thread's handle is."""
+    """The device of this thread's handle; None if it has none yet."""
 
 
 _thread = _Thread()
@@ -121,7 +122,7 @@ def _foreign(device: torch.device) -> str | None:
 
 
 def _claim(device: torch.device) -> None:
-    """Before a call of the library.
+    """Claim this thread's handle for a device; required before every call of the library.
 
     Raises:
         ValueError: the thread's handle is for another device.
@@ -133,7 +134,7 @@ def _claim(device: torch.device) -> None:
 
 
 def missing(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> str | None:
-    """Why ``Y [M, N] = X [M, K] W^T`` cannot be computed by the library; None: it can, by a verified algorithm."""
+    """The reason why the library cannot compute ``Y [M, N] = X [M, K] W^T``; None if a verified algorithm can."""
     why = unfit(device, dtype, M, N, K) or _foreign(device)
     if why is not None or algorithm(device, dtype, M, N, K) is not None:
         return why
@@ -143,7 +144,7 @@ def missing(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) ->
 
 
 def unfit(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> str | None:
-    """Why no algorithm needs to be searched for; None: there may be one."""
+    """The reason why there cannot be an algorithm for a product; None if a search may find one."""
     if primitives.version() is None:
         return "this PyTorch was built without cuSPARSELt"
     if device.type != "cuda":
@@ -158,7 +159,7 @@ def unfit(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> s
 
 
 def pack(values: Tensor, pattern: Tensor) -> Tensor:
-    """The library's operand for W ``[N, K]`` of values ``[N, K / 2]``; what was pruned is zero by construction."""
+    """The library's operand for W ``[N, K]``, from values ``[N, K / 2]``; pruned entries are zero by construction."""
     _claim(values.device)
     return primitives.compress(primitives.expand(values, pattern).contiguous())
 
@@ -177,7 +178,7 @@ def linear(x: Tensor, values: Tensor, pattern: Tensor, bias: Tensor | None = Non
 
 
 def product(x: Tensor, packed: Tensor, N: int, K: int, bias: Tensor | None = None) -> Tensor:
-    """The same on a packed operand.
+    """:func:`linear` with a packed operand.
 
     Raises:
         ValueError: x is not ``[M, K]``, or no verified algorithm exists.
@@ -195,14 +196,14 @@ def product(x: Tensor, packed: Tensor, N: int, K: int, bias: Tensor | None = Non
 
 
 def algorithm(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> Algorithm | None:
-    """The fastest verified algorithm for exactly these sizes; None: none is known.  Nothing is searched."""
+    """The fastest verified algorithm for exactly these sizes; None if none is known.  It does not search."""
     verified = known(device).get((dtype, M, N, K), ())
     return verified[0] if verified else None
 
 
 @functools.lru_cache(maxsize=16)
 def known(device: torch.device) -> dict[Product, tuple[Algorithm, ...]]:
-    """What searches found: the verified algorithms of a product, the fastest first; none where none is right."""
+    """Results of earlier searches: product -> verified algorithms, the fastest first; empty if none was right."""
     path = _path(device)
     try:
         stored: dict[str, list[list[int]]] = json.loads(path.read_text())
@@ -215,8 +216,8 @@ def known(device: torch.device) -> dict[Product, tuple[Algorithm, ...]]:
 
 
 def store(device: torch.device, product: Product, verified: Sequence[Algorithm]) -> None:
-    """Keep what a search found, the fastest first, for this process and later ones."""
-    known.cache_clear()  # another process may have written meanwhile
+    """Store the result of a search, the fastest first, for this process and later ones."""
+    known.cache_clear()  # another process may have written to the file
     found = {**known(device), product: tuple(verified)}
     text = json.dumps({_name(p): [dataclasses.astuple(one) for one in found[p]] for p in found}, indent=1)
     path = _path(device)
@@ -228,7 +229,7 @@ def store(device: torch.device, product: Product, verified: Sequence[Algorithm])
 
 
 def identity(device: torch.device) -> tuple[str, str, str]:
-    """What a verified algorithm holds for: GPU, library and torch."""
+    """GPU, library version and torch version, for which a verified algorithm is valid."""
     return primitives.name(device), str(primitives.version()), torch.__version__
 
 
@@ -251,10 +252,10 @@ def _path(device: torch.device) -> Path:
 
 
 class Packed:
-    """A packed operand that stays, at one address, and follows its values.
+    """A packed operand that is kept at one address and follows updates of its values.
 
     Raises:
-        ValueError: no algorithm was verified for a product with such a weight, whatever its number of tokens.
+        ValueError: no algorithm was verified for any number of tokens with such a weight.
     """
 
     def __init__(self, values: Tensor, pattern: Tensor) -> None:
@@ -266,7 +267,7 @@ class Packed:
         self._version = values._version
 
     def refresh(self, values: Tensor, pattern: Tensor, always: bool = False) -> None:
-        """Take over the values if they changed in place since; ``always`` for updates that no counter shows."""
+        """Update the operand if the values changed in place, or ``always``, for changes without a new version."""
         if values._version == self._version and not always:
             return
         with torch.no_grad():
@@ -283,17 +284,17 @@ class Packed:
 
 @functools.lru_cache(maxsize=16)
 def in_place(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether values can be written into a packed operand: tested on one, at the first use on a device.
+    """Whether values can be written into a packed operand, tested at the first use on a device.
 
-    Their order in it is no documented fact.  If the values of another weight of the same pattern, written over the
-    first part of the buffer, make values and metadata (one bit a dense entry) equal to those of that weight's packed
-    form, it is theirs.
+    The order of values in it is not documented.  The test writes the values of a second weight with the same pattern
+    over the first part of the buffer.  If values and metadata (one bit per dense entry) then equal those of that
+    weight's packed form, the order is that of the values.
     """
     N, K = 4 * MULTIPLE, 8 * MULTIPLE
     _claim(device)
     with torch.no_grad(), torch.inference_mode(False):
         pattern = pack_mask(random_mask(N, K, Pattern(2, 4), seed=1, path="cusparselt")).to(device)
-        # Small whole numbers, each entry of the kind that no neighbour shares.
+        # Small whole numbers; neighbouring entries differ.
         before, after = (torch.arange(N * K // 2, device=device).view(N, -1) % p + 1 for p in (97, 89))
         packed, expected = (
             primitives.compress(reference.expand(v.to(dtype), pattern, 2, 4).contiguous()) for v in (before, after)

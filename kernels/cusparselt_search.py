@@ -1,11 +1,11 @@
-"""Look for algorithms of cuSPARSELt that are right, in a process that they may break.
+"""Search for cuSPARSELt algorithms that give right results, in a child process that they may break.
 
-Some algorithm ids end in an illegal instruction, after which no CUDA call of the process works, or might hang.  Here
-each is tried by a child (``cusparselt_trials``).  When one dies over an id, or is silent for too long, that id is not
-tried again in this dtype, and another child goes on with the next one.  A child takes seconds to start and so serves
-many products.  Ids and time are limited, and so are the children that one product may cost.
+Some algorithm ids end in an illegal instruction, after which every CUDA call of the process fails, or might hang.  A
+child process (``cusparselt_trials``) therefore tries each algorithm.  If the child dies or does not answer in time, its
+id is not tried again in this dtype, and a new child continues with the next id.  A child takes seconds to start, so it
+serves many products.  The number of ids, the time, and the number of children per product are limited.
 
-Not for GPUs that are shared by way of MPS, where one process's illegal instruction ends those of others.
+Do not use this on GPUs that are shared through MPS, where an illegal instruction of one process ends other processes.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from slope_compile.kernels._cusparselt import Algorithm, Product
 from slope_compile.log import log
 
 SECONDS = 900.0
-"""Limit of a search, if no other is given."""
+"""Default time limit of a search."""
 CODE = """
 import sys
 sys.path.append(sys.argv.pop(1))  # the package may not be installed
 from slope_compile.kernels import cusparselt_trials
 cusparselt_trials.main()
 """
-"""Of a child."""
+"""Program of a child."""
 START_SECONDS, STEP_SECONDS = 180.0, 60.0
-"""After which a child that says nothing is ended: until its first word, and for each thing that it is asked."""
+"""Timeouts in seconds for a child's first message and for each request."""
 IDS = 64
-"""Ids that are tried at most; the library may say that there are fewer."""
+"""Most ids to try; the library may report that there are fewer."""
 DEATHS = 8
-"""Children that one product may cost; what is left of its ids is not tried then."""
+"""Most children that may die over one product; after that its other ids are not tried."""
 USELESS = 2
-"""Children in a row that end before they try anything, after which the search is given up."""
+"""The search stops after this many children in a row that end before they try anything."""
 
 Report = Callable[[Product, Sequence[Algorithm]], None]
-"""Called with each product that was searched and its verified algorithms, the fastest first."""
+"""Called with each searched product and its verified algorithms, the fastest first."""
 
 
 def layer(dtype: torch.dtype, M: int, N: int, K: int) -> tuple[Product, Product]:
-    """The products of a layer with a weight ``[N, K]`` that the library can compute: forward and double-pruned input
-    gradient."""
+    """The two products of a layer with a weight ``[N, K]`` that the library can compute: the forward product and the
+    double-pruned input gradient."""
     return (dtype, M, N, K), (dtype, M, K, N)
 
 
 def tuned() -> Iterator[Product]:
-    """Those that tuning measures, many tokens first: that is where the library may win."""
+    """The products that tuning measures, those with many tokens first, for which the library is most likely to win."""
     for M in sorted(gpu_tuning.TOKENS, reverse=True):
         for dtype in _cusparselt.DTYPES:
             for shape in gpu_tuning.SHAPES:
@@ -66,14 +66,14 @@ def tuned() -> Iterator[Product]:
 
 
 class Gone(Exception):
-    """A child died, or was silent for too long and was ended."""
+    """A child died, or did not answer in time and was ended."""
 
 
 class Child:
     """A process that tries algorithms.
 
     Raises:
-        Gone: as any request, where it does not start.
+        Gone: the process does not start.
     """
 
     def __init__(self, command: Sequence[str], limit: float) -> None:
@@ -90,19 +90,19 @@ class Child:
         self.hello = self._answer(limit)
 
     def ask(self, request: dict[str, Any], limit: float) -> dict[str, Any]:
-        """Its answer to a request.
+        """The child's answer to a request.
 
         Raises:
-            Gone: it has none within ``limit`` seconds.
+            Gone: the child did not answer within ``limit`` seconds; it was ended.
         """
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # Where it is dead, its last words say more.
+        with contextlib.suppress(OSError):  # If the child is dead, _answer reports its last output.
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         return self._answer(limit)
 
     def end(self) -> None:
-        """End it, whatever it is doing."""
+        """End the child at once."""
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
@@ -144,19 +144,19 @@ class Child:
 
 
 class Search:
-    """Searches on one device.  The child stays for the next one until ``close``, or the end of this process."""
+    """Searches on one device.  The child is kept for the next search until ``close`` or the end of this process."""
 
     def __init__(self, device: torch.device, command: Sequence[str] = ()) -> None:
         self.host: list[float] = []
-        """What calls by the fastest algorithms that were found cost the host, in seconds."""
+        """Host time in seconds of a call with the fastest algorithm of each product."""
         self._device = device
         self._command = command or (sys.executable, "-P", "-c", CODE, str(Path(__file__).parents[2]), str(device))
         self._child: Child | None = None
         self._drawn: Product | None = None
         self._useless = 0
-        """How many children in a row ended before they tried anything."""
+        """Number of children in a row that ended before they tried anything."""
         self._deadly: set[tuple[torch.dtype, Algorithm | None]] = set()
-        """What children died over, see :meth:`_search`."""
+        """Steps of :meth:`_search` over which children died."""
 
     def __enter__(self) -> Search:
         return self
@@ -171,14 +171,14 @@ class Search:
         self._child = self._drawn = None
 
     def run(self, products: Iterable[Product], seconds: float = SECONDS, report: Report | None = None) -> None:
-        """Search for those products of which nothing is known, and keep what is found; see ``_cusparselt.known``.
+        """Search the products without stored results and store what is found; see ``_cusparselt.known``.
 
-        Where no child can be had, or memory or time do not suffice, the log says so and products remain unknown.
+        If no child can be started, or memory or time do not suffice, a warning is logged and products stay unknown.
         """
         try:
             self._run(products, seconds, report)
             self._release()
-        except BaseException:  # Such as a caller's time limit: the answer to come would be taken for another's.
+        except BaseException:  # such as a caller's time limit: a late answer would be taken for that of another request
             self.close()
             raise
 
@@ -198,10 +198,10 @@ class Search:
                     report(product, verified)
 
     def _search(self, product: Product, ends: float) -> list[Algorithm] | None:
-        """The verified algorithms of a product, the fastest first; None: it could not be searched."""
+        """The verified algorithms of a product, the fastest first; None if it could not be searched."""
         dtype = product[0]
         found: dict[Algorithm, dict[str, float]] = {}
-        # None: ask the library for its own pick, which runs algorithms as well.
+        # None asks the library for its own choice, which runs algorithms too.
         left: collections.deque[Algorithm | None] = collections.deque([None, *map(Algorithm, range(IDS))])
         tried: set[Algorithm | None] = set()
         deaths, cut_off = 0, False
@@ -239,7 +239,7 @@ class Search:
         return verified
 
     def _ready(self, product: Product, ends: float) -> Child | None:
-        """A child that has drawn the product's numbers; None, after a word in the log, where none can be had."""
+        """A child that has drawn the product's numbers; None, with a warning in the log, if there can be none."""
         if self._child is not None and self._drawn == product:
             return self._child
         self._drawn = None
@@ -261,7 +261,7 @@ class Search:
         return self._child
 
     def _release(self) -> None:
-        """Until the next run the memory is the caller's."""
+        """Let the child free its GPU memory, for the caller to use until the next run."""
         self._drawn = None
         try:
             if self._child is not None:

@@ -1,18 +1,18 @@
-"""The process in which cuSPARSELt's algorithms are tried, so that one that breaks the GPU's context breaks no other's.
+"""The process that tries cuSPARSELt's algorithms, so that an algorithm that breaks the GPU context breaks no other.
 
-``cusparselt_search`` starts it and asks, a line of JSON at a time; each is answered by a line before the next is read.
-It knows therefore which request ended this process.  Everything is waited for before it is answered: an illegal
-instruction shows at the next synchronization only.
+``cusparselt_search`` starts this process and sends requests, each a line of JSON.  Each request is answered by one line
+before the next is read, so the sender can tell which request ended this process.  The device is synchronized before
+each answer, because an illegal instruction only shows then.
 
 | request | answer |
 |---|---|
 | (at the start) | ``{"identity": [GPU, library, torch]}`` |
 | ``{"product": ["float16", M, N, K]}`` | ``{"ready": true}``; random numbers were drawn |
 | ``{"release": true}`` | ``{"ready": true}``; its memory was given back |
-| ``{"suggest": true}`` | ``{"algorithm": [id, split_k, mode], "count": number of ids}``, the library's own pick |
-| ``{"try": [id, split_k, mode]}`` | ``{"seconds": of the GPU, "host": of a call}`` if right, or ``{"wrong": why}`` |
+| ``{"suggest": true}`` | ``{"algorithm": [id, split_k, mode], "count": number of ids}``, the library's own choice |
+| ``{"try": [id, split_k, mode]}`` | ``{"seconds": GPU time, "host": host time}`` if right, or ``{"wrong": why}`` |
 
-Instead, any request may be answered by ``{"refused": why}`` or, for want of memory, by ``{"memory": why}``.
+Any request may instead be answered by ``{"refused": why}`` or, if memory runs out, by ``{"memory": why}``.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from slope_compile.pattern import Pattern
 
 Answer = dict[str, Any]
 TRIALS = 2
-"""Draws of numbers for which an algorithm owes right results, with a bias and without, before it is timed: random ones
-and then unusual ones among them."""
+"""Number of random draws on which an algorithm must be correct, with and without a bias, before it is timed.  All but
+the first include unusual numbers."""
 CALLS = 20
-"""Over which the time of the host is averaged."""
+"""Number of calls over which host time is averaged."""
 
 
 class Device:
-    """What a trial needs of the GPU beside the library; the tests put another in its place."""
+    """GPU functions that a trial needs beside the library; the tests replace them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -54,16 +54,16 @@ class Device:
         return gpu_tuning.gpu_seconds(call)
 
     def wait(self) -> None:
-        """Until all is done; raises where the context is broken."""
+        """Wait until the device has finished; raises if its context is broken."""
         torch.cuda.synchronize(self.device)
 
     def release(self) -> None:
-        """Give unused memory back."""
+        """Free unused memory."""
         torch.cuda.empty_cache()
 
 
 class Trials:
-    """One product's numbers, and what was asked about it."""
+    """Answers requests; holds the numbers of one product."""
 
     def __init__(self, device: Device) -> None:
         self._gpu = device
@@ -71,17 +71,17 @@ class Trials:
         """Activations, packed weight, bias and the right result without it."""
 
     def answer(self, request: Answer) -> Answer:
-        """See the module docstring.
+        """The answer to a request, see the module docstring.
 
         Raises:
-            RuntimeError: the device works no more.
+            RuntimeError: the device no longer works.
         """
         try:
             with torch.no_grad():
                 found = self._answer(request)
         except torch.OutOfMemoryError as error:
             found = {"memory": _line(error)}
-        except Exception as error:  # Whatever the library raises where it cannot.
+        except Exception as error:  # the library raises many types
             found = {"refused": _line(error)}
         self._gpu.wait()
         return found
@@ -112,11 +112,11 @@ class Trials:
 
     def _tried(self, algorithm: Algorithm) -> Answer:
         for (x, packed, bias, truth), biased in itertools.product(self._drawn, (False, True)):
-            # Freed at once, and handed out again: a result that nobody writes is NaN.
+            # Freed at once: the result reuses this memory, so that entries left unwritten are NaN.
             torch.full(truth.shape, torch.nan, dtype=x.dtype, device=x.device)
             result = _cusparselt.primitives.product(packed, x.t(), bias if biased else None, algorithm).float()
             error = (result - truth - bias.float() if biased else result - truth).abs()
-            # Inputs have unit variance: 2^-7 of the sums' deviation is above any rounding of 16-bit results.
+            # Inputs have unit variance.  2^-7 of the sums' standard deviation exceeds any rounding of 16-bit results.
             near = error <= 2.0**-7 * truth.abs() + 2.0**-7 * (x.shape[1] / 2) ** 0.5
             if bool((truth.isnan() & ~result.isnan()).any()):
                 return {"wrong": "a weight that is NaN is lost"}
@@ -127,7 +127,7 @@ class Trials:
         return {"seconds": self._gpu.seconds(call), "host": self._host_seconds(call)}
 
     def _host_seconds(self, call: Callable[[], object]) -> float:
-        """What a call costs the host, descriptors and plan included; the work on the device is not waited for."""
+        """Host time of a call, including descriptors and plan but not the wait for the device."""
         self._gpu.wait()
         start = time.perf_counter()
         for _ in range(CALLS):
@@ -136,7 +136,7 @@ class Trials:
 
 
 def _unusual(values: Tensor) -> None:
-    """Among random numbers: groups and rows of zeros, subnormal numbers, and one that makes its output NaN alone."""
+    """Put unusual numbers among random ones: groups and rows of zeros, subnormal numbers, and one NaN."""
     values[1::4] = 0
     values[2::4, :16] = 0
     values[3::4, 1::3] = torch.finfo(values.dtype).smallest_normal / 8
@@ -148,7 +148,7 @@ def _line(error: Exception) -> str:
 
 
 def serve(device: Device, requests: Iterable[str], answers: TextIO) -> None:
-    """Answer line by line, until there are no more."""
+    """Answer requests line by line until the input ends."""
 
     def say(answer: Answer) -> None:
         answers.write(json.dumps(answer) + "\n")
@@ -162,15 +162,15 @@ def serve(device: Device, requests: Iterable[str], answers: TextIO) -> None:
 
 
 def main(make: Callable[[torch.device], Device] = Device) -> None:
-    """Serve on standard input and output.  It ends with the input, or at once where the device is broken."""
+    """Serve on standard input and output until the input ends, or exit at once if the device is broken."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not come between the answers
+    os.dup2(2, 1)  # keep the output of libraries out of the answers
     try:
         device = torch.device(sys.argv[1])
         if device.type == "cuda":
             torch.cuda.set_device(device)
         serve(make(device), sys.stdin, answers)
-    except Exception:  # Most of all a broken context, with which nothing can be cleaned up.
+    except Exception:  # usually a broken context, after which a clean exit is impossible
         traceback.print_exc()
         os._exit(1)
 

@@ -1,7 +1,8 @@
-"""Products of up to eight tokens on a GPU, bound by reading the weight: 2:4, bfloat16 and float16, CUDA devices.
+"""Products of up to eight tokens, called with tensors: 2:4, bfloat16 and float16, CUDA devices.
 
-Nothing here decides anything; ``gluon_few_tokens`` has the kernel.  As on the sparse tensor cores, an entry of ``x``
-that meets only pruned weights takes no part, whatever it is.
+Reading the weight is their bottleneck.  This module does not decide when to use them; the kernel is in
+``gluon_few_tokens``.  As on the sparse tensor cores, an entry of ``x`` that meets only pruned weights never enters a
+sum, even if it is infinite or NaN.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from slope_compile.kernels.gluon_products import DTYPES, in_pieces, words
 from slope_compile.kernels.launching import Kernels, device_of
 
 MOST = 8
-"""Tokens."""
+"""Most tokens."""
 OLDEST = (8, 0)
+"""Oldest compute capability."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FewTokens:
-    """A program's share of ``Y``; each number is a power of two."""
+    """How a program's work is divided; each number is a power of two."""
 
     ROWS: int
-    """Outputs of a program."""
+    """Outputs per program."""
     EACH: int
     """Groups of four features that a lane reads at a time: 4 or 8."""
     WN: int
@@ -49,11 +51,12 @@ CONFIGS: dict[int, tuple[FewTokens, ...]] = {
     4: (FewTokens(2, 8, 1, 4), FewTokens(4, 4, 1, 4)),
     8: (FewTokens(2, 4, 1, 4),),
 }
-"""Tokens, rounded up to a power of two -> configurations, the default first.  With EACH = 4 last: they take any K."""
+"""Tokens, rounded up to a power of two -> configurations, the default first.  The last has EACH = 4 and supports any
+K that is a multiple of 16."""
 
 
 def unsupported(capability: tuple[int, int], dtype: torch.dtype, M: int, K: int) -> str | None:
-    """Why a product cannot be computed here; None: it can."""
+    """The reason why a product cannot be computed here; None if it can."""
     if dtype not in DTYPES:
         return f"it multiplies bfloat16 and float16, not {dtype}"
     if capability < OLDEST:
@@ -66,7 +69,7 @@ def unsupported(capability: tuple[int, int], dtype: torch.dtype, M: int, K: int)
 
 
 def configurations(M: int, K: int) -> tuple[FewTokens, ...]:
-    """Those for M tokens whose words a row of K features is made of."""
+    """Configurations for M tokens whose word size divides a row."""
     return tuple(c for c in CONFIGS[_tokens(M)] if K % (4 * c.EACH) == 0)
 
 
@@ -88,11 +91,11 @@ def forward(
     """``Y = X W^T + bias``: x ``[..., K]`` of 1 to 8 tokens -> contiguous ``[..., N]``; sums are float32.
 
     Args:
-        x: any layout; copied where the features of a token lie apart or a token does not begin at 8 bytes.
-        values: ``[N, K / 2]`` of K a multiple of 16, see ``metadata``.
+        x: any layout; copied if its features are not contiguous or a token does not begin at a multiple of 8 bytes.
+        values: ``[N, K / 2]``, K a multiple of 16, see ``metadata``.
         pattern: uint8 ``[N, K / 8]``.
-        config: how the work is divided; the first of :func:`configurations` without.
-        out: where the result goes, contiguous and of its shape and dtype.
+        config: how the work is divided; the first of :func:`configurations` if None.
+        out: a contiguous tensor for the result, with its shape and dtype.
     """
     N, K = values.shape[0], values.shape[1] * 2
     y = x.new_empty(*x.shape[:-1], N) if out is None else out

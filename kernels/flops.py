@@ -1,10 +1,9 @@
-"""What ``torch.utils.flop_counter`` needs to count the products of this library, which it does not know.
+"""FLOP formulas of this library's operators for ``torch.utils.flop_counter``.
 
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(custom_mapping=flops.FORMULAS) as counter: ...
 
-As everywhere (``slope_compile.cost``) a multiplication with its addition is 2 FLOPs, and products count at the kept
-positions alone.
+As in ``slope_compile.cost``, a multiplication with its addition counts as 2 FLOPs, and only kept positions count.
 """
 
 from __future__ import annotations
@@ -41,5 +40,5 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.slope.grad_input_columns: _grad_input,
     torch.ops.slope.grad_weight: _grad_weight,
 }
-"""Operator -> its FLOPs from the shapes of its arguments; the column products of W^{R,C} count as if none was pruned
-twice, as their kernels compute them."""
+"""Operator -> function from the shapes of its arguments to its FLOPs.  Products with W^{R,C} count as if nothing was
+pruned the second time, because their kernels compute all kept positions."""

@@ -1,10 +1,10 @@
-"""What the ``wgmma.sp`` kernel takes for granted of a compiler that does not promise it, checked in every build.
+"""Checks of every build of the ``wgmma.sp`` kernel, which relies on two things that no compiler promises.
 
-- The assembly addresses shared memory from the PTX symbol ``global_smem`` on, and takes the ring of tokens to be the
-  first thing there.  The PTX says where the first copies go.
-- ptxas gives up asynchronous ``wgmma`` where it cannot prove that registers in flight are left alone, and says so
+- The assembly addresses shared memory from the PTX symbol ``global_smem`` on and expects the ring of tokens there
+  first.  The destinations of the first copies in the PTX show whether that holds.
+- ptxas makes ``wgmma`` synchronous where it cannot prove that registers in flight are left alone, and reports it
   (advisories C7510 to C7519: "Potential Performance Loss: wgmma.mma_async instructions are serialized").  Results
-  stay right; the point of the kernel is gone.
+  are still right, but the kernel loses its advantage.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TMA = re.compile(r"cp\.async\.bulk\.tensor\.\dd\.shared\S*\s*\[\s*(%\w+)(?:\s*\
 
 
 def first_copies(ptx: str) -> list[int]:
-    """Offsets in ``global_smem`` to which the TMA copies first, up to the first that is computed while running."""
+    """Destinations of the first TMA copies, as offsets in ``global_smem``, up to the first one computed at run time."""
     known = {"global_smem": 0}
     found = []
     for line in ptx.splitlines():
@@ -41,10 +41,10 @@ def first_copies(ptx: str) -> list[int]:
 
 
 def problems(ptx: str, config: WgmmaSp, messages: str) -> list[str]:
-    """Why a build must not be used.
+    """The reasons why a build must not be used; empty if it may be.
 
     Args:
-        messages: what ptxas said, see :func:`assemble`.
+        messages: the output of ptxas, see :func:`assemble`.
     """
     x, v = config.BM * 128, config.BN * 64
     expected = [at for i in range(config.stages) for at in (i * x, config.stages * x + i * v)]
@@ -60,10 +60,10 @@ def problems(ptx: str, config: WgmmaSp, messages: str) -> list[str]:
 
 
 def assemble(ptx: str, assembler: str, arch: str) -> str:
-    """What ptxas says to a kernel.  Triton hides it, hence a second time.
+    """The output of ptxas for a kernel.  Triton hides it, so ptxas runs a second time.
 
     Raises:
-        subprocess.CalledProcessError: it refuses the kernel.
+        subprocess.CalledProcessError: ptxas rejects the kernel.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")

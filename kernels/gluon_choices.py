@@ -1,6 +1,7 @@
-"""The Gluon kernels that are right on a device, for something to measure and choose from.
+"""The Gluon kernels that give right results on a device: the candidates for measurements and tuning.
 
-Nothing takes them by itself.  The first call for a device compiles and compares, see ``self_tests``.
+Nothing uses them automatically.  The first call for a device compiles the kernels and compares their results, see
+``self_tests``.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def choices(
 ) -> tuple[Config, ...]:
     """Configurations that compute ``[M, K] x [N, K]^T`` with a low-rank update of rank R on a CUDA device.
 
-    Those that would compute more than twice as many tokens are left out.  Whoever calls has made sure that Triton
-    works there (``gpu_ops.available``).
+    Configurations that would compute more than twice as many tokens are left out.  The caller must have checked that
+    Triton works on the device (``gpu_ops.available``).
     """
     if device.type != "cuda":
         return ()
@@ -40,7 +41,7 @@ def choices(
 
 
 def product(config: Config) -> Product:
-    """The product of a configuration: of x, values, pattern, bias and (T, B)."""
+    """The product with a configuration, as a function of x, values, pattern, bias and (T, B)."""
     if isinstance(config, MmaSp):
         return lambda x, values, pattern, bias, low_rank: gluon_products.mma_sp(
             x, values, pattern, bias, low_rank, config

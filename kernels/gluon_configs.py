@@ -1,6 +1,6 @@
-"""The tile configurations of the Gluon kernels, and which one a launch takes by default.
+"""The tile configurations of the Gluon kernels and the defaults of a launch.
 
-As with ``triton_configs``, the tests compile every configuration for every supported architecture and refuse one that
+As with ``triton_configs``, the tests compile every configuration for every supported architecture and reject one that
 spills registers, needs more shared memory than the architecture has, or does not run on the sparse tensor cores.
 """
 
@@ -13,7 +13,10 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class MmaSp:
-    """A program's share of ``Y``, in instructions of 16 outputs by 8 tokens; each number is a power of two."""
+    """The tile of ``Y`` that a program computes, in instructions of 16 outputs by 8 tokens.
+
+    MT, WN, NT and WM are powers of two.
+    """
 
     MT: int
     """Instructions of a warp along out_features."""
@@ -24,22 +27,22 @@ class MmaSp:
     WM: int
     """Warps along tokens."""
     stages: int
-    """Blocks of 64 in_features in shared memory at a time; 3 or more."""
+    """Number of blocks of 64 in_features held in shared memory; 3 or more."""
     registers: int | None = None
-    """Most of a thread.  Without a number ptxas aims at as many programs a multiprocessor as shared memory allows, and
-    in some of its releases spills for their sake."""
+    """Register limit per thread; None lets ptxas choose.  Some releases of ptxas then spill registers to fit as many
+    programs on a multiprocessor as shared memory allows."""
 
     def __str__(self) -> str:
         return f"mma_sp_{self.BM}x{self.BN}_w{self.WM}x{self.WN}"
 
     @property
     def BM(self) -> int:
-        """Tokens of a program."""
+        """Tokens per program."""
         return 8 * self.NT * self.WM
 
     @property
     def BN(self) -> int:
-        """Outputs of a program."""
+        """Outputs per program."""
         return 16 * self.MT * self.WN
 
     @property
@@ -49,31 +52,31 @@ class MmaSp:
 
 @dataclasses.dataclass(frozen=True)
 class WgmmaSp:
-    """A program's share of ``Y``; each number but the last is a power of two."""
+    """The tile of ``Y`` that a program computes; MT, WN and NT are powers of two."""
 
     MT: int
-    """Instructions of a group of four warps along out_features, of 64 each."""
+    """Instructions of a group of four warps along out_features, 64 outputs each."""
     WN: int
     """Warps, all along out_features: 4 or 8."""
     NT: int
-    """Tokens of an instruction in eights: up to 32.  The tile has at least half as many tokens as outputs, so that the
-    compiler puts the larger ring, that of tokens, where the assembly looks for it (``gluon_builds``)."""
+    """Tokens of an instruction divided by 8, at most 32.  The tile must have at least half as many tokens as outputs:
+    only then does the compiler place the ring of tokens where the assembly expects it (``gluon_builds``)."""
     stages: int
-    """Blocks of 64 in_features in shared memory at a time; 3 or more."""
+    """Number of blocks of 64 in_features held in shared memory; 3 or more."""
     staged: bool = True
-    """Whether the pattern comes through shared memory as well, where K is a multiple of 64; else threads load it."""
+    """Whether the pattern goes through shared memory too if K is a multiple of 64.  Otherwise each thread loads it."""
 
     def __str__(self) -> str:
         return f"wgmma_sp_{self.BM}x{self.BN}_w{self.WN}"
 
     @property
     def BM(self) -> int:
-        """Tokens of a program."""
+        """Tokens per program."""
         return 8 * self.NT
 
     @property
     def BN(self) -> int:
-        """Outputs of a program."""
+        """Outputs per program."""
         return 16 * self.MT * self.WN
 
     @property
@@ -82,17 +85,17 @@ class WgmmaSp:
 
     @property
     def largest_rank(self) -> int:
-        """Of a low-rank update, which goes through the same stages."""
+        """Largest rank of a low-rank update, all of which must fit in the stages."""
         return 64 * self.stages
 
 
 Config = MmaSp | WgmmaSp
 
 FEW_TOKENS = 16
-"""What the configurations of ``mma.sp`` for the fewest tokens hold."""
+"""Tiles of ``mma.sp`` with up to this many tokens are candidates for any product."""
 
 SPLIT_TOKENS = 64
-"""Up to here there are so few programs that ``mma.sp`` splits each output's sum between several of them."""
+"""Up to this many tokens there are so few programs that ``mma.sp`` splits the sum of each output between several."""
 
 MMA_SP = (
     MmaSp(1, 4, 1, 1, 6),
@@ -102,9 +105,9 @@ MMA_SP = (
     MmaSp(2, 4, 4, 1, 4),
     MmaSp(2, 2, 4, 2, 5, registers=255),
     MmaSp(2, 4, 8, 1, 4, registers=255),
-    MmaSp(2, 4, 8, 2, 3),  # 4 stages are more shared memory than sm_120 has
+    MmaSp(2, 4, 8, 2, 3),  # 4 stages would need more shared memory than sm_120 has
 )
-"""bfloat16 and float16; in the order of the tokens they are meant for."""
+"""For bfloat16 and float16, sorted by the number of tokens that each is meant for."""
 
 
 WGMMA_SP = (
@@ -113,31 +116,34 @@ WGMMA_SP = (
     WgmmaSp(2, 4, 16, 4),
     WgmmaSp(1, 8, 32, 4, staged=False),
 )
-"""bfloat16 and float16; in the order of the tokens they are meant for."""
+"""For bfloat16 and float16, sorted by the number of tokens that each is meant for."""
 
 _LAUNCH = 2.5
-"""Microseconds of the kernel that adds up parts, beside reading them: an assumption, not measured."""
+"""Microseconds that the kernel that adds up parts takes beside reading them: an assumption, not measured."""
 
 _PARTS = 2e6
-"""Bytes of parts that are written and read again in a microsecond: likewise."""
+"""Bytes of parts that are written and read again in a microsecond: an assumption, not measured."""
 
 
 def default(M: int) -> MmaSp:
-    """The configuration taken without tuning: the first that holds M tokens in one tile, else the last."""
+    """The configuration used without tuning: the first whose tile holds M tokens, else the last."""
     return next((config for config in MMA_SP if config.BM >= M), MMA_SP[-1])
 
 
 @functools.lru_cache(maxsize=1024)
 def default_wgmma(M: int, N: int, K: int, processors: int) -> WgmmaSp:
-    """Likewise: the one with the lowest estimate; of equal ones that with the larger tile, which reads less."""
+    """The configuration used without tuning: the one with the lowest estimated time.
+
+    On a tie the larger tile wins, because it reads less.
+    """
     return min(reversed(WGMMA_SP), key=lambda config: _best(M, N, K, config, processors)[0])
 
 
 def splits(M: int, N: int, K: int, config: Config, processors: int) -> int:
-    """Over how many programs the sum of an output is split, each with at least 8 blocks of 64 in_features.
+    """The number of programs that share the sum of an output, each with at least 8 blocks of 64 in_features.
 
-    ``mma.sp``: so that two programs a processor have something to read, where there are few tokens.  ``wgmma.sp``: as
-    many as the estimate is lowest with.
+    For ``mma.sp`` and few tokens, enough for two programs on each processor.  For ``wgmma.sp``, the number with the
+    lowest estimated time.
     """
     if isinstance(config, WgmmaSp):
         return _best(M, N, K, config, processors)[1]
@@ -148,16 +154,17 @@ def splits(M: int, N: int, K: int, config: Config, processors: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _best(M: int, N: int, K: int, config: WgmmaSp, processors: int) -> tuple[float, int]:
-    """The lowest estimate of a product's time in microseconds, and with how many splits."""
+    """The lowest estimate of a product's time in microseconds, and its number of splits."""
     most = min(2 * processors // _tiles(M, N, config), -(-K // 64) // 8)
     return min((_estimate(M, N, K, config, splits, processors), splits) for splits in range(1, max(1, most) + 1))
 
 
 def _estimate(M: int, N: int, K: int, config: WgmmaSp, splits: int, processors: int) -> float:
-    """Programs of a processor one after the other, or all in the time of one, whichever is longer; and the parts.
+    """Estimated time of a product in microseconds.
 
-    What a block of 64 in_features takes a processor, alone and among others, was fitted to times in bfloat16 on an
-    H200, with 64 to 16384 tokens.
+    The programs of a processor take the longer of two times: the sum of their work, or the latency of one program.
+    Adding up the parts of splits is extra.  The times of a block of 64 in_features, in sequence and alone, were fitted
+    to measurements in bfloat16 on an H200 with 64 to 16384 tokens.
     """
     programs = math.ceil(_tiles(M, N, config) * splits / processors)
     blocks = 2 * math.ceil(math.ceil(K / 128) / splits)

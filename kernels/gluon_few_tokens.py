@@ -1,13 +1,14 @@
-"""``Y = X W^T`` for up to eight tokens: a product that is bound by reading W, without tensor cores, on sm_80 and later.
+"""``Y = X W^T`` for up to eight tokens, on sm_80 and later.  Reading W is the bottleneck; tensor cores are not used.
 
-Importing this module imports Triton: only ``gluon_products`` does, at the first launch.  Storage is that of
-``metadata``, read as it is, each entry once, by loads that go straight to registers: there is no shared memory and
-no barrier in the loop, so that the loads of many warps are under way at a time.
+Importing this module imports Triton, so only ``few_tokens`` imports it, at the first launch.  Weights are stored as
+``metadata`` describes.  Each entry is read once, directly to registers.  The loop uses no shared memory and no barrier,
+so that the loads of many warps are in flight at a time.
 
-A lane holds EACH groups of four features that lie side by side: of ROWS / WN outputs their two kept values and their
-patterns, and of all tokens their four entries.  Which two of the four take part is a selection by the pattern's bits,
-not a product with zero: as in ``gluon_mma_sp``, an entry of X that meets only pruned weights is never read.  Sums are
-float32, each lane has its own, and they are added up at the end in an order that does not depend on the data.
+A lane holds EACH neighbouring groups of four features: the two kept values and the pattern of each group for ROWS / WN
+outputs, and the four entries of each group for all tokens.  The pattern's bits select two of the four entries; nothing
+is multiplied by zero.  As in ``gluon_mma_sp``, an entry of X that meets only pruned weights therefore never enters a
+sum.  Sums are float32.  Each lane has its own, and they are added up at the end in an order that does not depend on the
+data.
 """
 
 from triton.experimental import gluon
@@ -18,19 +19,20 @@ __all__ = ["forward"]
 
 @gluon.constexpr_function
 def _layout(TOKENS, EACH, WN, WK):
-    """Of ``[tokens, outputs, groups]``: tokens in a lane, outputs along WN warps, groups along lanes and WK warps."""
+    """Layout of ``[tokens, outputs, groups]``: tokens in a lane, outputs along WN warps, groups along lanes and WK
+    warps."""
     return gl.BlockedLayout([TOKENS, 1, EACH], [1, 1, 32], [1, WN, WK], [2, 1, 0])
 
 
 @gluon.constexpr_function
 def _pattern_layout(EACH, WN, WK):
-    """Of ``[outputs, words of a pattern, groups of a word]``: a word a lane."""
+    """Layout of ``[outputs, words of a pattern, groups of a word]``: one word per lane."""
     return gl.BlockedLayout([1, 1, EACH], [1, 32, 1], [WN, WK, 1], [2, 1, 0])
 
 
 @gluon.jit
 def _number(bits, FP16: gl.constexpr, HIGH: gl.constexpr):
-    """float32 of the lower or the upper 16 bits of an int32."""
+    """The lower or (HIGH) upper 16 bits of an int32, a float16 or bfloat16 number, as float32."""
     if FP16:
         half = (bits >> 16) if HIGH else bits
         return half.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
@@ -47,9 +49,9 @@ def forward(
 ):  # fmt: skip
     """``Y [M, N] = X [M, K] W^T + BIAS [N]`` of 16-bit operands, M at most TOKENS; a program has ROWS outputs.
 
-    X: int64, a group of four features each; rows are ``stride_x`` groups apart.
-    V: int32 ``[N, groups]``, the kept values of a group each.
-    P: pattern, words of EACH groups (int16 of 4, int32 of 8); rows are ``stride_p`` words apart.
+    X: int64, each a group of four features; rows are ``stride_x`` groups apart.
+    V: int32 ``[N, groups]``, each the two kept values of a group.
+    P: the pattern as words of EACH groups (int16 for 4, int32 for 8); rows are ``stride_p`` words apart.
     """
     L: gl.constexpr = _layout(TOKENS, EACH, WN, WK)
     LP: gl.constexpr = _pattern_layout(EACH, WN, WK)
@@ -92,7 +94,7 @@ def forward(
         b1 = ((code & 2) != 0)[None, :, :]
         b2 = ((code & 4) != 0)[None, :, :]
         b3 = ((code & 8) != 0)[None, :, :]
-        # Two are kept: the first is 0, else 1, else 2; the second is 3, else 2, else 1.
+        # Two are kept.  The first is 0 if b0 is set, else 1 if b1 is, else 2; the second is 3, else 2, else 1.
         acc += gl.where(b0, x0, gl.where(b1, x1, x2)) * _number(v, FP16, False)[None, :, :]
         acc += gl.where(b3, x3, gl.where(b2, x2, x1)) * _number(v, FP16, True)[None, :, :]
     y = gl.sum(acc, 2)  # [TOKENS, ROWS]

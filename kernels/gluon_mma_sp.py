@@ -1,12 +1,12 @@
 """``Y = X W^T`` on the 2:4 sparse tensor cores, sm_80 and later: ``mma.sp`` issued from Gluon's inline assembly.
 
-Importing this module imports Triton: only ``gluon_products`` does, at the first launch.  Storage is that of
-``metadata`` (values ``[N, K / 2]`` in the order of their columns, pattern uint8 ``[N, ceil(K / 8)]``); nothing is
-repacked: the selectors of the tensor core are made from the pattern's bits in registers.  Which lane holds what says
-``gluon_fragments``.
+Importing this module imports Triton, so only ``gluon_products`` imports it, at the first launch.  Weights are stored
+as ``metadata`` describes (values ``[N, K / 2]`` in the order of their columns, pattern uint8 ``[N, ceil(K / 8)]``).
+Nothing is repacked: the kernel makes the tensor core's selectors from the pattern's bits in registers.
+``gluon_fragments`` defines which lane holds what.
 
-An entry of X that meets only pruned weights is never read by the tensor core: where a dense product makes NaN of an
-infinite input times a pruned zero, this one does not.
+The tensor core never reads an entry of X that meets only pruned weights.  A dense product gives NaN where an infinite
+input meets a pruned zero; this product does not.
 """
 
 from triton.experimental import gluon
@@ -26,11 +26,11 @@ from slope_compile.kernels.gluon_fragments import (
     values_of_block,
 )
 
-# Operands, four registers each: $0 the sums, $4 A, $8 B, $12 E (four times the same one), $16 the sums before.
+# Operands, four registers each: $0 the new sums, $4 A, $8 B, $12 E (the same word four times), $16 the old sums.
 SPARSE = gl.constexpr("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.")
 SPARSE_OPERANDS = gl.constexpr(".f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9,$10,$11}, {$16,$17,$18,$19}, $12, ")
 SPARSE_CONSTRAINTS = gl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,f,f,f,f")
-# $0 the sums, $4 A, $8 B of two steps of 16, $12 the sums before.
+# Operands: $0 the new sums, $4 A, $8 B of two steps of 16 features, $12 the old sums.
 DENSE = gl.constexpr("mma.sync.aligned.m16n8k16.row.col.f32.")
 DENSE_FIRST = gl.constexpr(".f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$12,$13,$14,$15};")
 DENSE_SECOND = gl.constexpr(".f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$10,$11}, {$12,$13,$14,$15};")
@@ -39,7 +39,7 @@ DENSE_CONSTRAINTS = gl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f")
 
 @gluon.constexpr_function
 def _b_layout(WN, NT, WM):
-    """How a tile of tokens, int32 ``[8 NT WM, 32]``, is read from shared memory: B of step 0, then of step 1."""
+    """Layout to read a tile of tokens, int32 ``[8 NT WM, 32]``, from shared memory: B of step 0, then of step 1."""
     return gl.DistributedLinearLayout(
         reg_bases=_bases(2, [(1, 4, 2), (1, 8, 2), (0, 8 * WM, NT), (1, 16, 2)]),
         lane_bases=_bases(2, [(1, 1, 4), (0, 1, 8)]),
@@ -54,7 +54,7 @@ def _add_low_rank(
     acc, T, B, first_row, token, row_end, token_end, R, steps,
     FP16: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
-    """``acc + B T^T`` for ``steps`` steps of 32 features; T and B begin with the tile, and so do rows and tokens."""
+    """``acc + B T^T`` over ``steps`` steps of 32 features.  T, B, rows and tokens are counted from the tile's first."""
     TYPES: gl.constexpr = "f16.f16" if FP16 else "bf16.bf16"
     r1 = axis(2, 2, L)
     t = axis(4, 6, L)
@@ -62,7 +62,7 @@ def _add_low_rank(
     row = first_row + 8 * r0
     a_word = t + 4 * r1
     b_word = t + 4 * (r0 + 2 * r1)
-    # Offsets rather than pointers: half as many registers.
+    # 32-bit offsets take half as many registers as pointers.
     a_at = row * (R // 2) + a_word
     b_at = token * (R // 2) + b_word
     for i in range(0, steps):
@@ -91,14 +91,15 @@ def forward(
 ):  # fmt: skip
     """``Y [M, N] = X [M, K] W^T + T B^T + BIAS [N]`` of 16-bit operands; tiles of 8 NT WM tokens and 16 MT WN outputs.
 
-    X: int32, pairs of features; rows are ``stride_xm`` elements (not pairs) apart.
-    V: int32 ``[N, K / 4]``, the kept values of a group each.
-    P: pattern, rows ``stride_p`` bytes apart, in integers of PIECE bytes, of which ``stride_p`` is a multiple.  8: it
-        comes through shared memory, as early as values do.  2 or 1: each thread loads its bits, one block ahead.
-    T, B: int32 ``[M, R / 2]``, ``[N, R / 2]``, with HAS_LOW_RANK.
-    Y: ``[M, N]``; or float32 ``[splits, M, N]``, where program (_, s) adds up its ``blocks_per_split`` blocks only,
-        and the first one T B^T.
-    The tensors lie at multiples of 4 bytes, those of 16 bits or less at multiples of their element.
+    X: int32, each a pair of features; rows are ``stride_xm`` elements (not pairs) apart.
+    V: int32 ``[N, K / 4]``, each the two kept values of a group.
+    P: the pattern as integers of PIECE bytes; rows are ``stride_p`` bytes apart, a multiple of PIECE.  With PIECE = 8
+        the pattern is copied to shared memory as early as the values.  With 2 or 1 each thread loads its own bits, one
+        block ahead.
+    T, B: int32 ``[M, R / 2]``, ``[N, R / 2]``, read with HAS_LOW_RANK only.
+    Y: ``[M, N]``, or float32 ``[splits, M, N]``: program (_, s) then sums ``blocks_per_split`` blocks of its own, and
+        program (_, 0) adds T B^T.
+    32-bit tensors begin at multiples of 4 bytes, the others at multiples of their element size.
     """
     BN: gl.constexpr = 16 * MT * WN
     BM: gl.constexpr = 8 * NT * WM
@@ -109,8 +110,8 @@ def forward(
     first = gl.program_id(1) * blocks_per_split
     blocks = gl.minimum(gl.cdiv(K, 64) - first, blocks_per_split)
 
-    # Tiles go through rings of STAGES in shared memory.  The 16-byte pieces of a row are swizzled, so that ldmatrix
-    # meets no bank twice in eight rows.
+    # Tiles go through rings of STAGES stages in shared memory.  The 16-byte pieces of a row are swizzled, so that
+    # ldmatrix has no bank conflicts within eight rows.
     X_FROM: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
     V_FROM: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
     x_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BM, 32], gl.SwizzledSharedLayout(4, 1, 8, order=[1, 0]))
@@ -119,7 +120,7 @@ def forward(
     x_word = gl.arange(0, 32, layout=gl.SliceLayout(0, X_FROM))
     v_row = gl.arange(0, BN, layout=gl.SliceLayout(1, V_FROM))
     v_word = gl.arange(0, 16, layout=gl.SliceLayout(0, V_FROM))
-    # A tile's rows are offsets from a pointer that moves, in half as many registers as pointers of their own.
+    # The rows of a tile are 32-bit offsets from one moving pointer: half as many registers as a pointer for each row.
     X += (pm * BM).to(gl.int64) * (stride_xm // 2) + first * 32
     V += (pn * BN).to(gl.int64) * (K // 4) + first * 16
     x_at = (x_row * (stride_xm // 2))[:, None]
@@ -143,8 +144,8 @@ def forward(
         in_p = p_row < N
         in_q = p_row + 8 < N
 
-    # Masked elements are filled with zeros, in rows past the end and past K alike.
-    for i in range(0, STAGES - 1):  # unrolled, it runs out of registers
+    # Masked copies write zeros, for rows past the end as well as for features past K.
+    for i in range(0, STAGES - 1):  # not unrolled: that would run out of registers
         k = first + i
         of_x = in_x & (x_word < K // 2 - k * 32)[None, :] & (i < blocks)
         of_v = in_v & (v_word < K // 4 - k * 16)[None, :] & (i < blocks)
@@ -166,7 +167,7 @@ def forward(
     stage = 0
     for i in range(0, blocks):
         wait_for_copies(STAGES - 2)
-        # What every thread has copied is visible to all now, and nobody reads the stage before this one any more.
+        # Now every thread sees the copies of all threads, and no thread reads the previous stage any more.
         barrier()
         into = gl.where(stage == 0, STAGES - 1, stage - 1)
         ahead = first + i + STAGES - 1
@@ -197,7 +198,7 @@ def forward(
         b0, b1 = gl.split(gl.permute(b, (4, 2, 0, 1, 6, 5, 3)))
         b0 = gl.convert_layout(b0.reshape([1, 1, 2, 8, NT, WM, 4, 2]), L, assert_trivial=True)
         b1 = gl.convert_layout(b1.reshape([1, 1, 2, 8, NT, WM, 4, 2]), L, assert_trivial=True)
-        # The last operand says whose selectors count: those of lanes t = 0, 1 or t = 2, 3.
+        # The last operand chooses the lanes that supply the selectors: t = 0, 1 or t = 2, 3.
         acc = gl.inline_asm_elementwise(
             MMA + "0x0;", SPARSE_CONSTRAINTS, [a0, b0, e, acc], dtype=gl.float32, is_pure=True, pack=4
         )
@@ -205,7 +206,7 @@ def forward(
             MMA + "0x1;", SPARSE_CONSTRAINTS, [a1, b1, e, acc], dtype=gl.float32, is_pure=True, pack=4
         )
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-    # Copies still under way write zeros into the rings, whose memory is used anew below.
+    # The last copies still write zeros into the rings; their memory is reused below.
     wait_for_copies(0)
     barrier()
 
@@ -222,7 +223,7 @@ def forward(
 
 @gluon.jit
 def add_up(PARTS, BIAS, Y, count, N, SPLITS, HAS_BIAS: gl.constexpr, BLOCK: gl.constexpr = 512):
-    """``Y [count] = sum of PARTS float32 [SPLITS, count] + BIAS [N]`` of ``count = M N`` entries, in a fixed order."""
+    """``Y [count] = sum of PARTS float32 [SPLITS, count] + BIAS [N]``, ``count = M N``; the order of sums is fixed."""
     L: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     at = gl.program_id(0).to(gl.int64) * BLOCK + gl.arange(0, BLOCK, layout=L)
     inside = at < count

@@ -1,13 +1,13 @@
 """Products on the 2:4 sparse tensor cores, called with tensors: 2:4, bfloat16 and float16, CUDA devices.
 
-Nothing here decides whether they should be used: ``gluon_choices`` names those that are right on a device, for
-something to measure and choose from, and ``gpu_rules`` takes one where a table of measurements says so.
+This module does not decide when to use them.  ``gluon_choices`` lists the configurations that give right results on a
+device, for measurements, and ``gpu_rules`` uses one where a table of measurements recommends it.
 
-Both kernels compute ``Y = X W^T + T B^T + bias`` from the stored weights, and so does anything of that form: with
-``(dY, values, pattern)`` of the transposed double-pruned weight they compute its input gradient.
+Both kernels compute ``Y = X W^T + T B^T + bias`` from the stored weights.  An input gradient has the same form: pass
+dY with the transposed double-pruned weight.
 
-An entry of ``x`` that meets only pruned weights takes no part, whatever it is: where it is infinite or NaN, a dense
-product has NaN and these have not.
+An entry of ``x`` that meets only pruned weights is never read.  If it is infinite or NaN, a dense product gives NaN and
+these products do not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from slope_compile.kernels.launching import Kernels, device_of
 
 DTYPES = (torch.bfloat16, torch.float16)
 _LARGEST_ROW = 1 << 24
-"""Elements from one row to the next; offsets within a tile of up to 256 rows are 32 bits."""
+"""Largest distance of two rows in elements (exclusive): offsets within a tile of up to 256 rows have 32 bits."""
 
 
 @functools.cache
@@ -46,12 +46,12 @@ def _wgmma_kernels() -> Any:
 def unsupported(
     kernel: str, capability: tuple[int, int], dtype: torch.dtype, M: int, N: int, K: int, R: int = 0
 ) -> str | None:
-    """Why a product cannot be computed by a kernel; None: it can.
+    """The reason why a kernel cannot compute a product; None if it can.
 
     Args:
         kernel: "mma_sp" or "wgmma_sp".
         capability: compute capability of the device.
-        R: rank of the low-rank update; 0 without.
+        R: rank of the low-rank update; 0 if there is none.
     """
     if dtype not in DTYPES:
         return f"the sparse tensor cores multiply bfloat16 and float16, not {dtype}"
@@ -68,7 +68,7 @@ def unsupported(
 
 
 def supports(kernel: str, capability: tuple[int, int], dtype: torch.dtype, M: int, N: int, K: int, R: int = 0) -> bool:
-    """Whether a product can be computed by a kernel, see :func:`unsupported`."""
+    """Whether a kernel can compute a product, see :func:`unsupported`."""
     return unsupported(kernel, capability, dtype, M, N, K, R) is None
 
 
@@ -87,14 +87,14 @@ def mma_sp(
     Sums are float32.
 
     Args:
-        x: any layout; copied where the features of a token lie apart or a token does not begin at 4 bytes.
+        x: any layout; copied if its features are not contiguous or a token does not begin at a multiple of 4 bytes.
         values: ``[N, K / 2]``, see ``metadata``.
         pattern: uint8 ``[N, ceil(K / 8)]``.
         low_rank: ``(T [..., R], B [N, R])``, for an adapter ``T = X A^T``.
-        config: tile sizes; those of :func:`gluon_configs.default` without.
-        splits: over how many programs the sum of an output is split; :func:`gluon_configs.splits` without.  Their
+        config: tile sizes; :func:`gluon_configs.default` if None.
+        splits: number of programs that share the sum of an output; :func:`gluon_configs.splits` if None.  Their
             float32 parts are added up in a fixed order.
-        out: where the result goes, contiguous and of its shape and dtype.
+        out: a contiguous tensor for the result, with its shape and dtype.
     """
     N, K = values.shape[0], values.shape[1] * 2
     y = x.new_empty(*x.shape[:-1], N) if out is None else out
@@ -142,16 +142,16 @@ def wgmma_sp(
     Sums are float32.
 
     Args:
-        x: any layout; copied where the features of a token lie apart or a token does not begin at 16 bytes.
-        values: ``[N, K / 2]`` of K a multiple of 16, see ``metadata``.
+        x: any layout; copied if its features are not contiguous or a token does not begin at a multiple of 16 bytes.
+        values: ``[N, K / 2]``, K a multiple of 16, see ``metadata``.
         pattern: uint8 ``[N, K / 8]``.
-        low_rank: ``(T [..., R], B [N, R])``, for an adapter ``T = X A^T``; R up to the configuration's largest.
-        config: tile sizes; those of :func:`gluon_configs.default_wgmma` without.
+        low_rank: ``(T [..., R], B [N, R])``, for an adapter ``T = X A^T``; R is at most ``config.largest_rank``.
+        config: tile sizes; :func:`gluon_configs.default_wgmma` if None.
         splits, out: as in :func:`mma_sp`.
 
     Raises:
-        ValueError: of K or R, or of a configuration that no build is right in.
-        RuntimeError: what the compiler made of the kernel must not be used (``gluon_builds``).
+        ValueError: K or R is unsupported, or the tile has too few tokens for its outputs.
+        RuntimeError: the compiler's build of the kernel must not be used (``gluon_builds``).
     """
     N, K = values.shape[0], values.shape[1] * 2
     y = x.new_empty(*x.shape[:-1], N) if out is None else out
@@ -195,7 +195,7 @@ def wgmma_sp(
 
 
 def _divided(blocks: int, splits: int) -> tuple[int, int]:
-    """How many blocks a split takes, and how many splits that makes: none without work."""
+    """Blocks of each split, and the number of splits, so that each has work."""
     per_split = -(-blocks // splits)
     return per_split, -(-blocks // per_split)
 
@@ -210,9 +210,9 @@ def _add_up(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
 def _check_build(
     device: torch.device, config: WgmmaSp, arguments: tuple[Any, ...], options: dict[str, bool | int]
 ) -> None:
-    """Compile, without a launch, and look at the result, once for each that there is."""
+    """Compile without a launch and check the build (``gluon_builds``), once for each distinct build."""
     wide_sizes = tuple(argument > 2**31 - 1 for argument in arguments if isinstance(argument, int))
-    # What Triton compiles in of the arguments: the width of sizes, the result's type, whether it begins at 16 bytes.
+    # Triton specializes a build on the width of sizes, the result's type and whether it begins at 16 bytes.
     key = (device, *options.values(), *wide_sizes, arguments[6].dtype, arguments[6].data_ptr() % 16 == 0)
     if key not in _build_problems:
         built = _wgmma_kernels().forward.warmup(*arguments, grid=(1,), **options)
@@ -227,7 +227,7 @@ def _check_build(
 
 
 _build_problems: dict[tuple[Any, ...], list[str]] = {}
-"""What is known of the builds of this process; a fact of the compiler, the same for every model."""
+"""Problems of the builds of this process.  They depend on the compiler alone and are the same for every model."""
 
 
 def _on_gpu(tensor: Tensor) -> bool:
@@ -235,16 +235,17 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def _without_weights(y: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The product with weights of no columns."""
+    """The result for K = 0."""
     if low_rank is not None:
         return y.copy_(F.linear(*low_rank, bias))
     return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
 
 
 def words(matrix: Tensor, dtype: torch.dtype, alignment: int = 0) -> Tensor:
-    """16-bit ``[rows, columns]`` as integers of ``dtype``, of which a row has a whole number.
+    """View a 16-bit matrix ``[rows, columns]`` as integers of ``dtype``; a row must hold a whole number of them.
 
-    Copied where rows do not begin at multiples of a word or of ``alignment`` bytes; for the TMA, where they overlap.
+    The matrix is copied if a row does not begin at a multiple of an integer's size or of ``alignment`` bytes, and, for
+    the TMA (alignment 16), if rows overlap.
     """
     per, alignment = dtype.itemsize // 2, max(alignment, dtype.itemsize)
     columns, stride = matrix.shape[1], matrix.stride(0)
@@ -258,7 +259,7 @@ def words(matrix: Tensor, dtype: torch.dtype, alignment: int = 0) -> Tensor:
 def _low_rank(
     low_rank: tuple[Tensor, Tensor] | None, M: int, instead: Tensor, alignment: int
 ) -> tuple[Tensor, Tensor, int]:
-    """T and B as words, contiguous, their columns filled up with zeros where rows would begin off the alignment."""
+    """T and B as contiguous words, and their rank.  Columns of zeros are appended until rows are aligned."""
     if low_rank is None or low_rank[1].shape[1] == 0:
         return instead, instead, 0
     t, b = low_rank[0].reshape(M, -1), low_rank[1]
@@ -268,7 +269,7 @@ def _low_rank(
 
 
 def in_pieces(pattern: Tensor, size: int) -> Tensor:
-    """A pattern as integers of ``size`` bytes, of which a row has a whole number."""
+    """View a pattern as integers of ``size`` bytes; a row must hold a whole number of them."""
     pattern = pattern.contiguous()
     if pattern.data_ptr() % size or pattern.storage_offset() % size:
         pattern = pattern.clone()
@@ -277,5 +278,5 @@ def in_pieces(pattern: Tensor, size: int) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def processors(device: torch.device) -> int:
-    """How many multiprocessors a device has."""
+    """Number of multiprocessors of a device; 1 for the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

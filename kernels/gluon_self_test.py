@@ -1,10 +1,10 @@
-"""Whether a Gluon kernel can be trusted on a device: it is run there on numbers with one answer before anything else.
+"""Self-test of a Gluon kernel on a device, run before the kernel is used there.
 
-Inputs are -1, 0 and 1, so that every float32 sum is exact and the rounded result must be equal to the last bit.  Each
-of the six patterns of a group comes to lie in every register of every lane.  A second time there are rows of zeros, an
-infinity and a NaN among the weights, which must arrive in their outputs and nowhere else.  The fragments and
-descriptors in the assembly were derived from manuals; a device that reads them otherwise is noticed here, and the
-kernel is not chosen.
+Inputs are -1, 0 and 1: every float32 sum is exact, so the rounded result must be right to the last bit.  Each of the
+six patterns of a group occurs in every register of every lane.  A second run has rows of zeros, an infinity and a NaN
+among the weights; the last two must reach their own outputs and no others.  The fragments and descriptors in the
+assembly were derived from manuals.  On a device that interprets them differently the test fails, and the kernel is not
+chosen.
 """
 
 from __future__ import annotations
@@ -26,23 +26,25 @@ Sizes = tuple[int, int, int, int, int]
 MMA_SP_SIZES: tuple[Sizes, ...] = (
     (37, 76, 140, 0, 1), (37, 76, 140, 0, 2), (40, 80, 192, 24, 1), (40, 80, 192, 5, 3), (1, 80, 192, 0, 1),
 )  # fmt: skip
-"""Both ways to read a pattern, whole and split, with a low-rank update and without, and a single token."""
+"""They cover a pattern read by the byte and through shared memory, whole and split sums, products with and without a
+low-rank update, and a single token."""
 
 
 @functools.lru_cache(maxsize=1024)
 def passes(
     device: torch.device, dtype: torch.dtype, config: Config, bias: bool = True, low_rank: bool = True, N: int = 0
 ) -> bool:
-    """Whether a kernel is right in this configuration; where it is not, or does not build, the log says so.
+    """Whether a kernel gives right results in this configuration.  Wrong results and failed builds are logged.
 
     Args:
-        bias, low_rank: whether the product is to have them; ``mma.sp`` is tested with both and without.
-        N: out_features; what counts is whether they are a multiple of 8.
+        bias, low_rank: whether the product has a bias or a low-rank update.  ``low_rank`` does not matter for
+            ``mma.sp``, which is tested with and without.
+        N: out_features; it only matters whether it is a multiple of 8.
     """
     try:
         sizes = MMA_SP_SIZES if isinstance(config, MmaSp) else _wgmma_sp_sizes(config, low_rank, N)
         wrong = [size for size in sizes if not _right(device, dtype, config, bias, *size)]
-    except Exception as error:  # Whatever a compiler or a driver raises.
+    except Exception as error:  # compilers and drivers raise many types
         log.warning("the kernel %s does not run on %s in %s and is not used: %s", config, device, dtype, error)
         return False
     if wrong:
@@ -54,8 +56,8 @@ def passes(
 
 
 def _wgmma_sp_sizes(config: Config, low_rank: bool, N: int) -> tuple[Sizes, ...]:
-    """A part of one tile; four tiles, of which three are partial, and each stage used twice, with a rest of K; and
-    sums of several programs, the pattern staged as before and not.
+    """Sizes that cover the kernel: a part of one tile; four tiles, three of them partial, with every stage used twice
+    and K no multiple of 128; and split sums, with the pattern staged and not staged.
     """
     narrow = 0 if N % 8 == 0 else 3
     R = 72 if low_rank else 0
@@ -79,7 +81,7 @@ def _right(
         update = t.double() @ b.double().t() + (bias[0].double() if has_bias else 0)
 
         def right(kept: Tensor) -> bool:
-            # Freed at once, so that a result that nobody writes is this rather than the one of the run before.
+            # Freed at once: the result reuses this memory, so that entries left unwritten are NaN, not an old result.
             torch.full((M, N), torch.nan, device=device, dtype=dtype)
             if isinstance(config, MmaSp):
                 result = gluon_products.mma_sp(x, kept, pattern, given, low_rank, config, splits)

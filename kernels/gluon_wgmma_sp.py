@@ -1,23 +1,25 @@
 """``Y = X W^T`` on the 2:4 sparse tensor cores of sm_90: ``wgmma.mma_async.sp`` issued from Gluon's inline assembly.
 
-Importing this module imports Triton: only ``gluon_products`` does, at the first launch.  Storage is that of
-``metadata``, read as it is: values and tokens come through rings in shared memory, filled by the tensor memory
-accelerator (TMA), values go on to registers (``ldmatrix``), and selectors are made from the pattern's bits in
-registers.  Which lane holds what says ``gluon_fragments``; what is said of entries of X in ``gluon_mma_sp`` holds here.
+Importing this module imports Triton, so only ``gluon_products`` imports it, at the first launch.  Weights are stored
+as ``metadata`` describes and read without repacking.  The tensor memory accelerator (TMA) copies values and tokens to
+rings in shared memory; ``ldmatrix`` then reads the values into registers.  The selectors are made from the pattern's
+bits in registers.  ``gluon_fragments`` defines which lane holds what.  The note on entries of X in ``gluon_mma_sp``
+applies here too.
 
-The assembly refers to what Triton does not promise, so every build is checked before it is used
-(``gluon_builds``): that the ring of tokens begins where shared memory does (PTX symbol ``global_smem``), and that
-ptxas keeps the instructions asynchronous.
+The assembly relies on two things that Triton does not promise: that the ring of tokens begins where shared memory does
+(PTX symbol ``global_smem``), and that ptxas keeps the instructions asynchronous.  ``gluon_builds`` therefore checks
+every build before it is used.
 
-Order of things, block after block of 64 features; one group of instructions is always under way:
+The kernel goes through blocks of 64 features.  One group of instructions is always in flight:
 
-1. Wait until the stage's copies are there (its mbarrier).  Read its values.
-2. Issue the block's instructions as one group; wait for the group of the block *before*.
-3. A barrier of all threads.  Now nobody reads the stage of the block before: values were read before its group was
-   issued, and the tokens by its group.  Refill it.
+1. Wait on the stage's mbarrier until its copies have arrived.  Read its values.
+2. Issue the block's instructions as one group.  Wait for the group of the *previous* block.
+3. Synchronize all threads.  No thread reads the previous block's stage any more: its values were read before its group
+   was issued, and its tokens by that group.  Refill the stage.
 
-The fragments of a block must stay in their registers while its group is under way: blocks alternate between two sets,
-by unrolling the loop.  The number of blocks is even; one past the end is all zeros, filled in by the TMA.
+The fragments of a block must stay in their registers while its group is in flight, so the loop is unrolled by two and
+blocks alternate between two sets of registers.  The number of blocks is even; the TMA fills a block past the end with
+zeros.
 """
 
 from triton.experimental import gluon
@@ -50,11 +52,14 @@ __all__ = ["forward", "tiles"]
 
 @gluon.constexpr_function
 def _group(multiplications, address):
-    """A group of asynchronous instructions, as PTX: ``multiplications`` per step, each a text that may say ``tile``.
+    """PTX of a group of asynchronous instructions.
 
-    ``address``: the operand that holds the bytes from the ring's beginning to the stage ``[BM, 128 bytes]`` of B.
-    ``tile`` describes where B is: the address in units of 16 bytes, 1024 bytes from eight tokens to the next, and
-    swizzled within 128 bytes.  32 features, or 16 pairs, are 64 bytes further; ``steps`` is how many units a step is.
+    multiplications: for each step, the instructions as text; they may use the matrix descriptor ``tile``.
+    address: the operand with the offset in bytes of B's stage ``[BM, 128 bytes]`` in the ring.
+
+    ``tile`` describes B in shared memory: its address in units of 16 bytes, 1024 bytes from eight tokens to the next
+    eight, and the swizzle of 128 bytes.  A stage holds 64 features in 8 units, so a step advances the address by 8
+    units over the number of steps.
     """
     text = [
         "{", ".reg .b32 at, low, high;", ".reg .b64 tile;",
@@ -75,7 +80,7 @@ def _registers(first, count):
 
 @gluon.constexpr_function
 def _sparse_group(MT, NT, FP16):
-    """A block: two steps.  Operands, MT times 4 NT registers each: sums, A of each step, E, the address of B."""
+    """PTX of a block, two steps.  Operands, each MT times 4 NT registers: sums, A of each step, E, the address of B."""
     Q = 4 * NT
     P = MT * Q
     kind = f"m64n{8 * NT}k32.f32." + ("f16.f16" if FP16 else "bf16.bf16")
@@ -84,7 +89,8 @@ def _sparse_group(MT, NT, FP16):
         instructions = []
         for mt in range(MT):
             sums, a, e = _registers(mt * Q, Q), _registers(P * (1 + step) + mt * Q, 4), f"${3 * P + mt * Q}"
-            # After E: whose selectors count (those of lanes t = 0, 1 or t = 2, 3), add to the sums, no signs, B by K.
+            # After E: the lanes that supply the selectors (0: t = 0, 1; 1: t = 2, 3), accumulate, no negated operand
+            # (twice), B with K contiguous.
             instructions.append(f"wgmma.mma_async.sp.sync.aligned.{kind} {sums}, {a}, tile, {e}, {step}, 1, 1, 1, 0;")
         steps.append(instructions)
     return _group(steps, f"${4 * P}") + "\nwgmma.wait_group.sync.aligned 1;\n}"
@@ -92,7 +98,7 @@ def _sparse_group(MT, NT, FP16):
 
 @gluon.constexpr_function
 def _dense_group(MT, NT, FP16):
-    """64 features of a dense product, four steps.  Operands: sums, A of each step, the address of B."""
+    """PTX of 64 features of a dense product, four steps.  Operands: sums, A of each step, the address of B."""
     Q = 4 * NT
     P = MT * Q
     kind = f"m64n{8 * NT}k16.f32." + ("f16.f16" if FP16 else "bf16.bf16")
@@ -108,13 +114,13 @@ def _dense_group(MT, NT, FP16):
 
 @gluon.constexpr_function
 def _constraints(P, inputs):
-    """P sums, ``inputs`` operands of P registers, and the sums before, in the same registers."""
+    """Constraints of P new sums, ``inputs`` operands of P registers each, and the old sums in the same registers."""
     return ",".join(["=f"] * P + ["r"] * (P * inputs) + [str(i) for i in range(P)])
 
 
 @gluon.jit
 def _address(stage, BM: gl.constexpr, L: gl.constexpr, WN: gl.constexpr):
-    """Bytes from the beginning of the ring of tokens to a stage of it, in every lane."""
+    """Offset of a stage in the ring of tokens, in bytes, in every lane."""
     return gl.zeros([1, WN, 1, 8, 1, 1, 4, 1], gl.int32, L) + stage * (BM * 128)
 
 
@@ -123,7 +129,7 @@ def _multiply(
     acc, v_ring, p, q, stage,
     MT: gl.constexpr, WN: gl.constexpr, NT: gl.constexpr, FP16: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
-    """Issues the group of a block, after which the group before is done."""
+    """Issue a block's group of instructions and wait for the previous group."""
     a0, a1 = values_of_block(v_ring.index(stage), MT, WN, 1, L)
     e = selectors(p, q)
     PACK: gl.constexpr = 4 * NT * MT
@@ -135,13 +141,13 @@ def _multiply(
 
 @gluon.jit
 def _fill(x_desc, v_desc, ready, x_ring, v_ring, stage, pm, pn, block, wanted, BM: gl.constexpr, BN: gl.constexpr):
-    """Copies a block's tiles to a stage; its mbarrier counts the bytes."""
+    """Start the copies of a block's tiles to a stage; the stage's mbarrier counts their bytes."""
     mbarrier.expect(ready.index(stage), BM * 128 + BN * 64, pred=wanted)
     load_tile(x_desc, [pm * BM, block * 32], ready.index(stage), x_ring.index(stage), pred=wanted)
     load_tile(v_desc, [pn * BN, block * 16], ready.index(stage), v_ring.index(stage), pred=wanted)
 
 
-# Nothing is compiled in but what is a constexpr, so that a build that was checked is the one that is launched.
+# No argument is specialized but the constexprs, so that the build that was checked is the one that is launched.
 @gluon.jit(
     do_not_specialize=["M", "N", "R", "stride_p", "blocks", "blocks_per_split"],
     do_not_specialize_on_alignment=["P", "B", "BIAS"],
@@ -156,19 +162,20 @@ def forward(
 ):  # fmt: skip
     """``Y [M, N] = X [M, K] W^T + T B^T + BIAS [N]`` of 16-bit operands; tiles of 8 NT tokens and 16 MT WN outputs.
 
-    x_desc: tiles ``[8 NT, 32]`` of X, int32 ``[M, K / 2]``, pairs of features.
-    v_desc: tiles ``[16 MT WN, 16]`` of V, int32 ``[N, K / 4]``, the kept values of a group each.
-    t_desc: tiles ``[8 NT, 32]`` of T, int32 ``[M, R / 2]``, with HAS_LOW_RANK; R at most 64 STAGES.
-    P: pattern, rows ``stride_p`` bytes apart, in integers of PIECE bytes, of which ``stride_p`` is a multiple.  8: it
-        comes through shared memory, almost as early as values do.  2: each thread loads its bits, two blocks ahead.
+    x_desc: tiles ``[8 NT, 32]`` of X, int32 ``[M, K / 2]``, each a pair of features.
+    v_desc: tiles ``[16 MT WN, 16]`` of V, int32 ``[N, K / 4]``, each the two kept values of a group.
+    t_desc: tiles ``[8 NT, 32]`` of T, int32 ``[M, R / 2]``, read with HAS_LOW_RANK only; R is at most 64 STAGES.
+    P: the pattern as integers of PIECE bytes; rows are ``stride_p`` bytes apart, a multiple of PIECE.  With PIECE = 8
+        the pattern is copied to shared memory, almost as early as the values.  With 2 each thread loads its own bits,
+        two blocks ahead.
     B: int32 ``[N, R / 2]``.
-    Y: ``[M, N]``; or float32 ``[splits, M, N]``, where program (_, s) adds up its ``blocks_per_split`` blocks only,
-        and the first one T B^T.
-    blocks: of 64 features, an even number that covers K; ``blocks_per_split`` is even, too.
-    WIDE: N is a multiple of 8, so that a thread stores 8 outputs at a time.
+    Y: ``[M, N]``, or float32 ``[splits, M, N]``: program (_, s) then sums ``blocks_per_split`` blocks of its own, and
+        program (_, 0) adds T B^T.
+    blocks: how many blocks of 64 features cover K, rounded up to an even number; ``blocks_per_split`` is even too.
+    WIDE: N is a multiple of 8, so a thread stores 8 outputs at a time.
     """
     if WIDE:
-        N = N // 8 * 8  # says so to the compiler
+        N = N // 8 * 8  # tells the compiler
     BN: gl.constexpr = 16 * MT * WN
     BM: gl.constexpr = 8 * NT
     PACK: gl.constexpr = 4 * NT * MT
@@ -177,13 +184,13 @@ def forward(
     first = gl.program_id(1) * blocks_per_split
     blocks = gl.minimum(blocks - first, blocks_per_split)
 
-    # The ring of tokens comes first: the assembly takes it to begin where shared memory does.
+    # The ring of tokens comes first, because the assembly expects it where shared memory begins.
     x_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BM, 32], x_desc.layout)
     v_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BN, 16], v_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
-    # Before the TMA and the other threads may use them.
+    # The TMA and the other threads may use the mbarriers only after this.
     fence_async_shared()
     barrier()
     for i in gl.static_range(STAGES):
@@ -201,7 +208,7 @@ def forward(
         for i in gl.static_range(STAGES - 1):
             copy_async(p_ring.index(i), p_at + i, mask=in_p & (i < left))
             commit_copies()
-        # Of the first block; then, block after block, of the next one before the barrier.
+        # Here for the first block; later for each next block, before the barrier.
         wait_for_copies(STAGES - 2)
         barrier()
     else:
@@ -210,7 +217,7 @@ def forward(
         p_at = P + p_row.to(gl.int64) * (stride_p // 2) + first * 4 + t
         q_at = p_at + 8 * (stride_p // 2)
         left = stride_p - first * 8 - 2 * t
-        # Two blocks ahead: of the next even block, and of the next odd one.
+        # Loaded two blocks ahead: the words of the next even block and of the next odd one.
         p_even = pattern_word(p_at, in_p, left, 2)
         q_even = pattern_word(q_at, in_q, left, 2)
         p_odd = pattern_word(p_at + 4, in_p, left - 8, 2)
@@ -267,8 +274,8 @@ def forward(
         "wgmma.wait_group.sync.aligned 0;", LAST, [acc], dtype=gl.float32, is_pure=False, pack=PACK
     )
     if PIECE == 8:
-        wait_for_copies(0)  # they still write zeros
-    # Nobody reads a stage any more, whose memory is used anew below.
+        wait_for_copies(0)  # the last ones still write zeros
+    # No thread reads a stage any more; their memory is reused below.
     barrier()
 
     if HAS_LOW_RANK:

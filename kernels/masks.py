@@ -1,4 +1,4 @@
-"""Which weights are kept: random, by magnitude, or as the weight already is.
+"""Masks of the weights that are kept: random, by magnitude, or the pattern that a weight already has.
 
 Every function returns a ``keep_mask`` (True = kept), bool ``[N, K]``, with exactly ``keep`` of every ``group``
 consecutive entries of a row kept.
@@ -16,7 +16,7 @@ from slope_compile.pattern import Pattern
 
 
 def magnitude_mask(weight: Tensor, nm: Pattern) -> Tensor:
-    """Keep the largest magnitudes of each group; of equal ones the first (deterministic on every device)."""
+    """Keep the largest magnitudes of each group, on a tie the first (deterministic on every device)."""
     N, K = weight.shape
     groups = weight.detach().abs().view(N, K // nm.group, nm.group)
     order = groups.sort(dim=-1, descending=True, stable=True).indices[..., : nm.keep]
@@ -24,9 +24,9 @@ def magnitude_mask(weight: Tensor, nm: Pattern) -> Tensor:
 
 
 def random_mask(N: int, K: int, nm: Pattern, seed: int, path: str) -> Tensor:
-    """Keep a uniformly random choice of each group, on the CPU.
+    """Keep a uniformly random choice of each group; the mask is on the CPU.
 
-    It depends on seed, module path and shape only, not on any global generator, default device, rank or order of calls.
+    It depends only on seed, module path and shape, not on a global generator, default device, rank or order of calls.
     """
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -39,7 +39,7 @@ def random_mask(N: int, K: int, nm: Pattern, seed: int, path: str) -> Tensor:
 
 
 def has_pattern(weight: Tensor, nm: Pattern) -> bool:
-    """Whether no group of the weight has more than ``keep`` entries that are not zero."""
+    """Whether every group of the weight has at most ``keep`` nonzero entries."""
     N, K = weight.shape
     nonzero = (weight.detach() != 0).view(N, K // nm.group, nm.group).sum(-1)
     return bool((nonzero <= nm.keep).all())
@@ -48,10 +48,9 @@ def has_pattern(weight: Tensor, nm: Pattern) -> bool:
 def choose_mask(weight: Tensor, nm: Pattern, kind: str, seed: int, path: str) -> Tensor:
     """The static forward mask of a weight ``[N, K]``.
 
-    A weight that is N:M already keeps exactly its pattern: every entry that is not zero is kept.  Where a group has
-    fewer than ``keep`` of those, the rest is filled up from the mask that the configuration would have chosen, so
-    that a weight pruned earlier with the same seed and path finds the same mask again even where a kept entry has
-    become exactly 0.
+    A weight that is N:M already keeps its pattern: every nonzero entry is kept.  A group with fewer than ``keep``
+    nonzero entries is filled up from the mask that the configuration would have chosen.  A weight pruned earlier with
+    the same seed and path thus gets the same mask again, even if a kept entry has become exactly 0.
     """
     if kind == "random":
         N, K = weight.shape
@@ -60,5 +59,5 @@ def choose_mask(weight: Tensor, nm: Pattern, kind: str, seed: int, path: str) ->
         chosen = magnitude_mask(weight, nm)
     if not has_pattern(weight, nm):
         return chosen
-    # 2 for an entry that is in use, 1 for one that would have been chosen, 0 else: the top ``keep`` of these.
+    # Priorities, of which the top ``keep`` win: 2 for nonzero entries, plus 1 for entries that would have been chosen.
     return magnitude_mask((weight.detach() != 0).to(torch.int8) * 2 + chosen.to(torch.int8), nm)

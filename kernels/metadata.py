@@ -1,18 +1,21 @@
-"""How a sparse weight is stored: the values, and the packed metadata that says where they belong.  The one place.
+"""How a sparse weight is stored: its values, and packed metadata with their positions.
+
+Every kernel and operator uses the format that is defined here.
 
 **Pattern**: ``uint8 [N, ceil(K / 8)]``; bit ``i`` (least significant first) of byte ``[n, j]`` is 1 when the dense
 element ``[n, 8 j + i]`` is kept.  Bits past ``K`` are 0.  A 2:4 group is thus one nibble with exactly two bits set (six
-legal values), the group that comes first in the low half of its byte, and every supported group size divides a byte.
+legal values); the first group of a byte is in its low half.  Every supported group size divides a byte.
 
-**Values**: ``[N, K * keep / group]``, row by row in the order of their columns, nothing permuted, no padding: of a 2:4
-group with kept columns ``i0 < i1`` entry ``2 g`` is ``W[n, 4 g + i0]`` and entry ``2 g + 1`` is ``W[n, 4 g + i1]``.
+**Values**: ``[N, K * keep / group]``, row by row in the order of their columns, neither permuted nor padded.  For 2:4
+group ``g`` with kept columns ``i0 < i1``, entry ``2 g`` is ``W[n, 4 g + i0]`` and entry ``2 g + 1`` is
+``W[n, 4 g + i1]``.
 
 **Column mask**: ``uint8 [N, ceil(K * keep / group / 8)]``; bit ``i`` of byte ``[n, j]`` is 1 when the *value*
-``[n, 8 j + i]`` is in W^{R,C} too.  What the first pruning dropped needs no bit.  Of the kept values of a column, at
-most ``keep`` of ``group`` neighbouring rows have theirs set.  Bits past the last value are 0.
+``[n, 8 j + i]`` is in W^{R,C} too.  Elements that the first pruning dropped have no bit.  In each column, at most
+``keep`` of ``group`` neighbouring rows have a value whose bit is set.  Bits past the last value are 0.
 
 =====================  ================================  =======================================================
-what                   where                             bits a dense element (2:4, 16-bit weights)
+what                   where                             bits per dense element (2:4, 16-bit weights)
 =====================  ================================  =======================================================
 values                 the Parameter; gradient and       8 each (dense: 16)
                        optimizer state have its shape
@@ -21,21 +24,21 @@ column mask            buffer ``uint8 [N, ceil(K/16)]``  1/2, where the configur
 column age             buffer ``int64 [1]`` on the CPU   -
 =====================  ================================  =======================================================
 
-That order serves everybody: elementwise optimizers do not care about any, checkpoints and shards by rows (of values and
+This order suits every consumer: elementwise optimizers ignore order, checkpoints and shards by rows (of values and
 pattern alike) stay natural, and each kernel finds its operands by shifts, masks and selections in registers:
 
-- *C++ on CPUs* and *Triton*: nibbles, by bytes or, where rows are whole words, by 32-bit words (eight groups each).
-- *Gluon, mma.sp and wgmma.sp*: the two values of a group are one 32-bit word of the A fragment as it is; the selectors
-  ``i0 | i1 << 2`` of eight groups come from one word of the pattern in a handful of operations.
-- *exact input gradient*: the same storage, expanded along the rows that the sum runs over.
-- *double-pruned input gradient*: the same storage and the column mask, whose bits go with the values as they are read.
-  On sparse tensor cores values ``[K, N / 2]`` and pattern of the transpose are derived for the call in one pass
+- *C++ on CPUs* and *Triton* read nibbles: by bytes or, if rows are whole words, by 32-bit words (eight groups each).
+- *Gluon, mma.sp and wgmma.sp*: the two values of a group already are one 32-bit word of the A fragment.  The selectors
+  ``i0 | i1 << 2`` of eight groups are computed from one word of the pattern in a few operations.
+- The *exact input gradient* reads the same storage, expanded along the rows that the sum runs over.
+- The *double-pruned input gradient* reads the same storage and the column mask, one bit with each value.  On sparse
+  tensor cores the transpose's values ``[K, N / 2]`` and pattern are derived for the call in one pass
   (``compress_columns``) and freed.
-- *weight gradient*: writes ``[N, K / 2]`` in this order; a dense ``[N, K]`` is nowhere in memory.
-- *cuSPARSELt*: derives its packed operand for the call and frees it; whoever wants one kept asks for ``Packed`` there.
-- *expanded*: derives the dense weight for the call and frees it.
+- The *weight gradient* writes ``[N, K / 2]`` in this order; no dense ``[N, K]`` is in memory.
+- *cuSPARSELt* derives its packed operand for the call and frees it; ``_cusparselt.Packed`` keeps one on request.
+- *expanded* derives the dense weight for the call and frees it.
 
-So nothing derived outlives a call, and no way of computing keeps a second copy of the weights (tested by counting live
+So nothing derived outlives a call, and no method keeps a second copy of the weights (tested by counting live
 storages).
 """
 
@@ -91,12 +94,12 @@ def kept_columns(pattern: Tensor, K: int, keep: int, group: int) -> Tensor:
     N = pattern.shape[0]
     if group == 8:
         codes = pattern
-    else:  # 8 / group codes a byte, the lowest bits first
+    else:  # 8 / group codes per byte, the lowest bits first
         shifts = torch.arange(0, 8, group, dtype=torch.uint8, device=pattern.device)
         codes = ((pattern.unsqueeze(-1) >> shifts) & ((1 << group) - 1)).flatten(1)
     codes = codes[:, : K // group]
-    # Not to keep on a GPU.  What is made while a CUDA graph is captured, or while Inductor warms up before it captures,
-    # lies in the graph's own memory; and another stream might read the table before this one has written it.
+    # A table on a GPU must not be cached.  A tensor made while a CUDA graph is captured, or while Inductor warms up
+    # before it captures, is in the graph's own memory; and another stream might read the table before it is written.
     on_cpu = pattern.device.type == "cpu"
     table = _kept_table(keep, group) if on_cpu else _made_table(keep, group, pattern.device)
     return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(N, K // group, keep)
@@ -104,7 +107,7 @@ def kept_columns(pattern: Tensor, K: int, keep: int, group: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _kept_table(keep: int, group: int) -> Tensor:
-    """What :func:`_made_table` makes on the CPU.  A constant, made once."""
+    """:func:`_made_table` on the CPU, a constant that is made once."""
     with torch.inference_mode(False):
         return _made_table(keep, group, torch.device("cpu"))
 
@@ -112,7 +115,7 @@ def _kept_table(keep: int, group: int) -> Tensor:
 def _made_table(keep: int, group: int, device: torch.device) -> Tensor:
     """``[2^group, keep]``: positions of the first ``keep`` set bits of a group's code; 0 where it has fewer.
 
-    Made on the device, where nothing is waited for: a copy from the host can be in no CUDA graph.
+    Computed on the device without synchronization; a CUDA graph cannot contain a copy from the host.
     """
     position = torch.arange(group, device=device)
     bits = torch.arange(1 << group, device=device)[:, None] >> position & 1
@@ -121,7 +124,7 @@ def _made_table(keep: int, group: int, device: torch.device) -> Tensor:
 
 
 def check_pattern(pattern: Tensor, K: int, nm: Pattern, name: str) -> None:
-    """Refuse metadata that is not legal for ``nm``, before anything computes with it.
+    """Check that metadata is legal for ``nm``, before it is used.
 
     Raises:
         PatternError: wrong dtype or shape, a group without exactly ``nm.keep`` bits, or bits past ``K``.

@@ -8,16 +8,16 @@
 | ``grad_input(grad, values, pattern)`` | exact input gradient ``dX = dY W`` |
 | ``grad_input_columns(grad, values, pattern, column_mask)`` | double-pruned ``dX = dY W^{R,C}`` |
 | ``grad_weight(grad, x, pattern)`` | ``dY^T X`` at the kept positions, compressed |
-| ``pick_columns(values, pattern)`` | second pruning by magnitude: the column mask, of the values that stay |
-| ``compress_columns(values, pattern, column_mask)`` | W^{R,C}'s transpose, values and pattern; picked without a mask |
+| ``pick_columns(values, pattern)`` | second pruning by magnitude: the mask of the values that stay |
+| ``compress_columns(values, pattern, column_mask)`` | W^{R,C}'s transpose, values and pattern; picks without a mask |
 
 The double-pruned input gradient ``dX = dY W^{R,C}`` is the forward product of dY with the transposed compressed
-weight, ``linear(dY, column_values, column_pattern)``.  Where a column mask is given, ``grad_input_columns`` says the
-same without asking for the transposed values: a kernel may read the forward storage instead.
+weight, ``linear(dY, column_values, column_pattern)``.  If a column mask is given, ``grad_input_columns`` computes the
+same without the transposed values, so that a kernel may read the forward storage instead.
 
-All are closed under differentiation, so second derivatives work: each gradient is again one of these operators
-(``compress`` and ``expand`` are each other's adjoints; the three products differentiate into one another).
-``torch.compile`` sees each as one opaque node; nothing dense-shaped is saved for backward.
+The operators are closed under differentiation, so second derivatives work: each gradient is again one of these
+operators (``compress`` and ``expand`` are each other's adjoints; the three products differentiate into one another).
+``torch.compile`` sees each as one opaque node.  Nothing dense-shaped is saved for backward.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def _expand_definition(
     column_age: Tensor | None = None,
     interval: int = 0,
 ) -> Tensor:
-    """The arguments from ``double_pruned`` on do not change the dense weight: they say what the compiled rewrite of
-    the linear that reads it shall do in backward (see ``passes.sparsify``)."""
+    """Expand to a dense weight.  The arguments from ``double_pruned`` on do not change it: they direct the backward of
+    the linear that reads the weight, once compilation has rewritten it (see ``passes.sparsify``)."""
     return reference.expand(values, pattern, keep, group)
 
 

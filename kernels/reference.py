@@ -1,7 +1,7 @@
 """The definition of every operator in plain PyTorch.
 
-These functions run on any device and in any floating dtype, are the oracle of the test-suite, and are what executes
-where no faster kernel is registered.  They never synchronise with the device and allocate at most one dense weight.
+These functions run on any device and in any floating dtype.  The tests compare every kernel with them, and they run
+where there is no faster kernel.  They never synchronise with the device and allocate at most one dense weight.
 
 Letters: ``M`` tokens (any leading dimensions), ``N`` out_features, ``K`` in_features.  W is ``[N, K]``, N:M sparse
 along K, stored as ``values [N, K * keep / group]`` and ``pattern`` (see ``metadata``).  The three products:
@@ -24,7 +24,7 @@ from slope_compile.pattern import Pattern
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """``[..., features]`` as ``[M, features]``, where there are no features too."""
+    """``[..., features]`` as ``[M, features]``, even with zero features."""
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
@@ -49,7 +49,7 @@ def expand(values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     groups = kept // keep
     columns = kept_columns(pattern, groups * group, keep, group)  # [N, K/group, keep]
     dense = values.new_zeros(N, groups, group)
-    # A pattern of fewer rows would do for scatter_, and the rest of the weight be zeros.
+    # view() checks the pattern's rows: scatter_ would accept fewer and leave the rest of the weight zero.
     return dense.scatter_(-1, columns.view(N, groups, keep), values.reshape(N, groups, keep)).view(N, groups * group)
 
 
@@ -65,19 +65,20 @@ def forward(
 ) -> Tensor:
     """``Y = X W^T + bias + down up^T``: x ``[..., K]``, bias ``[N]`` or None -> ``[..., N]``.
 
-    ``down [..., R]`` and ``up [N, R]``, or neither: the low-rank branch of an adapter, its scale in ``down``.
+    ``down [..., R]`` and ``up [N, R]``, both or neither, are the low-rank branch of an adapter; ``down`` includes its
+    scale.
     """
     return forward_dense(x, expand(values, pattern, keep, group), bias, down, up)
 
 
 def forward_dense(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None) -> Tensor:
-    """The same with the expanded weight ``[N, K]``."""
+    """:func:`forward` with the expanded weight ``[N, K]``."""
     y = torch.nn.functional.linear(x, weight, bias)
     return (y if down is None or up is None else y + torch.nn.functional.linear(down, up)).contiguous()
 
 
 def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
-    """``dX = dY W`` with the once pruned W (exact): grad ``[..., N]`` -> ``[..., K]``."""
+    """``dX = dY W`` with W as it is in forward (exact): grad ``[..., N]`` -> ``[..., K]``."""
     return torch.matmul(grad, expand(values, pattern, keep, group)).contiguous()
 
 
@@ -98,7 +99,8 @@ def pick_columns(values: Tensor, pattern: Tensor, keep: int, group: int) -> Tens
     """The second, column-wise pruning: pick W^{R,C} from W^R by magnitude, groups along N.
 
     Returns:
-        The column mask, uint8 ``[N, ceil(K * keep / group / 8)]``: which of the values stay (see ``metadata``).
+        The column mask, uint8 ``[N, ceil(K * keep / group / 8)]``, one bit per value: 1 if it is kept (see
+        ``metadata``).
     """
     transposed = expand(values, pattern, keep, group).t().contiguous()  # [K, N]
     mask = magnitude_mask(transposed, Pattern(keep, group)).t().contiguous()  # [N, K]
@@ -113,10 +115,10 @@ def keep_columns(values: Tensor, column_mask: Tensor) -> Tensor:
 def compress_columns(
     values: Tensor, pattern: Tensor, keep: int, group: int, column_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The ordinary compressed form of (W^{R,C})^T ``[K, N]``, groups along N, for products that want it that way.
+    """(W^{R,C})^T ``[K, N]`` in the ordinary compressed form, groups along N.
 
-    Without a column mask W^{R,C} is picked here.  Each group has exactly ``keep`` slots, the largest magnitudes (of
-    equal ones the first) of what there is: those without a surviving weight hold explicit zeros.
+    Without a column mask W^{R,C} is picked here.  Each group has exactly ``keep`` slots for its largest magnitudes, on
+    a tie the first; slots without a surviving weight hold explicit zeros.
 
     Returns:
         ``(column_values [K, N * keep / group], column_pattern uint8 [K, ceil(N / 8)])``.

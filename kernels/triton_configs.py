@@ -1,7 +1,7 @@
-"""The tile configurations of the Triton kernels, and which one a launch takes by default.
+"""The tile configurations of the Triton kernels and the defaults of a launch.
 
-An autotuner may pick any configuration of a kernel's list: the tests compile each of them for every supported
-architecture and refuse one that spills registers or needs more shared memory than the architecture has.
+An autotuner may pick any configuration of a kernel's list.  The tests compile each of them for every supported
+architecture and reject one that spills registers or needs more shared memory than the architecture has.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tile sizes along tokens, out_features and in_features; BK is a multiple of 8, each a power of two from 16 on."""
+    """Tile sizes along tokens (BM), out_features (BN) and in_features (BK): powers of two, 16 or more.
+
+    BM is 0 where a kernel does not depend on the token count.
+    """
 
     BM: int
     BN: int
@@ -21,16 +24,16 @@ class Config:
     warps: int
     stages: int
     aligned_only: bool = False
-    """For sizes that are multiples of the vectors of a load only: with element-wise loads it runs out of registers."""
+    """Only for sizes divisible by the load's vector width: with element-wise loads the kernel runs out of registers."""
     archs: tuple[int, ...] = ()
-    """Compute capabilities (90 for 9.0) that have the registers, shared memory and compiler for it; none: all."""
+    """Compute capabilities (90 for 9.0) whose registers, shared memory and compiler suffice; empty for all."""
 
 
 CONVERSIONS = ("expand", "compress", "compress_columns", "pick_columns")
-"""Kernels that know no tokens."""
+"""Kernels that do not depend on the token count."""
 
 FEW_TOKENS = 32
-"""Up to here one tile of 16 or 32 rows holds all tokens and the product is bound by reading the weight."""
+"""Up to this many tokens one tile of 16 or 32 rows holds all tokens, and reading the weight is the bottleneck."""
 
 HALF = {
     "forward": (
@@ -60,7 +63,7 @@ HALF = {
     "compress_columns": (Config(0, 64, 64, 4, 1),),
     "pick_columns": (Config(0, 32, 128, 4, 1),),
 }
-"""bfloat16 and float16; in the order of the tokens they are meant for."""
+"""For bfloat16 and float16, sorted by the number of tokens that each is meant for."""
 
 SINGLE = {
     "forward": (
@@ -79,7 +82,7 @@ SINGLE = {
     "compress_columns": (Config(0, 32, 32, 4, 1),),
     "pick_columns": (Config(0, 32, 64, 4, 1),),
 }
-"""float32."""
+"""For float32, sorted likewise."""
 
 
 def configurations(
@@ -88,7 +91,7 @@ def configurations(
     """The configurations of a kernel for a dtype: "forward", "grad_input", "grad_weight", or one of CONVERSIONS.
 
     Args:
-        arch: compute capability (90 for 9.0); those for particular ones are left out without.
+        arch: compute capability (90 for 9.0).  If None, configurations for particular capabilities are left out.
     """
     choices = (SINGLE if dtype is torch.float32 else HALF)[kernel]
     return tuple(
@@ -99,7 +102,10 @@ def configurations(
 
 
 def default(kernel: str, M: int, dtype: torch.dtype, aligned: bool = True, arch: int | None = None) -> Config:
-    """The configuration taken without tuning: the smallest tile of tokens that holds M, else the largest."""
+    """The configuration used without tuning: the first whose tile holds M tokens, else the last.
+
+    Weight gradients and CONVERSIONS use the first for few tokens, else the last.
+    """
     choices = configurations(kernel, dtype, aligned, arch)
     if kernel in ("grad_weight", *CONVERSIONS):
         return choices[0] if M <= FEW_TOKENS else choices[-1]

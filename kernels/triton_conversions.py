@@ -1,8 +1,8 @@
 """Triton kernels between the forms of a 2:4 weight: dense, its values, and the values of its transpose.
 
-Importing this module imports Triton: only ``triton_products`` does, at the first launch.  Storage is that of
-``metadata``.  Each reads what it needs once and writes its result once; a dense ``[N, K]`` is in memory only where it
-is an argument or the result.
+Importing this module imports Triton, so only ``triton_products`` imports it, at the first launch.  Weights are stored
+as ``metadata`` describes.  Each kernel reads its inputs once and writes its result once.  A dense ``[N, K]`` is in
+memory only if it is an argument or the result.
 """
 
 import triton
@@ -24,8 +24,8 @@ from slope_compile.kernels.triton_tiles import (
 def stored_tile(
     V, P, C, rn, pk, N, K, stride_p, stride_c, BN: tl.constexpr, BK: tl.constexpr, HAS_COLUMNS: tl.constexpr
 ):
-    """Dense ``[BN, BK]`` of the rows rn and the columns ``pk BK`` to ``pk BK + BK - 1`` of a stored weight, and its
-    nibbles; with HAS_COLUMNS of those values alone that the column mask ``C uint8 [N, ceil(K / 16)]`` keeps."""
+    """A dense tile ``[BN, BK]`` of a stored weight, rows rn and columns ``pk BK`` to ``pk BK + BK - 1``, and its
+    nibbles; with HAS_COLUMNS, only values kept by the column mask ``C uint8 [N, ceil(K / 16)]``."""
     rv = pk * (BK // 2) + tl.arange(0, BK // 2)
     rb = pk * (BK // 8) + tl.arange(0, BK // 8)
     in_n = (rn < N)[:, None]
@@ -43,7 +43,7 @@ def stored_tile(
 def expand(
     V, P, C, W, N, K, stride_p, stride_c, BN: tl.constexpr, BK: tl.constexpr, HAS_COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """``W [N, K]`` dense, zero where pruned, of values ``V [N, K / 2]``; with HAS_COLUMNS W^{R,C}."""
+    """Dense ``W [N, K]``, zero where pruned, from values ``V [N, K / 2]``; with HAS_COLUMNS, W^{R,C}."""
     tiles = tl.cdiv(K, BK)
     pn, pk = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     rn = (pn * BN + tl.arange(0, BN)).to(tl.int64)
@@ -54,7 +54,7 @@ def expand(
 
 @triton.jit
 def compress(W, P, V, N, K, stride_wn, stride_wk, stride_p, BN: tl.constexpr, BK: tl.constexpr):
-    """Values ``V [N, K / 2]`` of ``W [N, K]`` dense, in any layout."""
+    """Values ``V [N, K / 2]`` of a dense ``W [N, K]`` in any layout."""
     tiles = tl.cdiv(K, BK)
     pn, pk = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     rn = (pn * BN + tl.arange(0, BN)).to(tl.int64)
@@ -72,10 +72,10 @@ def compress(W, P, V, N, K, stride_wn, stride_wk, stride_p, BN: tl.constexpr, BK
 def compress_columns(
     V, P, C, CV, CP, N, K, stride_p, stride_c, stride_cp, BN: tl.constexpr, BK: tl.constexpr, HAS_COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Values ``CV [K, N / 2]`` and pattern ``CP uint8 [K, ceil(N / 8)]`` of the transpose; with HAS_COLUMNS of W^{R,C}.
+    """Values ``CV [K, N / 2]`` and pattern ``CP uint8 [K, ceil(N / 8)]`` of the transpose of W^{R,C}.
 
-    The two largest magnitudes of four neighbours along N, of equal ones the first, among zeros for what is pruned.  N
-    is a multiple of 4.
+    From every four neighbours along N it keeps the two largest magnitudes, on a tie the first; pruned entries count as
+    zero.  With HAS_COLUMNS, entries that the column mask C drops count as pruned.  N is a multiple of 4.
     """
     tiles = tl.cdiv(K, BK)
     pn, pk = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -97,9 +97,10 @@ def compress_columns(
 
 @triton.jit
 def pick_columns(V, P, C, N, K, stride_p, stride_c, BN: tl.constexpr, BK: tl.constexpr):
-    """Column mask ``C uint8 [N, ceil(K / 16)]``: which values are among the two largest of four neighbours along N.
+    """Column mask ``C uint8 [N, ceil(K / 16)]`` of values whose magnitude is among the two largest of four neighbours
+    along N.
 
-    Magnitudes, of equal ones the first, among zeros for what is pruned.  N is a multiple of 4.
+    On a tie the first wins; pruned entries count as zero.  N is a multiple of 4.
     """
     tiles = tl.cdiv(K, BK)
     pn, pk = tl.program_id(0) // tiles, tl.program_id(0) % tiles

@@ -1,19 +1,19 @@
 """Triton kernels that read 2:4 weights in their stored form, expand a tile in registers and multiply it as a dense one.
 
-Importing this module imports Triton: only ``triton_products`` does, at the first launch.  Storage is that of
-``metadata`` (values ``[N, K / 2]`` in the order of their columns, pattern uint8 ``[N, ceil(K / 8)]``, one nibble a
-group, column mask uint8 ``[N, ceil(K / 16)]``, one bit a value); nothing is repacked.  What is not kept never takes
-part: values are selected, not multiplied by zero.
+Importing this module imports Triton, so only ``triton_products`` imports it, at the first launch.  Weights are stored
+as ``metadata`` describes (values ``[N, K / 2]`` in the order of their columns; pattern uint8 ``[N, ceil(K / 8)]``, one
+nibble per group; column mask uint8 ``[N, ceil(K / 16)]``, one bit per value).  Nothing is repacked.  Values are
+selected, not multiplied by zero, so that pruned entries never enter a sum.
 
-Sums are float32.  The features of a token lie side by side, tokens are a stride apart.  Row numbers are 64-bit before
-they meet a stride.  ``EVEN`` says that the reduction is a multiple of its block, so that its loads need no mask.
-``WORDS`` says that the rows of the pattern are whole 32-bit words, at addresses that are multiples of 4, and
-``COLUMN_WORDS`` the same of the column mask: only words are copied to shared memory ahead of their use, bytes are
-waited for in every step.  A reduction is never empty: the launchers answer that case themselves.
+Sums are float32.  The features of a token are contiguous; tokens are a stride apart.  Row numbers are converted to 64
+bits before they are multiplied by a stride.  ``EVEN``: the reduction is a multiple of its block, so that its loads need
+no mask.  ``WORDS``: the rows of the pattern are whole 32-bit words, at addresses that are multiples of 4.
+``COLUMN_WORDS``: the same for the column mask.  Only words are copied to shared memory ahead of their use; loads of
+bytes stall every step.  A reduction is never empty, because the launchers handle that case.
 
-Each product is a function that returns the sums of a tile, and a kernel around it that stores them.  The lowerings of
-``slope_compile._inductor_gpu`` put the same functions into kernels that Inductor generates, and for the forward product
-its parts around a load of x that Inductor writes.
+Each product is a function that returns the sums of a tile, and a kernel that calls it and stores them.  The lowerings
+of ``slope_compile._inductor_gpu`` put the same functions into kernels that Inductor generates.  For the forward product
+they use its parts around a load of x that Inductor generates.
 """
 
 import triton
@@ -24,7 +24,7 @@ from slope_compile.kernels.triton_tiles import expanded, kept, nibbles, staying,
 
 @triton.jit
 def forward_weights(V, P, rn, K, stride_p, BK: tl.constexpr, WORDS: tl.constexpr):
-    """Where the first block of rows rn is, of the values ``[BN, BK / 2]`` and of the pattern."""
+    """Pointers to the first block of rows rn: of the values ``[BN, BK / 2]``, and of the pattern."""
     LOADS: tl.constexpr = BK // (32 if WORDS else 8)
     rn = rn.to(tl.int64)
     v_at = V + rn[:, None] * (K // 2) + tl.arange(0, BK // 2)[None, :]
@@ -38,8 +38,8 @@ def forward_step(
     acc, x, v_at, p_at, k, in_n, K, stride_p,
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``acc [BM, BN]`` and what the features from k on add: ``x [BM, BK]`` times that block of W, transposed."""
-    EACH: tl.constexpr = 8 if WORDS else 2  # groups in what is loaded of a pattern at once
+    """``acc [BM, BN]`` plus ``x [BM, BK]`` times the transposed block of W of the features from k on."""
+    EACH: tl.constexpr = 8 if WORDS else 2  # groups per integer loaded from the pattern
     rv = tl.arange(0, BK // 2)
     rb = tl.arange(0, BK // (4 * EACH))
     if EVEN:
@@ -104,7 +104,7 @@ def forward(
     HAS_BIAS: tl.constexpr, HAS_LOW_RANK: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr,
     PRECISION: tl.constexpr, GROUP: tl.constexpr = 8,
 ):  # fmt: skip
-    """``Y [M, N] = X [M, K] W^T + T [M, R] B^T [R, N] + BIAS [N]``; all contiguous but X, whose rows are."""
+    """``Y [M, N] = X [M, K] W^T + T [M, R] B^T [R, N] + BIAS [N]``; X has contiguous rows, the rest is contiguous."""
     pm, pn = tile_of(M, N, BM, BN, GROUP)
     rm = pm * BM + tl.arange(0, BM)
     rn = pn * BN + tl.arange(0, BN)
@@ -137,7 +137,7 @@ def grad_input_sums(
     dy_at = DY + rm[:, None] * stride_ym + rn[None, :]  # [BM, BN]
     v_at = V + rn[:, None] * (K // 2) + rv[None, :]  # [BN, BK / 2]
     p_row = P + rn[:, None] * stride_p  # [BN, 1]
-    FLAGS: tl.constexpr = 32 if COLUMN_WORDS else 8  # values that one load of the column mask says of
+    FLAGS: tl.constexpr = 32 if COLUMN_WORDS else 8  # column-mask bits per load
     rc = pk * (BK // (2 * FLAGS)) + tl.arange(0, BK // (2 * FLAGS))
     in_c = (rc * (FLAGS // 8) < stride_c)[None, :]
     c_row = C + rn[:, None] * stride_c  # [BN, 1]
@@ -186,9 +186,9 @@ def grad_input(
     HAS_COLUMNS: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr, COLUMN_WORDS: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr = 8,
 ):  # fmt: skip
-    """``DX [M, K] = DY [M, N] W``; with HAS_COLUMNS of those values of W that ``C uint8 [N, ceil(K / 16)]`` keeps.
+    """``DX [M, K] = DY [M, N] W``; with HAS_COLUMNS, only values of W kept by the mask ``C uint8 [N, ceil(K / 16)]``.
 
-    TRANSPOSED computes ``W^T DY^T``: the other form with float32 on tensor cores ends sm_90's compiler with an error.
+    TRANSPOSED computes ``W^T DY^T``, because the compiler fails on the other form for float32 on sm_90's tensor cores.
     """
     pm, pk = tile_of(M, K, BM, BK, GROUP)
     rm = pm * BM + tl.arange(0, BM)
@@ -241,7 +241,7 @@ def grad_weight(
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr = 8,
 ):  # fmt: skip
-    """``DV [N, K / 2]``: the kept entries of ``DY^T X [N, K]``, which is nowhere in memory; each is written once."""
+    """``DV [N, K / 2]``: the kept entries of ``DY^T X [N, K]``, each written once.  The dense product is not stored."""
     pn, pk = tile_of(N, K, BN, BK, GROUP)
     rn = pn * BN + tl.arange(0, BN)
     rv = pk * (BK // 2) + tl.arange(0, BK // 2)

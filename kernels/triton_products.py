@@ -1,10 +1,11 @@
 """Launches of the Triton kernels, called with tensors.
 
-Nothing here decides anything.  2:4 only; the tensors of a call share a dtype out of ``DTYPES`` and a device: a GPU, or
-the CPU while Triton interprets (``TRITON_INTERPRET=1``, set before the first launch).  Activations may have any
-layout, with a copy where the features of a token lie apart; empty products are answered without a launch.  Products
-go into ``out`` where one is given, contiguous and of the result's shape and dtype.  Nothing is read back from the
-device and nothing is allocated but results and copies, so that a CUDA graph can hold any of these calls.
+This module does not decide when to use them.  Weights are 2:4.  The tensors of a call share a dtype out of ``DTYPES``
+and a device: a GPU, or the CPU in Triton's interpreter (``TRITON_INTERPRET=1``, set before the first launch).
+Activations may have any layout; they are copied if the features of a token are not contiguous.  Empty products need no
+launch.  A product is written to ``out`` if given, a contiguous tensor with the result's shape and dtype.  Nothing is
+read back from the device, and only results and copies are allocated, so that a CUDA graph can contain any of these
+calls.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ def arch(device: torch.device) -> int | None:
 
 
 def precision() -> str:
-    """How float32 is multiplied: TF32 where PyTorch's own products may use it, IEEE otherwise.  16 bits ignore it.
+    """Precision of float32 products: TF32 if PyTorch's own products may use it, else IEEE.  16-bit products ignore it.
 
-    Asked in the way that answers to each of PyTorch's switches; ``allow_tf32`` raises where the newer ones were used.
+    ``fp32_precision`` reflects all of PyTorch's switches; reading ``allow_tf32`` raises if the newer ones were used.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
@@ -66,8 +67,8 @@ def forward(
     """``Y = X W^T + T B^T + bias``: x ``[..., K]`` -> contiguous ``[..., N]``.
 
     Args:
-        low_rank: ``(T [..., R], B [N, R])``, for an adapter ``T = X A^T``; summed up with the product in float32.
-        config: tile sizes; the default ones without.
+        low_rank: ``(T [..., R], B [N, R])``, for an adapter ``T = X A^T``; added to the product in float32.
+        config: tile sizes; :func:`triton_configs.default` if None.
     """
     N, K = values.shape[0], values.shape[1] * 2
     y = x.new_empty(*x.shape[:-1], N) if out is None else out
@@ -104,7 +105,7 @@ def grad_input(
     config: Config | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``dX = dY W``: grad ``[..., N]`` -> contiguous ``[..., K]``; with a column mask that of ``W^{R,C}``."""
+    """``dX = dY W``: grad ``[..., N]`` -> contiguous ``[..., K]``; with a column mask, ``dX = dY W^{R,C}``."""
     N, K = values.shape[0], values.shape[1] * 2
     dx = grad.new_empty(*grad.shape[:-1], K) if out is None else out
     rows = _rows(grad)
@@ -151,7 +152,7 @@ def grad_weight(
 
 
 def expand(values: Tensor, pattern: Tensor, column_mask: Tensor | None = None, config: Config | None = None) -> Tensor:
-    """Dense ``[N, K]`` of values ``[N, K / 2]``; with a column mask ``W^{R,C}``."""
+    """Dense ``[N, K]`` from values ``[N, K / 2]``; with a column mask, ``W^{R,C}``."""
     N, K = values.shape[0], values.shape[1] * 2
     dense = values.new_empty(N, K)
     if N * K == 0:
@@ -187,9 +188,9 @@ def compress(weight: Tensor, pattern: Tensor, config: Config | None = None) -> T
 def compress_columns(
     values: Tensor, pattern: Tensor, column_mask: Tensor | None = None, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The transpose of W^{R,C}: ``(column_values [K, N / 2], column_pattern uint8 [K, ceil(N / 8)])``; N is in fours.
+    """The transpose of W^{R,C}: ``(column_values [K, N / 2], column_pattern uint8 [K, ceil(N / 8)])``.
 
-    Picked by magnitude, among the values that the column mask keeps where there is one.
+    N is a multiple of 4.  Entries are picked by magnitude, with a column mask only among the values that it keeps.
     """
     N, K = values.shape[0], values.shape[1] * 2
     column_values, column_pattern = values.new_empty(K, N // 2), pattern.new_empty(K, -(-N // 8))
@@ -225,18 +226,18 @@ def pick_columns(values: Tensor, pattern: Tensor, config: Config | None = None) 
 
 
 def _rows(activations: Tensor) -> Tensor:
-    """``[M, features]`` with the features of a token side by side; other layouts are copied."""
+    """Activations as ``[M, features]`` with contiguous features; other layouts are copied."""
     rows = activations.reshape(math.prod(activations.shape[:-1]), activations.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _words(bits: Tensor, width: int) -> bool:
-    """Whether a pattern or a column mask, of whose rows a tile has ``width`` bits, can be read by 32-bit words."""
+    """Whether a pattern or a column mask can be read by 32-bit words; a row of a tile has ``width`` bits of it."""
     return width % 32 == 0 and bits.stride(0) % 4 == 0 and bits.data_ptr() % 4 == 0
 
 
 def _aligned(N: int, K: int, *activations: Tensor) -> bool:
-    """Whether every row, that of the pattern too, begins at a multiple of 16 elements."""
+    """Whether every row, including the pattern's, begins at a multiple of 16 elements."""
     return N % 16 == 0 and K % 128 == 0 and all(rows.stride(0) % 16 == 0 for rows in activations)
 
 
