@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slope_compile._shared_classes import linear_forward
+from slope_compile._storage import storage_key
 from slope_compile.config import SlopeConfig
 from slope_compile.parametrizations import LowRank, SparseWeight
 from slope_compile.report import EXPERTS_DETAIL, Decision, Reason
@@ -122,8 +123,9 @@ def decide(
             return Reason.SUBCLASS, type(weight).__name__
         if paths[id(layer.module)] > 1:
             return Reason.SHARED, f"the module has {paths[id(layer.module)]} paths"
-        if len(users[weight.untyped_storage()._cdata]) > 1:
-            return Reason.TIED, " and ".join(users[weight.untyped_storage()._cdata])
+        names_of_weight = users[storage_key(weight)]
+        if len(names_of_weight) > 1:
+            return Reason.TIED, " and ".join(names_of_weight)
         if not config.selects(layer.path):
             return Reason.EXCLUDED, ""
         if layer.path in first:
@@ -177,13 +179,10 @@ def mixture_weights(model: nn.Module) -> list[Decision]:
 
 
 def _weight_users(model: nn.Module) -> dict[int, list[str]]:
-    """Storage -> the names under which parameters with that storage are registered."""
+    """The key of each storage -> the names under which parameters with that storage are registered."""
     users: dict[int, list[str]] = collections.defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.is_meta:
-            users[parameter.untyped_storage()._cdata].append(name)
-        else:
-            users[id(parameter)].append(name)
+        users[storage_key(parameter)].append(name)
     return users
 
 
