@@ -118,16 +118,15 @@ class Sparsify(Rewrite):
             assert outermost.call is not None
             before, outermost = outermost.call, outermost.parent
         weight = self.context.weights.compressed(base, settings, transposed, before)
-        N = self.context.weights.tensor(base)
-        assert N is not None
-        rows = N.shape[1] if transposed else N.shape[0]
-        double_pruned = settings.double_pruned and rows % settings.pattern.group == 0
+        tensor = self.context.weights.tensor(base)
+        assert tensor is not None
+        N = tensor.shape[1] if transposed else tensor.shape[0]
         columns = None if weight.column_mask is None else region.bring(weight.column_mask, outermost)
         return (
             region.bring(weight.values, outermost),
             region.bring(weight.pattern, outermost),
             settings.pattern.keep,
             settings.pattern.group,
-            double_pruned,
+            settings.double_prunes(N),
             columns,
         )

@@ -11,4 +11,5 @@ from torch import Tensor
 
 def storage_key(tensor: Tensor) -> int:
     """A number that is the same for two live tensors exactly if they share a storage, on any device."""
-    return tensor.untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
+    return key

@@ -120,8 +120,7 @@ class DynamoWeights:
     def compressed(self, node: Node, layer: LayerConfig, transposed: bool, before: Node) -> CompressedWeight:
         weight = self.inputs[node]
         state = self._state(node, layer, transposed)
-        rows = weight.shape[1] if transposed else weight.shape[0]
-        stores_columns = layer.stores_columns and rows % layer.pattern.group == 0
+        stores_columns = layer.stores_columns_for(weight.shape[1] if transposed else weight.shape[0])
         keep, group = layer.pattern.keep, layer.pattern.group
 
         if stores_columns and state.column_mask is None:

@@ -44,7 +44,7 @@ def compressed_state(
         VALUES: nn.Parameter(values, requires_grad=weight.requires_grad),
         PATTERN: pattern,
     }
-    if layer.stores_columns and N % nm.group == 0:
+    if layer.stores_columns_for(N):
         state[COLUMN_MASK] = ops.pick_columns(values, pattern, nm.keep, nm.group)
     if layer.adapter_rank:
         A, B = draw_adapter((N, K), layer, path, values)

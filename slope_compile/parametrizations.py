@@ -43,11 +43,10 @@ class SparseWeight(nn.Module):
         self.nm = layer.pattern
         self.shape = shape  # (N, K)
         self.transposed = transposed
-        # A column group needs N to divide; where it does not, the exact gradient is used (and reported).
-        self.double_pruned = layer.double_pruned and shape[0] % layer.pattern.group == 0
+        self.double_pruned = layer.double_prunes(shape[0])
         self.interval = layer.interval if self.double_pruned else 0
         self.place: Place | None = None
-        self.stores_columns = layer.stores_columns and self.double_pruned
+        self.stores_columns = layer.stores_columns_for(shape[0])
         self.register_buffer("pattern", pattern)
         self.register_buffer("column_mask", None)
         self.register_buffer("column_age", None)

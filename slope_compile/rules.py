@@ -1,4 +1,4 @@
-"""The rules of the method that need only names and shapes: what is an output head, what reads the first input.
+"""The rules that need only names, shapes and dtypes: what is an output head, what reads the first input, what divides.
 
 SLoPe makes every linear of attention and MLP sparse except output heads and the first linear after the input
 (arXiv 2405.16325; for BERT that is layer 0's query, key and value together).  A model tree has no dataflow, so there
@@ -9,6 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+
+import torch
+
+from slope_compile.config import LayerConfig
+from slope_compile.report import Reason
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Of weights that can become sparse."""
 
 HEAD_NAMES = frozenset(
     {
@@ -42,6 +50,23 @@ def is_head(path: str, N: int, vocabularies: frozenset[int], last: bool) -> bool
     """
     name = path.rpartition(".")[2]
     return name in HEAD_NAMES or (not in_block(path) and (last or N in vocabularies))
+
+
+def fits(dtype: torch.dtype, shape: tuple[int, int], settings: LayerConfig) -> tuple[Reason, str]:
+    """Whether a weight of this dtype and ``shape`` (N, K) can become sparse.
+
+    Returns:
+        ``SELECTED`` or the reason why not, and the detail.
+    """
+    N, K = shape
+    group = settings.pattern.group
+    if dtype not in DTYPES:
+        return Reason.DTYPE, str(dtype)
+    if K % group or not N or not K:
+        return Reason.SHAPE, f"K = {K} is not a positive multiple of {group}"
+    if settings.double_pruned and not settings.double_prunes(N):
+        return Reason.SELECTED, f"exact backward, as N = {N} is not a multiple of {group}"
+    return Reason.SELECTED, ""
 
 
 def is_router(path: str, names: Iterable[str]) -> bool:
