@@ -8,7 +8,7 @@ global scope, from which the chain can be followed to the real module, ``install
 ``OptimizedModule`` and ``Module._compiled_call_impl`` (what was handed to ``torch.compile``), the code objects of
 ``OutputGraph.call_user_compiler`` and ``Module._call_impl`` (by which frames on the stack are recognised),
 ``_grad_increment_nesting`` and ``_vmap_increment_nesting`` (with which transforms of ``torch.func`` begin), and
-``config.use_recursive_dict_tags_for_guards``.
+``use_recursive_dict_tags_for_guards``, ``recompile_limit`` and ``accumulated_recompile_limit`` of its configuration.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import CodeType, FrameType
 from typing import Any
 
@@ -36,6 +37,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from slope_compile.distributed import without_wrapper
 from slope_compile.rules import layer_path, plain_path
 
+_UNLIMITED = 1 << 30
 _COMPONENT = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 
 
@@ -64,6 +66,19 @@ def avoid_dangling_guards() -> None:
     """
     if torch.__version__ < "2.12":
         torch._dynamo.config.use_recursive_dict_tags_for_guards = False
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What was handed to ``torch.compile``, or the model itself."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
+def unlimited_recompiles() -> AbstractContextManager[None]:
+    """A context in which Dynamo compiles a function as often as its arguments ask for it."""
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(
+        recompile_limit=_UNLIMITED, accumulated_recompile_limit=_UNLIMITED
+    )
+    return patched
 
 
 def origin(placeholder: Node) -> Origin | None:
@@ -119,7 +134,7 @@ def model_of(root: nn.Module) -> tuple[nn.Module, str]:
     around: list[nn.Module] = []
     for owner in _owners(_CALLS):
         if isinstance(owner, nn.Module):
-            inner = without_wrapper(owner._orig_mod if isinstance(owner, OptimizedModule) else owner)
+            inner = without_wrapper(uncompiled(owner))
             if compiled is None and (isinstance(owner, OptimizedModule) or owner._compiled_call_impl is not None):
                 compiled = inner
             around.append(inner)

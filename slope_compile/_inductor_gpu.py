@@ -41,7 +41,7 @@ from torch._inductor.select_algorithm import (
 )
 from torch._inductor.virtualized import V
 
-from slope_compile._inductor_lowerings import like, matrix
+from slope_compile._inductor_lowerings import LEGAL_PATTERN, like, matrix, result_of
 from slope_compile.kernels import gpu_calls, gpu_ops, gpu_rules, triton_configs, triton_products
 from slope_compile.kernels.triton_configs import Config
 
@@ -51,8 +51,8 @@ Generators = dict[int, Callable[[Any], Tensor]]
 Bits = tuple[Any, Any, int]
 """Rows and bits a row of an input that packs them, and a legal byte of it."""
 
-_PATTERN, _COLUMN_MASK = 0x33, 0xDB
-"""What the autotuner may fill them with: two entries of every group kept; of random values 13 in 16 stay, here 12."""
+_COLUMN_MASK = 0xDB
+"""What the autotuner may fill a column mask with: 12 of 16 values stay, where of random values 13 do."""
 
 _CALLS = {
     "linear": gpu_calls.linear,
@@ -239,7 +239,7 @@ class Lowerings:
         if low_rank:
             flags["BR"] = 16 if V.graph.sizevars.statically_known_leq(up.get_size()[1], 16) else 32
         name = "linear_low_rank" if low_rank else "linear"
-        masks = {2: (N, 2 * half, _PATTERN)}
+        masks = {2: (N, 2 * half, LEGAL_PATTERN)}
         y = self._product(name, "forward", inputs, masks, [rows.get_size()[0], N], flags, 2 * half)
         return like(y, x, N)
 
@@ -259,7 +259,7 @@ class Lowerings:
         (N, half), rows = values.get_size(), _rows(grad)
         K = 2 * half
         flags = {"HAS_COLUMNS": len(bits) > 1, "TRANSPOSED": grad.get_dtype() is torch.float32}
-        masks = {2: (N, K, _PATTERN)} | ({3: (N, half, _COLUMN_MASK)} if len(bits) > 1 else {})
+        masks = {2: (N, K, LEGAL_PATTERN)} | ({3: (N, half, _COLUMN_MASK)} if len(bits) > 1 else {})
         inputs = [rows, *_whole(values, *bits)]
         dx = self._product(name, "grad_input", inputs, masks, [rows.get_size()[0], K], flags, N)
         return like(dx, grad, K)
@@ -270,7 +270,7 @@ class Lowerings:
             return None
         rows = _rows(grad)
         inputs = [rows, _rows(x), *_whole(pattern)]
-        masks = {2: (N, K, _PATTERN)}
+        masks = {2: (N, K, LEGAL_PATTERN)}
         return self._product("grad_weight", "grad_weight", inputs, masks, [N, K // 2], {}, rows.get_size()[0])
 
     def _product(
@@ -351,9 +351,9 @@ def _words(bits: Any, row: int, width: int) -> bool:
 
 
 def _selected(name: str, choices: list[Any], inputs: list[Any], layout: Any, generators: Generators) -> Any:
-    selected = autotune_select_algorithm(f"slope_gpu_{name}", choices, inputs, layout, input_gen_fns=generators)
-    # torch 2.13 returns the chosen one beside the result
-    return selected[0] if isinstance(selected, tuple) else selected
+    return result_of(
+        autotune_select_algorithm(f"slope_gpu_{name}", choices, inputs, layout, input_gen_fns=generators)
+    )
 
 
 def _weight_sizes(op: str, inputs: list[Any], sizes: list[Any]) -> tuple[Any, Any]:

@@ -38,7 +38,7 @@ MARK = "post_grad_custom_post_pass"
 VERSION = 2
 """Part of the kernels' names and of the cache keys: code generated for another version is not run."""
 
-_LEGAL_BYTE = 0x33
+LEGAL_PATTERN = 0x33
 """Two entries of every group kept: what the autotuner may fill a pattern with."""
 
 Generator = Callable[[Any], Tensor]
@@ -141,8 +141,11 @@ def _product(name: str, inputs: Sequence[Any], generators: dict[int, Generator],
     layout = ir.FixedLayout(nodes[0].get_device(), nodes[0].get_dtype(), list(sizes))
     ways = _MEASURED if config.max_autotune or config.max_autotune_gemm else _DECIDED_AT_RUN_TIME
     choices = [_kernels()[f"slope_{name}_{VERSION}{suffix}"].bind(nodes, layout, **way) for suffix, way in ways.items()]
-    selected = autotune_select_algorithm(f"slope_{name}", choices, nodes, layout, input_gen_fns=generators)
-    # torch 2.13 returns the chosen one beside the result
+    return result_of(autotune_select_algorithm(f"slope_{name}", choices, nodes, layout, input_gen_fns=generators))
+
+
+def result_of(selected: Any) -> Any:
+    """The result node out of what ``autotune_select_algorithm`` returns: torch 2.13 adds the choice that it made."""
     return selected[0] if isinstance(selected, tuple) else selected
 
 
@@ -152,7 +155,7 @@ def _pattern(N: Any, K: Any) -> Generator:
 
 
 def _legal_pattern(N: Any, K: Any, node: Any) -> Tensor:
-    return torch.full((int(N), packed_width(int(K))), _LEGAL_BYTE, dtype=torch.uint8, device="cpu")
+    return torch.full((int(N), packed_width(int(K))), LEGAL_PATTERN, dtype=torch.uint8, device="cpu")
 
 
 def _column_mask(N: Any, K: Any) -> Generator:

@@ -10,7 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 
-def transformed() -> bool:
+def inside_transform() -> bool:
     """Whether something is under way for which the operators have no rules; their definition consists of some that do.
 
     Autograd would drop the tangent of forward mode without a word.

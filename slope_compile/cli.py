@@ -12,6 +12,7 @@ import tabulate
 import torch
 
 from slope_compile import cli_inspect, doctor
+from slope_compile.dtypes import dtype_name
 from slope_compile.errors import SlopeError
 from slope_compile.kernels import (
     _cusparselt,
@@ -150,7 +151,7 @@ def _verify(device: torch.device, sizes: Sequence[tuple[int, ...]]) -> None:
         dtype, M, N, K = product
         fastest = f", the fastest is {verified[0].alg_id}" if verified else ""
         sys.stderr.write(
-            f"cuSPARSELt {str(dtype)[6:]} M={M} N={N} K={K}: {len(verified)} of its algorithms are right{fastest}\n"
+            f"cuSPARSELt {dtype_name(dtype)} M={M} N={N} K={K}: {len(verified)} of its algorithms are right{fastest}\n"
         )
 
     given = [p for M, N, K in sizes for dtype in _cusparselt.DTYPES for p in cusparselt_search.layer(dtype, M, N, K)]

@@ -27,11 +27,10 @@ from slope_compile.config import LayerConfig, SlopeConfig
 from slope_compile.distributed import is_sharded
 from slope_compile.errors import ConfigError
 from slope_compile.kernels import ops
-from slope_compile.kernels.masks import choose_mask
-from slope_compile.kernels.metadata import pack_mask
 from slope_compile.layers import decide, linear_layers
 from slope_compile.log import log
-from slope_compile.passes.graph import VALUE_KEYS, emit
+from slope_compile.parametrizations import choose_pattern
+from slope_compile.passes.graph import emit, give_value
 from slope_compile.passes.weights import CompressedWeight
 from slope_compile.pruned_weights import DenseState, PrunedWeight, prune, state_of
 from slope_compile.report import Decision, Reason
@@ -180,10 +179,8 @@ class DynamoWeights:
                     f"backend 'slope': {path!r} is dense and sharded by fully_shard, and pruning what is gathered for "
                     "a forward does not reach the shards; sparsify_ the model first, then fully_shard and compile it"
                 )
-            dense = weight.detach()
-            dense = (dense.t() if transposed else dense).contiguous()
-            mask = choose_mask(dense, layer.pattern, layer.mask, layer.seed, path)
-            state = DenseState(path, layer.pattern, transposed, pack_mask(mask))
+            pattern = choose_pattern(weight, layer, transposed, path)
+            state = DenseState(path, layer.pattern, transposed, pattern)
             self._prune.append((weight, state, model))
         return state
 
@@ -196,9 +193,7 @@ class DynamoWeights:
         self.placeholders.append(placeholder)
         self.inputs[placeholder] = tensor
         self.extra.append(get)
-        mode = getattr(node.meta.get(VALUE_KEYS[0]), "fake_mode", None)
-        if mode is not None:
-            placeholder.meta[VALUE_KEYS[0]] = mode.from_tensor(tensor, static_shapes=True)
+        give_value(placeholder, tensor, like=node)
         return placeholder
 
 

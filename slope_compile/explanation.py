@@ -21,7 +21,8 @@ from torch import nn
 from torch.fx import Node
 
 from slope_compile import cost
-from slope_compile._capture import Captured, Linear, capture, uncompiled
+from slope_compile._capture import Captured, Linear, capture
+from slope_compile._dynamo import uncompiled
 from slope_compile.config import SlopeConfig, checked_config
 from slope_compile.errors import ConversionError
 from slope_compile.kernels import ops

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from slope_compile._module_state import holds_parameter
 from slope_compile._shared_classes import linear_forward
 from slope_compile._storage import storage_key
 from slope_compile.config import SlopeConfig
@@ -35,7 +36,7 @@ class LinearLayer:
         """The tensor that is trained: the stored one, whatever parametrizations stand on it."""
         if parametrize.is_parametrized(self.module, self.name):
             stored: Any = self.module.parametrizations[self.name]  # type: ignore[index]
-            if "original" in stored._parameters:  # not where several tensors make the weight (weight_norm)
+            if holds_parameter(stored, "original"):  # not where several tensors make the weight (weight_norm)
                 original = stored.original
                 assert isinstance(original, Tensor)
                 return original
@@ -89,7 +90,7 @@ def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
             yield LinearLayer(path, module, transposed=True)
         elif isinstance(module, nn.MultiheadAttention):
             for weight in ATTENTION_WEIGHTS:
-                if module._parameters.get(weight) is not None or parametrize.is_parametrized(module, weight):
+                if holds_parameter(module, weight) or parametrize.is_parametrized(module, weight):
                     yield LinearLayer(f"{path}.{weight}".lstrip("."), module, transposed=False, name=weight)
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
-from types import FrameType
 
+from slope_compile._compiled_call import in_compiled_call
 from slope_compile.log import log
 from slope_compile.report import WAYS_OUT, Reason
 
@@ -36,7 +35,7 @@ def in_python(place: Place) -> None:
 
     A validation run of the model itself, and a look at ``layer.weight``, are meant to run there.
     """
-    if place.kind in place.said or not _in_compiled_call():
+    if place.kind in place.said or not in_compiled_call():
         return
     place.said.add(place.kind)
     log.warning(
@@ -56,16 +55,3 @@ def without_product(path: str) -> None:
         "graph, with its weight expanded; %s",
         path, WAYS_OUT[Reason.EAGER],
     )  # fmt: skip
-
-
-def _in_compiled_call() -> bool:
-    """Whether something that ``torch.compile`` returned is running, further out.
-
-    The function is private; its name and file are those of torch 2.11 to 2.13.
-    """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.endswith("eval_frame.py"):
-            return True
-        frame = frame.f_back
-    return False

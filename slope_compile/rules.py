@@ -13,10 +13,8 @@ from collections.abc import Iterable
 import torch
 
 from slope_compile.config import LayerConfig
+from slope_compile.dtypes import DTYPES
 from slope_compile.report import Reason
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Of weights that can become sparse."""
 
 HEAD_NAMES = frozenset(
     {

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from slope_compile._module_state import put_first
 from slope_compile._shared_classes import adapt, share, unshare
 from slope_compile.config import LayerConfig, SlopeConfig, checked_config
 from slope_compile.distributed import data_parallel
 from slope_compile.errors import ConversionError
 from slope_compile.kernels import cpu_library
-from slope_compile.kernels.masks import choose_mask
-from slope_compile.kernels.metadata import pack_mask
 from slope_compile.layers import ATTENTION_WEIGHTS, LinearLayer, decide, linear_layers, mixture_weights
 from slope_compile.log import log
 from slope_compile.optimizers import check_loaded_state, optimizers_with_state
 from slope_compile.outside import Place
-from slope_compile.parametrizations import LowRank, SparseWeight, draw_adapter
+from slope_compile.parametrizations import LowRank, SparseWeight, choose_pattern, draw_adapter
 from slope_compile.report import Decision, Report
 
 
@@ -174,7 +173,7 @@ def _convert(chosen: Sequence[tuple[LinearLayer, LayerConfig]]) -> None:
     Everything that can be computed beforehand is; the originals are held until the last layer is converted, so that a
     failure on the way leaves the model as it was.
     """
-    patterns = [_pattern(layer, settings) for layer, settings in chosen]
+    patterns = [choose_pattern(layer.weight, settings, layer.transposed, layer.path) for layer, settings in chosen]
     originals = [(layer, layer.weight.data) for layer, _ in chosen]
     try:
         for (layer, settings), pattern in zip(chosen, patterns, strict=True):
@@ -183,12 +182,6 @@ def _convert(chosen: Sequence[tuple[LinearLayer, LayerConfig]]) -> None:
         for layer, data in originals:
             _restore(layer, data)
         raise
-
-
-def _pattern(layer: LinearLayer, settings: LayerConfig) -> Tensor:
-    weight = layer.weight.detach()
-    weight = weight.t() if layer.transposed else weight
-    return pack_mask(choose_mask(weight.contiguous(), settings.pattern, settings.mask, settings.seed, layer.path))
 
 
 def _register(layer: LinearLayer, settings: LayerConfig, pattern: Tensor) -> None:
@@ -238,9 +231,7 @@ def _remove(layer: LinearLayer) -> None:
     """
     unshare(layer.module)  # the removal deletes `weight` from the class
     parametrize.remove_parametrizations(layer.module, layer.name, leave_parametrized=True)
-    weights = [name for name in ("weight", *ATTENTION_WEIGHTS) if name in layer.module._parameters]
-    for name in [*weights, *(name for name in layer.module._parameters if name not in weights)]:
-        layer.module._parameters[name] = layer.module._parameters.pop(name)
+    put_first(layer.module, ("weight", *ATTENTION_WEIGHTS))
     layer.weight.data = layer.weight.data.contiguous()  # of a Conv1D it is a transposed view by now
 
 
