@@ -76,7 +76,7 @@ def _kind(node: Node) -> Hashable | None:
         return None
     biased, stored = given[BIAS] is not None, given[COLUMNS] is not None
     settings = (given[KEEP], given[GROUP], bool(given[DOUBLE_PRUNED]))
-    return (given[X], biased, stored, settings, values.dtype, values.shape[1], node.meta.get("slope"))
+    return (given[X], biased, stored, settings, values.dtype, values.shape[1])
 
 
 def _early(node: Node) -> bool:

@@ -70,7 +70,8 @@ def training_state(
         known.add(layer.path)
         if layer.low_rank is not None:
             groups |= {id(p): ("adapters", "weights") for p in layer.low_rank.parameters()}
-        if layer.path in wanted if wanted is not None else layer.sparse is not None:
+        counts_apart = layer.sparse is not None if wanted is None else layer.path in wanted
+        if counts_apart:
             groups[id(layer.weight)] = ("linears", "weights")
             if layer.sparse is not None:
                 groups |= {id(b): ("linears", "metadata") for b in layer.sparse.buffers()}
