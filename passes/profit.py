@@ -1,4 +1,4 @@
-"""What the cost model says of one linear: whether its rewrite is predicted slower than the dense product."""
+"""Whether the cost model predicts that the rewrite of a linear is slower than the dense product."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ class _Judge:
         return decision_about(path, (N, K), settings, reason, detail, site.node.name)
 
     def _computed(self, site: Site) -> Decision:
-        """A weight that is no parameter; where it is part of one, the decision goes by that one's path."""
+        """Decide about a weight that is no parameter; if it is part of one, under the path of that parameter."""
         source = origin_of(site.base_region, site.base)
         if source is not None and source[0].parent is None:
             tensor = self.context.weights.tensor(source[1])
@@ -254,7 +254,7 @@ class _Judge:
 
 
 def _around(site: Site) -> str:
-    """What passes do not enter."""
+    """The operator or transform around a site that passes do not enter."""
     return "a function transform" if site.region.entered else str(site.region.call)
 
 

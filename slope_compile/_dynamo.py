@@ -1,4 +1,4 @@
-"""What the backend has to know about graphs that Dynamo hands over.
+"""Everything that depends on how Dynamo builds the graphs it passes to the backend.
 
 Private names used, tested on torch 2.11 and 2.13: ``node.meta["grapharg"]`` and its ``source`` (the chain of
 attribute accesses by which Dynamo reached an input), ``node._dynamo_source`` and ``node.meta["tensor_dict"]``
@@ -69,7 +69,7 @@ def avoid_dangling_guards() -> None:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """What was handed to ``torch.compile``, or the model itself."""
+    """The model that was given to ``torch.compile``, or the model itself if it is not compiled."""
     return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
@@ -153,8 +153,8 @@ def _path(model: nn.Module, module: nn.Module) -> str | None:
 def guard_parameter(placeholder: Node) -> None:
     """Have Dynamo check that the parameter behind an input is this very one, before it reuses the compiled graph.
 
-    Dynamo lends one compiled graph to every module of the same code and shapes: blocks of a model, models of a class.
-    That is wrong where something about this one parameter went into the graph.
+    Dynamo reuses one compiled graph for every module with the same code and shapes: blocks of a model, models of a
+    class.  That is wrong if the graph depends on something about this one parameter.
     """
     source = _source(placeholder)
     if source is not None:
@@ -164,8 +164,8 @@ def guard_parameter(placeholder: Node) -> None:
 def guard_module(placeholder: Node) -> None:
     """Have Dynamo check the module through which an input was reached, where that is an argument of the frame.
 
-    It is what Dynamo counts recompilations by: each module then has a limit of its own, and the blocks of a deep model,
-    compiled one by one, do not use up a common one (after which Dynamo would leave the rest eager).
+    Dynamo counts recompilations for each guarded module.  So the blocks of a deep model that are compiled one by one
+    have a limit each, and do not use up a common one (after which Dynamo would leave the rest eager).
     """
     source, graph = _source(placeholder), _running()
     while getattr(source, "base", None) is not None:
@@ -186,7 +186,7 @@ def _running() -> OutputGraph | None:
 
 
 _CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
-"""What every call of a module goes through."""
+"""Code of the functions that run at every call of a module."""
 _COMPILE = (OutputGraph.call_user_compiler.__code__, OutputGraph._call_user_compiler.__code__)
 
 
@@ -207,7 +207,7 @@ def working_copy(module: GraphModule) -> GraphModule:
     """A copy whose graphs, those of higher-order bodies too, can be rewritten; tensors and submodules are shared.
 
     Dynamo goes on reading the placeholders of the graph it handed over, so that one must stay as it is.  The copy's
-    Python code is generated when somebody asks for it: passes and compilers read the graph, and writing out the code
+    Python code is generated on demand: passes and compilers read the graph, and writing out the code
     after each pass took twice as long as the passes.
     """
     graph = Graph()

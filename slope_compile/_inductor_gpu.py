@@ -8,10 +8,10 @@ counts then are the table's, and no count recompiles anything.
 
 The templates are the tile functions of ``kernels.triton_kernels`` with a store that Inductor extends: what follows a
 product (activation, residual, cast) runs in the same kernel.  Their other gain is that a call is one launch by
-Inductor's own launcher, with nothing of ours in between.  Of the forward product Inductor extends the load of x too:
-where nothing else reads x (gradients of a weight do), it draws in what makes x if that neither reads more bytes than it
-writes nor, in 16 bits, computes anything: a copy to another layout, a gather.  Activations and norms stay kernels of
-their own; x is read once per tile of outputs, and they would be computed as often.  Gradients have no such load.
+Inductor's own launcher, with nothing of ours in between.  Inductor may also fuse x's producer into the forward load
+when nothing else reads x and, in 16 bits, it only moves data: a copy to another layout, a gather.  (The gradient of a
+weight reads x too.)  Activations and norms stay kernels of their own, because x is read once per tile of outputs and
+they would be computed as often.  The products of the backward pass have no such load.
 
 Private names used, tested on torch 2.11 and 2.13: ``torch._inductor.select_algorithm.TritonTemplate``,
 ``SymbolicGridFn``, ``ExternKernelChoice``, ``autotune_select_algorithm``; ``ir.ExternKernel.require_stride_order``,
@@ -52,7 +52,7 @@ Bits = tuple[Any, Any, int]
 """Rows and bits a row of an input that packs them, and a legal byte of it."""
 
 _COLUMN_MASK = 0xDB
-"""What the autotuner may fill a column mask with: 12 of 16 values stay, where of random values 13 do."""
+"""The byte that the autotuner fills a column mask with.  It keeps 12 of 16 values; random weights keep 13 of 16."""
 
 _CALLS = {
     "linear": gpu_calls.linear,
@@ -204,7 +204,10 @@ def _sources() -> str:
 
 
 def fingerprint() -> str:
-    """Of everything beside the graph that decides how it is lowered for the GPUs here; empty without one."""
+    """A text that changes with everything beside the graph that decides how it is lowered for the GPUs of this machine.
+
+    It is empty without a GPU.
+    """
     if not torch.cuda.is_available():
         return ""
     names = sorted({gpu_ops.name(torch.device("cuda", index)) for index in range(torch.cuda.device_count())})
@@ -330,7 +333,7 @@ def _tiles(kernel: str, M: int, dtype: torch.dtype, aligned: bool, device: Any, 
 
 
 def _constants(kernel: str, tile: Config, K: int, reduced: int, inputs: list[Any]) -> dict[str, Any]:
-    """What a template is compiled with."""
+    """The constants that a template is compiled with."""
     block = {"forward": tile.BK, "grad_input": tile.BN, "grad_weight": tile.BM}[kernel]
     even = reduced % block == 0
     constants = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "EVEN": even, "PRECISION": _precision()}
@@ -342,9 +345,9 @@ def _constants(kernel: str, tile: Config, K: int, reduced: int, inputs: list[Any
 
 
 def _words(bits: Any, row: int, width: int) -> bool:
-    """Whether a pattern or a column mask, of whose rows a tile has ``width`` bits, is whole words in memory.
+    """Whether a pattern or a column mask can be loaded in whole words by tiles that are ``width`` bits wide.
 
-    Inductor aligns no input that was not when the graph was compiled.
+    Inductor does not align an input that was not aligned when the graph was compiled.
     """
     begins = bits.get_name() not in V.graph.unaligned_buffers and _offset_divides(bits, 4)
     return begins and row % 32 == 0 and width % 32 == 0

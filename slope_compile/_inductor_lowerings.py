@@ -39,7 +39,7 @@ VERSION = 2
 """Part of the kernels' names and of the cache keys: code generated for another version is not run."""
 
 LEGAL_PATTERN = 0x33
-"""Two entries of every group kept: what the autotuner may fill a pattern with."""
+"""The byte that the autotuner fills a pattern with: it keeps two entries of every group."""
 
 Generator = Callable[[Any], Tensor]
 """Inductor's node of an input -> a tensor for the autotuner to measure with."""
@@ -108,7 +108,7 @@ def _or_operator(op: Any, lower: dict[str, Callable[..., Any]]) -> Callable[...,
 
 
 def _all_arguments(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """Those that a graph leaves out too: C++ code of Inductor's hands an operator's arguments on as they are."""
+    """The arguments of a call with the defaults that the graph left out: Inductor's C++ code does not add them."""
     rest = op._schema.arguments[len(args) :]
     return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]
 
@@ -145,12 +145,15 @@ def _product(name: str, inputs: Sequence[Any], generators: dict[int, Generator],
 
 
 def result_of(selected: Any) -> Any:
-    """The result node out of what ``autotune_select_algorithm`` returns: torch 2.13 adds the choice that it made."""
+    """The result of ``autotune_select_algorithm``: torch 2.13 returns it in a tuple with the choice that was made."""
     return selected[0] if isinstance(selected, tuple) else selected
 
 
 def _pattern(N: Any, K: Any) -> Generator:
-    """By the weight's sizes: those of the node are symbols where the backend added the pattern as an input."""
+    """A generator of patterns by the weight's sizes.
+
+    The sizes of the node itself are symbols where the backend added the pattern as an input.
+    """
     return functools.partial(_legal_pattern, N, K)
 
 
@@ -159,7 +162,7 @@ def _legal_pattern(N: Any, K: Any, node: Any) -> Tensor:
 
 
 def _column_mask(N: Any, K: Any) -> Generator:
-    """Of a random 2:4 weight ``[N, K]`` the second pruning keeps 13 of 16 values on average: so many are kept here."""
+    """A generator of column masks that keep 13 of 16 values, as the second pruning of a random 2:4 weight does."""
     return functools.partial(_likely_column_mask, N, K)
 
 

@@ -3,11 +3,11 @@
 The weights stay dense-shaped Parameters.  When a graph that reads one is compiled for the first time, its pattern is
 chosen, remembered beside the Parameter, and the weight is pruned in place.  The graph then reads
 ``slope.compress(weight, pattern)``; the gradient comes back expanded, zero at the pruned positions, so that an
-elementwise optimizer with momentum and decay keeps them at zero (``pruned_weights`` looks after the rest).
+elementwise optimizer with momentum and decay keeps them at zero (``pruned_weights`` handles the other cases).
 
-A graph without gradients and with few tokens reads the pruned weight itself.  Before such a graph runs, a weight that
-has been written to since (its version counter tells) is looked at, and pruned again where something else was loaded.
-Writing through ``weight.data`` raises no counter: a dense state that was loaded that way runs dense there.
+A graph without gradients and with few tokens reads the pruned weight itself.  If the version counter of the weight has
+changed since the last call, the weight is checked before the graph runs, and pruned again if it has lost its pattern.
+Writing through ``weight.data`` does not change the counter: a dense state that was loaded that way runs dense there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from slope_compile.report import Decision, Reason
 from slope_compile.rules import is_router, plain_path
 
 _warned: weakref.WeakKeyDictionary[nn.Module, SlopeConfig] = weakref.WeakKeyDictionary()
-"""Model -> the configuration about which :func:`_warn` has said its word."""
+"""Model -> the configuration that :func:`_warn` has warned about."""
 
 
 class DynamoWeights:
@@ -141,9 +141,8 @@ class DynamoWeights:
     def commit(self, prepared: bool) -> int:
         """Prune the weights whose pattern was chosen in this run, in place, and remember the patterns.
 
-        The graph is bound to the parameters that were judged by their place in the model.  It is not where
-        ``sparsify_`` has decided already and the graph has prepared weights, whose class Dynamo checks: one graph does
-        for all blocks that are alike, and another model's are not.
+        Dynamo guards on every parameter judged by its module path.  No guard is added when ``sparsify_`` made all
+        decisions: Dynamo already guards on the prepared class, so identical blocks share a graph.
 
         Args:
             prepared: whether the graph has weights that ``sparsify_`` prepared.
@@ -210,7 +209,7 @@ def _stored(weight: Tensor, state: DenseState, layer: LayerConfig) -> StoredColu
 
 
 def _warn(model: nn.Module, config: SlopeConfig, decisions: Sequence[Decision]) -> None:
-    """Say, once for a model and a configuration, what its author cannot have meant."""
+    """Warn, once for a model and a configuration, about settings that have no effect on the model."""
     if _warned.get(model) == config:
         return
     _warned[model] = config
@@ -229,7 +228,7 @@ def _warn(model: nn.Module, config: SlopeConfig, decisions: Sequence[Decision]) 
 
 
 def _settled(decision: Decision) -> Decision:
-    """For a model that ``sparsify_`` has prepared: what it left dense, the user wants dense."""
+    """The decision for a prepared model: a layer that ``sparsify_`` left dense stays dense."""
     if not decision.sparse:
         return decision
     return dataclasses.replace(

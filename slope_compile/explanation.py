@@ -56,13 +56,13 @@ class LinearFacts:
     density: float
     """Measured share of the weight that is not zero in the forward product; 1.0 for a dense linear."""
     column_density: float | None
-    """The same of W^{R,C}, picked by magnitude from the values as they are; None with the exact gradient."""
+    """The same share of W^{R,C}, picked by magnitude from the current values; None with the exact gradient."""
     bytes_before: int | None
     """The dense weight."""
     bytes_after: int | None
     """Values and metadata, as ``sparsify_`` stores them (a drop-in model keeps its dense-shaped weight)."""
     lowering: str
-    """Of the forward product, on the device that the model is on."""
+    """How the forward product is computed on the device of the model."""
     seconds_before: float | None = None
     """Roofline time of the forward product; None without a device, or where its peaks are for another element size."""
     seconds_after: float | None = None
@@ -72,7 +72,7 @@ class LinearFacts:
     flops_before: sympy.Expr | None = None
     """FLOPs of the forward product, in the graph's own symbols where it has some; None where no one matrix is known."""
     flops_after: sympy.Expr | None = None
-    """With those of an adapter that is on."""
+    """FLOPs after the rewrite, with those of an adapter that is on."""
     moved_before: sympy.Expr | None = None
     """Bytes that it reads and writes."""
     moved_after: sympy.Expr | None = None
@@ -239,7 +239,7 @@ def _itemsize(linear: Linear) -> int:
 
 
 def _storage(linear: Linear) -> LinearFacts:
-    """The decision, the bytes before and after it, and which share of the weight is left."""
+    """A record with the decision, the bytes before and after it, and the share of the weight that is left."""
     decision, shape = linear.decision, linear.decision.shape
     size = _itemsize(linear)
     density, column_density, lowered = 1.0, None, DENSE
@@ -274,7 +274,7 @@ def _storage(linear: Linear) -> LinearFacts:
 
 
 def _measurement(facts: LinearFacts, linear: Linear) -> LinearFacts:
-    """With the measured times of a sparse linear's forward product."""
+    """Add the measured times of a sparse linear's forward product."""
     nm = Pattern.parse(facts.pattern)
     values, pattern = linear.state[:2]
     dense = ops.expand(values, pattern, nm.keep, nm.group)
@@ -283,7 +283,7 @@ def _measurement(facts: LinearFacts, linear: Linear) -> LinearFacts:
 
 
 def _prediction(facts: LinearFacts, linear: Linear, rank: int, peaks: cost.Device | None) -> LinearFacts:
-    """With the cost of the forward product and, where there are peaks for its elements, the predicted times."""
+    """Add the cost of the forward product and, if there are peaks for its element size, the predicted times."""
     N, K = facts.shape
     size = _itemsize(linear)
     # A product that reads the pruned weight costs what a dense one costs.

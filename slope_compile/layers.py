@@ -72,7 +72,7 @@ class LinearLayer:
 
 
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-"""What ``nn.MultiheadAttention`` projects its input with: the first, or the three others."""
+"""Input projections of ``nn.MultiheadAttention``: a module has the first, or the three others."""
 
 
 def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:

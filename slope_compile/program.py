@@ -58,7 +58,7 @@ def transform(
     nodes in a GraphModule.
 
     With ``backward="double_pruned"`` and a column mask that is stored (``column_refresh`` a number or "never"), the
-    mask is refreshed by :func:`~slope_compile.columns.refresh_columns_`: a graph has nobody who counts steps.
+    mask is refreshed by :func:`~slope_compile.columns.refresh_columns_`: a graph does not count steps.
 
     ``fusions`` names those that are to run, of ``passes.pipeline.FUSIONS``.  With a ``device`` of the
     cost model (or the name of one in ``cost.DATA_SHEETS``) linears whose rewrite is predicted slower on it stay dense.

@@ -2,7 +2,7 @@
 
 SLoPe makes every linear of attention and MLP sparse except output heads and the first linear after the input
 (arXiv 2405.16325; for BERT that is layer 0's query, key and value together).  A model tree has no dataflow, so there
-the rules go by module paths; ``passes.select`` uses the dataflow where it has a whole graph.
+the rules use module paths; ``passes.select`` uses the dataflow where it has a whole graph.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def is_head(path: str, N: int, vocabularies: frozenset[int], last: bool) -> bool
         vocabularies: row counts of the model's embeddings.
         last: whether it is the last linear of the model.
 
-    True when its name says so, or when it stands outside every repeated block (its path has no number followed by
-    further names) and is the model's last linear or produces one feature per row of an embedding.  Inside blocks
-    that number says nothing: a position table often has as many rows as the model has features.
+    True when its name is one of ``HEAD_NAMES``, or when it stands outside every repeated block (its path has no number
+    followed by further names) and is the model's last linear or produces one feature per row of an embedding.  Inside
+    blocks the number of features is no evidence: a position table often has as many rows as the model has features.
     """
     name = path.rpartition(".")[2]
     return name in HEAD_NAMES or (not in_block(path) and (last or N in vocabularies))
@@ -80,12 +80,12 @@ def is_router(path: str, names: Iterable[str]) -> bool:
 
 
 def holds_experts(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter's name and shape say that it is the weights of several experts, ``[E, N, K]``."""
+    """Whether a parameter, by its name and shape, holds the weights of several experts, ``[E, N, K]``."""
     return len(shape) == 3 and shape[0] > 1 and "expert" in path.lower()
 
 
 def layer_path(parameter: str) -> str:
-    """The path that a weight's decision goes by, from the parameter's name and through any parametrization.
+    """The path under which a weight is decided about, from the parameter's name and through any parametrization.
 
     It is the module's path for a parameter called ``weight``, and the parameter's own name for any other
     (``self_attn.in_proj_weight``): a module can have several.

@@ -35,7 +35,7 @@ class DenseNote:
 
 
 class _ShowsNote:
-    """Mixed into a layer's class where that has a ``__repr__`` of its own, which does not ask for ``extra_repr``."""
+    """Mixin for a layer's class with a ``__repr__`` of its own that does not call ``extra_repr``."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         """To pickle and to copy: the class cannot be found by name."""
@@ -97,7 +97,7 @@ def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
         )
     _check_convertible("sparsify_", [layer for layer, _ in chosen], "convert before the first optimizer step")
 
-    # What is made in inference mode can be trained as little as what was made there: it has to be like the weights.
+    # Tensors that are made in inference mode cannot be trained, so the mode has to be that of the weights.
     with torch.inference_mode(any(layer.weight.is_inference() for layer, _ in chosen)):
         _convert(chosen)
     report = Report([*(decision for _, decision in decisions), *mixture_weights(model)])
@@ -170,7 +170,7 @@ def add_adapters_(model: nn.Module, config: SlopeConfig) -> list[str]:
 def _convert(chosen: Sequence[tuple[LinearLayer, LayerConfig]]) -> None:
     """Convert all of these layers or, should one fail, none.
 
-    Everything that can be computed beforehand is; the originals are held until the last layer is converted, so that a
+    The patterns are computed first, and the original weights are held until the last layer is converted, so that a
     failure on the way leaves the model as it was.
     """
     patterns = [choose_pattern(layer.weight, settings, layer.transposed, layer.path) for layer, settings in chosen]
@@ -204,7 +204,7 @@ def _register_adapter(layer: LinearLayer, settings: LayerConfig) -> None:
 
 
 def _check_ranks(chosen: Sequence[tuple[LinearLayer, LayerConfig]]) -> None:
-    """Say once how many adapters have more columns than their product can have rank."""
+    """Warn once about adapters whose rank exceeds their layer's full rank."""
     over = [(layer, settings.adapter_rank) for layer, settings in chosen if settings.adapter_rank > min(layer.shape)]
     if not over:
         return
@@ -248,7 +248,7 @@ def _note(layer: LinearLayer, decision: Decision) -> None:
 
 
 def _print_children(module: nn.Module) -> None:
-    """Let a parametrized module print as any module does, where its class hides the children (Conv1D does)."""
+    """Have a parametrized module print its children, which some classes hide (Conv1D does)."""
     type(module).__repr__ = nn.Module.__repr__  # type: ignore[method-assign]  # its class is its own
 
 
