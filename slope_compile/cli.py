@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_tune(arguments: argparse.Namespace) -> int:
-    """Measure, show and save the table that the rules of a device go by."""
+    """Measure, show and save the table that the rules of a device use."""
     if arguments.device != "cpu":
         if arguments.copies:
             sys.stderr.write("slope-compile tune: --copies is for CPUs; leave it out, or leave --device out\n")
@@ -97,7 +97,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
 
 
 def _would_be_lost() -> bool:
-    """Whether a table could not be kept for other processes; says so."""
+    """Whether a table could not be kept for other processes; if so, the reason is printed."""
     problem = cpu_build.nothing_lasts()
     if problem is not None:
         advice = "name a folder that can be written in TORCHINDUCTOR_CACHE_DIR"

@@ -5,8 +5,8 @@ is a number, the symbol ``M``, or the product of a graph's own symbols (``s0*s1`
 
 Conventions: one multiplication with its addition is 2 FLOPs (as in ``torch.utils.flop_counter``); each tensor that a
 product reads or writes moves once, so bytes are a lower bound; metadata is one bit per dense element, and one per value
-for the columns.  This is a model: it ranks alternatives and says where they cross; what is fastest is for measurement
-to say.
+for the columns.  This is a model: it ranks alternatives and computes where they cross; only a measurement shows which
+is fastest.
 """
 
 from __future__ import annotations

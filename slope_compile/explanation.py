@@ -70,7 +70,7 @@ class LinearFacts:
     """Measured seconds of the forward product, on random activations; None unless asked for, and for dense linears."""
     measured_after: float | None = None
     flops_before: sympy.Expr | None = None
-    """FLOPs of the forward product, in the graph's own symbols where it has some; None where no one matrix is known."""
+    """FLOPs of the forward product, in the graph's own symbols if it has some; None if the weight is not one matrix."""
     flops_after: sympy.Expr | None = None
     """FLOPs after the rewrite, with those of an adapter that is on."""
     moved_before: sympy.Expr | None = None
