@@ -43,6 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slope_compile.dtypes import dtype_name
 from slope_compile.kernels import cpu_build, reference, triton_products
 from slope_compile.kernels.masks import random_mask
 from slope_compile.kernels.metadata import pack_mask
@@ -235,12 +236,12 @@ def identity(device: torch.device) -> tuple[str, str, str]:
 
 def _name(product: Product) -> str:
     dtype, *sizes = product
-    return " ".join((str(dtype)[6:], *map(str, sizes)))
+    return " ".join((dtype_name(dtype), *map(str, sizes)))
 
 
 def _product(name: str) -> Product:
     dtype, M, N, K = name.split()
-    return {str(one)[6:]: one for one in DTYPES}[dtype], int(M), int(N), int(K)
+    return {dtype_name(one): one for one in DTYPES}[dtype], int(M), int(N), int(K)
 
 
 def _path(device: torch.device) -> Path:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from slope_compile.dtypes import dtype_name
 from slope_compile.kernels import _cusparselt, gpu_tuning
 from slope_compile.kernels._cusparselt import Algorithm, Product
 from slope_compile.log import log
@@ -247,7 +248,7 @@ class Search:
             if self._child is None:
                 self._child = self._started(min(START_SECONDS, ends - time.monotonic()))
             dtype, *sizes = product
-            request = {"product": [str(dtype)[6:], *sizes]}
+            request = {"product": [dtype_name(dtype), *sizes]}
             answer = self._child.ask(request, min(STEP_SECONDS, ends - time.monotonic()))
         except Gone as error:
             self._useless += time.monotonic() < ends
@@ -289,4 +290,4 @@ def _named(step: Algorithm | None) -> str:
 
 def _text(product: Product) -> str:
     dtype, M, N, K = product
-    return f"M, N, K = {M}, {N}, {K} in {str(dtype)[6:]}"
+    return f"M, N, K = {M}, {N}, {K} in {dtype_name(dtype)}"

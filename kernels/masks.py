@@ -23,13 +23,18 @@ def magnitude_mask(weight: Tensor, nm: Pattern) -> Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).view(N, K)
 
 
+def seeded_generator(text: str) -> torch.Generator:
+    """A generator on the CPU whose seed depends on the text only, on every machine."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
 def random_mask(N: int, K: int, nm: Pattern, seed: int, path: str) -> Tensor:
     """Keep a uniformly random choice of each group; the mask is on the CPU.
 
     It depends only on seed, module path and shape, not on a global generator, default device, rank or order of calls.
     """
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = seeded_generator(f"{seed}:{path}")
     choices = torch.tensor(
         [[i in kept for i in range(nm.group)] for kept in itertools.combinations(range(nm.group), nm.keep)],
         device="cpu",

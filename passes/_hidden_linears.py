@@ -21,6 +21,10 @@ from slope_compile.passes._higher_order import in_transform
 from slope_compile.passes.graph import value
 
 
+class _NotCovered(Exception):
+    """A definition is asked for something that only the operator itself computes."""
+
+
 def encoder_layer(
     src: Tensor, embed_dim: int, num_heads: int, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor,
     proj_bias: Tensor, use_gelu: bool, norm_first: bool, eps: float, norm_weight_1: Tensor, norm_bias_1: Tensor,
@@ -58,10 +62,10 @@ def self_attention(
     ``mask`` is true where nothing is attended to: ``[T, T]`` (type 0), ``[B, T]`` (type 1), ``[B, H, T, T]`` (type 2).
 
     Raises:
-        NotImplementedError: it is called for something else: attention weights, keys that are not the queries.
+        _NotCovered: the call returns attention weights, or its keys are not the queries.
     """
     if need_weights or not (query is key is value):
-        raise NotImplementedError
+        raise _NotCovered
     qkv = F.linear(query, qkv_weight, qkv_bias).unflatten(-1, (3, num_head, embed_dim // num_head))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # [B, H, T, d] each
     keep = None if mask is None else mask.logical_not()
@@ -83,7 +87,8 @@ DEFINITIONS: dict[Any, Callable[..., Any]] = {
 def trace(node: Node) -> GraphModule | None:
     """The definition of a node's operator for its operands, as a graph that takes ``node.all_input_nodes``.
 
-    None where the graph carries no values, or the definition does not cover the call.
+    None where the graph carries no values, or the definition does not cover the call.  Errors of the operators in the
+    definition are raised: they say more than that the call is not covered.
     """
     inputs = node.all_input_nodes
     values = [value(n) for n in inputs]
@@ -99,5 +104,5 @@ def trace(node: Node) -> GraphModule | None:
     try:
         with mode, torch.no_grad():
             return make_fx(run, pre_dispatch=True)(*values)
-    except NotImplementedError:
+    except _NotCovered:
         return None

@@ -1,7 +1,7 @@
-"""What a product must not be moved over: writes to tensors, and changes of the mode that calls run in.
+"""Calls that a product must not be moved over: writes to tensors, and changes of the mode that calls run in.
 
-Graphs from Dynamo are not functional: ``x.add_(y)`` is a call like others, and ``x`` holds something else from there
-on.  ``torch.no_grad`` and autocast are calls too, which hold for everything behind them.
+Graphs from Dynamo are not functional: ``x.add_(y)`` is a call like any other, and ``x`` has other values after it.
+``torch.no_grad`` and autocast are calls too, and apply to everything after them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from slope_compile.passes.graph import value
 
 _IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
 _WRITES = frozenset({"setitem", "delitem", *(f"i{name}" for name in _IN_PLACE)})
-"""Of the ``operator`` module; as methods with two underscores on either side."""
+"""Functions of the ``operator`` module that write; as methods their names have two underscores on either side."""
 _MODES = ("_enter_", "_exit_")
-"""How the names of calls begin that enter or leave autocast and inference mode."""
+"""Prefixes of the names of calls that enter or leave autocast and inference mode."""
 
 
 def stretches(graph: Graph) -> dict[Node, int]:
@@ -33,8 +33,8 @@ def stretches(graph: Graph) -> dict[Node, int]:
 def is_barrier(node: Node) -> bool:
     """Whether a call may write to a tensor that was there before, or change a mode.
 
-    Modules and higher-order operators are not looked into: they may.  A call without a tensor as its result that nobody
-    reads is there for something else that it does (``torch._C._set_grad_enabled``).
+    Modules and higher-order operators are not inspected, and are assumed to.  An unused call that returns no tensor is
+    assumed to have side effects (``torch._C._set_grad_enabled`` has).
     """
     if node.op in ("placeholder", "get_attr", "output"):
         return False
@@ -50,7 +50,7 @@ def is_barrier(node: Node) -> bool:
 
 
 def _in_place(node: Node) -> bool:
-    """Whether ``inplace=True`` is said, by name or by position (``F.dropout(x, 0.1, True, True)``)."""
+    """Whether the call has ``inplace=True``, by name or by position (``F.dropout(x, 0.1, True, True)``)."""
     position = None if isinstance(node.target, str) else _position(node.target)
     if position is not None and position < len(node.args):
         return node.args[position] is not False
@@ -59,9 +59,9 @@ def _in_place(node: Node) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _position(function: Any) -> int | None:
-    """Of the parameter ``inplace``; None where there is none."""
+    """Position of the parameter ``inplace``; None if there is none."""
     try:
         names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # of C functions not all have a signature
+    except (TypeError, ValueError):  # some C functions have no signature
         return None
     return names.index("inplace") if "inplace" in names else None

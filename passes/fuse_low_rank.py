@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from slope_compile.kernels import ops
-from slope_compile.passes.graph import META, Region, emit, replace, value
+from slope_compile.passes.graph import Region, emit, replace, value
 from slope_compile.passes.low_rank import ADD, MUL
 from slope_compile.passes.normalize import LINEAR
 from slope_compile.passes.rewrite import Rewrite
@@ -68,7 +68,6 @@ def _fuse(total: Node) -> int:
         small = emit(graph, MUL, (down, scale), like=down)  # [..., R]
         arguments: tuple[Any, ...] = (*given[:6], bool(given[6]), given[7], small, B)
         fused = emit(graph, ops.linear, arguments, like=total)
-    fused.meta[META] = product.meta.get(META)
     replace(total, fused)
     for node in (scaled, up, product):
         graph.erase_node(node)

@@ -34,7 +34,7 @@ def pays(tokens: Any, rows: int, itemsize: int, count: int) -> bool:
     """Whether one product moves fewer bytes than ``count`` of them; both sides per in_feature.
 
     Args:
-        tokens: M, a number; with a symbol nobody can tell, and the answer is no.
+        tokens: M, a number; for a symbol the answer is no, since its values are not known.
         rows: sum of the out_features.
         itemsize: of values and activations, in bytes.
     """
@@ -64,7 +64,7 @@ def _arguments(node: Node) -> list[Any]:
 
 
 def _kind(node: Node) -> Hashable | None:
-    """What siblings have in common; None for a product that cannot be joined with others."""
+    """A key that is equal for siblings; None for a product that cannot be joined with others."""
     given = _arguments(node)
     if len(node.args) > COLUMNS + 1:  # with a low-rank branch of its own
         return None
@@ -76,7 +76,7 @@ def _kind(node: Node) -> Hashable | None:
         return None
     biased, stored = given[BIAS] is not None, given[COLUMNS] is not None
     settings = (given[KEEP], given[GROUP], bool(given[DOUBLE_PRUNED]))
-    return (given[X], biased, stored, settings, values.dtype, values.shape[1], node.meta.get("slope"))
+    return (given[X], biased, stored, settings, values.dtype, values.shape[1])
 
 
 def _early(node: Node) -> bool:

@@ -27,6 +27,7 @@ __all__ = [
     "attribute",
     "emit",
     "erase_unused",
+    "give_value",
     "is_addmm",
     "is_expand",
     "is_transpose",
@@ -134,6 +135,17 @@ def value(node: Node) -> Any:
         if key in node.meta:
             return node.meta[key]
     return None
+
+
+def give_value(node: Node, tensor: Tensor, like: Node) -> None:
+    """Give a new node the fake value of a tensor, as ``like`` has one: in the same fake mode, under the same key.
+
+    The sizes are numbers, not symbols.  Where ``like`` has no fake value, the node gets none.
+    """
+    for key in VALUE_KEYS:
+        mode = getattr(like.meta.get(key), "fake_mode", None)
+        if mode is not None:
+            node.meta[key] = mode.from_tensor(tensor, static_shapes=True)
 
 
 def recompile(found: Iterable[Region]) -> None:

@@ -56,12 +56,28 @@ def _distribute(region: Region, node: Node) -> int:
             base = emit(graph, torch.ops.aten.t.default, (base,), like=base)
         product = emit(graph, LINEAR, (x, base, bias), like=node)
         product.meta[META] = node.meta[META]
-        down = emit(graph, LINEAR, (x, A, None), like=node)  # [..., K] @ [K, R] -> [..., R]
+        down, total = add_adapter(product, x, A, B, expression.scale, like=node)
         down.meta[META] = DOWN
-        up = emit(graph, LINEAR, (down, B, None), like=node)  # [..., R] @ [R, N] -> [..., N]
-        # Not add(product, up, alpha=scale): Inductor's addmm fusion on torch 2.11-2.13 loses that alpha.
-        scaled = emit(graph, MUL, (up, expression.scale), like=node)
-        total = emit(graph, ADD, (product, scaled), like=node)
     replace(node, total)
     erase_unused(region, weight)
     return 1
+
+
+def add_adapter(product: Node, x: Node, A: Node, B: Node, scale: float, like: Node) -> tuple[Node, Node]:
+    """Insert ``product + scale * linear(linear(x, A), B)`` at the graph's insertion point.
+
+    Args:
+        product: ``[..., N]``.
+        x: activation ``[..., K]``.
+        A, B: factors ``[R, K]`` and ``[N, R]``.
+        like: as for :func:`~slope_compile.passes.graph.emit`.
+
+    Returns:
+        The product with A, and the sum.
+    """
+    graph = product.graph
+    down = emit(graph, LINEAR, (x, A, None), like=like)  # [..., K] @ [K, R] -> [..., R]
+    up = emit(graph, LINEAR, (down, B, None), like=like)  # [..., R] @ [R, N] -> [..., N]
+    # Not add(product, up, alpha=scale): Inductor's addmm fusion on torch 2.11-2.13 loses that alpha.
+    scaled = emit(graph, MUL, (up, scale), like=like)
+    return down, emit(graph, ADD, (product, scaled), like=like)

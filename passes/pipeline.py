@@ -22,7 +22,7 @@ from slope_compile.passes.sparsify import Sparsify
 
 PIPELINE = (
     Decompose,  # linears out of the operators that hide them
-    Normalize,  # one form for every spelling, so that the rest needs to know only that one
+    Normalize,  # one form for every spelling, so that later passes handle only that one
     Select,  # all decisions before any change of a weight
     DistributeLowRank,  # adapters away from the weight, which leaves a plain base for the next pass
     Sparsify,  # compressed weights and their products
@@ -32,7 +32,7 @@ PIPELINE = (
 )
 
 FUSIONS = (Fuse.name, FuseSiblings.name, FuseLowRank.name)
-"""Passes that change how something is computed and not what: they can be switched on and off by name."""
+"""Passes that change how a result is computed, not the result: they can be switched on and off by name."""
 
 
 def run_passes(graph_module: GraphModule, context: Context) -> GraphModule:

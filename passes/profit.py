@@ -1,4 +1,4 @@
-"""What the cost model says of one linear: whether its rewrite is predicted slower than the dense product."""
+"""Whether the cost model predicts that the rewrite of a linear is slower than the dense product."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import sympy
-import torch
 
 from slope_compile import cost
+from slope_compile.passes._symbols import example
 from slope_compile.pattern import Pattern
 
 
@@ -20,12 +20,10 @@ def example_tokens(shape: Sequence[Any]) -> int | None:
     """
     count = 1
     for size in shape[:-1]:
-        if isinstance(size, torch.SymInt):
-            if not size.node.has_hint():
-                return None
-            count *= int(size.node.hint)
-        else:
-            count *= int(size)
+        value = example(size)
+        if value is None:
+            return None
+        count *= value
     return count
 
 

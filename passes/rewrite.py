@@ -1,4 +1,4 @@
-"""What the passes that change a graph have in common: region by region, and a count in the report."""
+"""The base class of the passes that change a graph: they work region by region and count changes in the report."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from slope_compile.config import LayerConfig
 from slope_compile.kernels import ops
 from slope_compile.passes.context import Context, Selection
 from slope_compile.passes.dataflow import dataflow, without_predecessor
@@ -45,12 +46,11 @@ from slope_compile.passes.graph import (
 from slope_compile.passes.normalize import BARE, LINEAR, stays
 from slope_compile.passes.profit import example_tokens, objection
 from slope_compile.pattern import Pattern
-from slope_compile.report import EXPERTS_DETAIL, Decision, Reason
-from slope_compile.rules import is_head
+from slope_compile.report import EXPERTS_DETAIL, Decision, Reason, decision_about
+from slope_compile.rules import fits, is_head
 
 _EMBEDDINGS = (torch.nn.functional.embedding, torch.embedding, torch.ops.aten.embedding.default)
 PART = "it is a part or a cast of the parameter, and products take whole ones; give the part a linear of its own"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,25 +173,12 @@ class _Judge:
         N, K = (columns, rows) if site.transposed else (rows, columns)
         settings = self.context.config.layer(path)
         reason, detail = self._reason(site, path, tensor, (N, K))
-        exact = not settings.double_pruned or N % settings.pattern.group != 0
-        if reason is Reason.SELECTED and settings.double_pruned and exact:
-            detail = f"exact backward, as N = {N} is not a multiple of {settings.pattern.group}"
-        if reason is Reason.SELECTED and (objection := self._objection(site, tensor, (N, K), settings.pattern, exact)):
+        if reason is Reason.SELECTED and (objection := self._objection(site, tensor, (N, K), settings)):
             reason, detail = Reason.UNPROFITABLE, objection
-        sparse = reason is Reason.SELECTED
-        return Decision(
-            weight=path,
-            sparse=sparse,
-            reason=reason,
-            shape=(N, K),
-            pattern=str(settings.pattern) if sparse else "",
-            backward=("exact" if exact else "double_pruned") if sparse else "",
-            node=site.node.name,
-            detail=detail,
-        )
+        return decision_about(path, (N, K), settings, reason, detail, site.node.name)
 
     def _computed(self, site: Site) -> Decision:
-        """A weight that is no parameter; where it is part of one, the decision goes by that one's path."""
+        """Decide about a weight that is no parameter; if it is part of one, under the path of that parameter."""
         source = origin_of(site.base_region, site.base)
         if source is not None and source[0].parent is None:
             tensor = self.context.weights.tensor(source[1])
@@ -215,7 +202,6 @@ class _Judge:
 
     def _reason(self, site: Site, path: str, tensor: Tensor, shape: tuple[int, int]) -> tuple[Reason, str]:
         config = self.context.config
-        N, K = shape
         others = [reader for reader in self.owners[tensor] if reader is not site.node]
         if others:
             shared = all(_is_linear(reader) for reader in others)
@@ -232,16 +218,11 @@ class _Judge:
             return Reason.ROUTER, ""
         if config.first_dense and site.node in self.first:
             return Reason.FIRST, ""
-        if config.heads_dense and is_head(path, N, self.vocabularies, site.node in self.last):
+        if config.heads_dense and is_head(path, shape[0], self.vocabularies, site.node in self.last):
             return Reason.HEAD, ""
-        if tensor.dtype not in _DTYPES:
-            return Reason.DTYPE, str(tensor.dtype)
-        group = config.layer(path).pattern.group
-        if K % group or not N or not K:
-            return Reason.SHAPE, f"K = {K} is not a positive multiple of {group}"
-        return Reason.SELECTED, ""
+        return fits(tensor.dtype, shape, config.layer(path))
 
-    def _objection(self, site: Site, tensor: Tensor, shape: tuple[int, int], nm: Pattern, exact: bool) -> str:
+    def _objection(self, site: Site, tensor: Tensor, shape: tuple[int, int], settings: LayerConfig) -> str:
         device, x = self.context.device, value(site.node.all_input_nodes[0])
         if device is None or not isinstance(x, Tensor):
             return ""
@@ -249,7 +230,8 @@ class _Judge:
         if tokens is None:
             return ""
         training = tensor.requires_grad and torch.is_grad_enabled()
-        return objection(tokens, shape, x.element_size(), nm, exact, training, device)
+        exact = not settings.double_prunes(shape[0])
+        return objection(tokens, shape, x.element_size(), settings.pattern, exact, training, device)
 
     def _prepared(self, site: Site) -> Decision:
         values, _, keep, group, double_pruned, *_ = (*site.base.args, False)
@@ -274,7 +256,7 @@ class _Judge:
 
 
 def _around(site: Site) -> str:
-    """What passes do not enter."""
+    """The operator or transform around a site that passes do not enter."""
     return "a function transform" if site.region.entered else str(site.region.call)
 
 

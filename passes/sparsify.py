@@ -3,11 +3,10 @@
     prepared   linear(x, slope.expand(values, pattern, ...), b)  ->  slope.linear(x, values, pattern, b, ...)
     dense      linear(x, w, b), w a parameter                    ->  the same, with values = slope.compress(w, pattern)
 
-A dense weight is thus first put in the language of the prepared ones, ``expand(compress(w))``, of which the rewrite
-then takes the product.  Where the compressed form of a dense weight lives is the weight store's business.
+The weight store decides where the compressed form of a dense weight is kept.
 
-Where no gradient will be asked for and the tokens are too few to pay for compressing the weight at every call, a dense
-weight is pruned where it lies and its product stays dense: the same numbers, in the time of a dense product.
+If no gradient is needed and there are too few tokens to pay for compressing the weight at every call, a dense weight is
+pruned in place and its product stays dense: the result is the same, in the time of a dense product.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Sparsify(Rewrite):
         for node in selected:
             self._product(region, node)
         for node in list(region.graph.nodes):
-            if is_expand(node):  # a module that looks at a weight first leaves an expansion that nobody reads
+            if is_expand(node):  # left over where a module reads a weight before its product
                 erase_unused(region, node)
         return len(selected)
 
@@ -118,16 +117,15 @@ class Sparsify(Rewrite):
             assert outermost.call is not None
             before, outermost = outermost.call, outermost.parent
         weight = self.context.weights.compressed(base, settings, transposed, before)
-        N = self.context.weights.tensor(base)
-        assert N is not None
-        rows = N.shape[1] if transposed else N.shape[0]
-        double_pruned = settings.double_pruned and rows % settings.pattern.group == 0
+        tensor = self.context.weights.tensor(base)
+        assert tensor is not None
+        N = tensor.shape[1] if transposed else tensor.shape[0]
         columns = None if weight.column_mask is None else region.bring(weight.column_mask, outermost)
         return (
             region.bring(weight.values, outermost),
             region.bring(weight.pattern, outermost),
             settings.pattern.keep,
             settings.pattern.group,
-            double_pruned,
+            settings.double_prunes(N),
             columns,
         )

@@ -1,7 +1,7 @@
-"""Where a graph's weights live: what passes may ask about a weight node, and how they get a compressed one.
+"""The interface through which passes read a graph's weights and get compressed ones.
 
-Passes do not know whether a graph came from Dynamo (weights are inputs), from ``torch.export`` (weights are inputs
-described by a signature) or is a plain GraphModule (weights are attributes).  A :class:`WeightStore` answers for each.
+It hides whether a graph came from Dynamo (weights are inputs), from ``torch.export`` (weights are inputs described by a
+signature) or is a plain GraphModule (weights are attributes).  There is a :class:`WeightStore` for each.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class WeightStore(Protocol):
         ...
 
     def ruling(self, node: Node) -> Decision | None:
-        """What the rules say with the whole model at hand; None where only the graph is known."""
+        """The decision by the rules for a whole model; None if only the graph is known."""
         ...
 
     def owned(self, node: Node) -> bool:
@@ -45,7 +45,7 @@ class WeightStore(Protocol):
         ...
 
     def router(self, node: Node) -> bool:
-        """Whether the layer chooses among the experts of a mixture, going by the names around it."""
+        """Whether the layer chooses among the experts of a mixture, judged by the names around it."""
         ...
 
     def compressed(self, node: Node, layer: LayerConfig, transposed: bool, before: Node) -> CompressedWeight:
@@ -56,9 +56,11 @@ class WeightStore(Protocol):
         ...
 
     def pruned(self, node: Node, layer: LayerConfig, transposed: bool) -> bool:
-        """Prune a dense weight where it lies, and keep it so, for products that read it as it is; False where that
-        cannot be promised.
+        """Prune a dense weight in place and keep it pruned, for products that read it in its dense form.
 
         Called instead of :meth:`compressed`.
+
+        Returns:
+            False if the weight cannot be kept pruned; nothing is done then.
         """
         ...

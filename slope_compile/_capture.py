@@ -1,8 +1,4 @@
-"""A model's graphs before and after the passes, taken from Dynamo while the model runs as it was.
-
-Private names used, tested on torch 2.11 and 2.13: ``torch._dynamo.eval_frame.OptimizedModule``,
-``torch._dynamo.config.recompile_limit`` and ``accumulated_recompile_limit``.
-"""
+"""A model's graphs before and after the passes, taken from Dynamo while the model runs as it was."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx import GraphModule, Node
 
 from slope_compile import _dynamo
@@ -28,7 +23,6 @@ from slope_compile.passes.normalize import LINEAR, Normalize, stays
 from slope_compile.passes.pipeline import run_passes
 from slope_compile.report import Decision, Reason
 
-UNLIMITED = 1 << 30
 OPERATORS = (Reason.EXPERTS, Reason.FUSED_OPERATOR)
 """Reasons of decisions about operators that are no linears by themselves."""
 
@@ -82,14 +76,9 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], confi
     # Dynamo counts recompilations by code object, and the code of the forward is shared with the user's own model; so
     # what is compiled is a function of our own with a code object of this call, into which the forward is inlined.
     run = types.FunctionType(_call.__code__.replace(), globals())
-    with torch._dynamo.config.patch(recompile_limit=UNLIMITED, accumulated_recompile_limit=UNLIMITED):
+    with _dynamo.unlimited_recompiles():
         torch.compile(run, backend=backend)(model, args, kwargs)
     return found
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """What was handed to ``torch.compile``, or the model itself."""
-    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def _call(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What the backend has to know about graphs that Dynamo hands over.
+"""Everything that depends on how Dynamo builds the graphs it passes to the backend.
 
 Private names used, tested on torch 2.11 and 2.13: ``node.meta["grapharg"]`` and its ``source`` (the chain of
 attribute accesses by which Dynamo reached an input), ``node._dynamo_source`` and ``node.meta["tensor_dict"]``
@@ -8,7 +8,7 @@ global scope, from which the chain can be followed to the real module, ``install
 ``OptimizedModule`` and ``Module._compiled_call_impl`` (what was handed to ``torch.compile``), the code objects of
 ``OutputGraph.call_user_compiler`` and ``Module._call_impl`` (by which frames on the stack are recognised),
 ``_grad_increment_nesting`` and ``_vmap_increment_nesting`` (with which transforms of ``torch.func`` begin), and
-``config.use_recursive_dict_tags_for_guards``.
+``use_recursive_dict_tags_for_guards``, ``recompile_limit`` and ``accumulated_recompile_limit`` of its configuration.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import CodeType, FrameType
 from typing import Any
 
@@ -36,6 +37,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from slope_compile.distributed import without_wrapper
 from slope_compile.rules import layer_path, plain_path
 
+_UNLIMITED = 1 << 30
 _COMPONENT = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 
 
@@ -64,6 +66,19 @@ def avoid_dangling_guards() -> None:
     """
     if torch.__version__ < "2.12":
         torch._dynamo.config.use_recursive_dict_tags_for_guards = False
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that was given to ``torch.compile``, or the model itself if it is not compiled."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
+def unlimited_recompiles() -> AbstractContextManager[None]:
+    """A context in which Dynamo compiles a function as often as its arguments ask for it."""
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(
+        recompile_limit=_UNLIMITED, accumulated_recompile_limit=_UNLIMITED
+    )
+    return patched
 
 
 def origin(placeholder: Node) -> Origin | None:
@@ -119,7 +134,7 @@ def model_of(root: nn.Module) -> tuple[nn.Module, str]:
     around: list[nn.Module] = []
     for owner in _owners(_CALLS):
         if isinstance(owner, nn.Module):
-            inner = without_wrapper(owner._orig_mod if isinstance(owner, OptimizedModule) else owner)
+            inner = without_wrapper(uncompiled(owner))
             if compiled is None and (isinstance(owner, OptimizedModule) or owner._compiled_call_impl is not None):
                 compiled = inner
             around.append(inner)
@@ -138,8 +153,8 @@ def _path(model: nn.Module, module: nn.Module) -> str | None:
 def guard_parameter(placeholder: Node) -> None:
     """Have Dynamo check that the parameter behind an input is this very one, before it reuses the compiled graph.
 
-    Dynamo lends one compiled graph to every module of the same code and shapes: blocks of a model, models of a class.
-    That is wrong where something about this one parameter went into the graph.
+    Dynamo reuses one compiled graph for every module with the same code and shapes: blocks of a model, models of a
+    class.  That is wrong if the graph depends on something about this one parameter.
     """
     source = _source(placeholder)
     if source is not None:
@@ -149,8 +164,8 @@ def guard_parameter(placeholder: Node) -> None:
 def guard_module(placeholder: Node) -> None:
     """Have Dynamo check the module through which an input was reached, where that is an argument of the frame.
 
-    It is what Dynamo counts recompilations by: each module then has a limit of its own, and the blocks of a deep model,
-    compiled one by one, do not use up a common one (after which Dynamo would leave the rest eager).
+    Dynamo counts recompilations for each guarded module.  So the blocks of a deep model that are compiled one by one
+    have a limit each, and do not use up a common one (after which Dynamo would leave the rest eager).
     """
     source, graph = _source(placeholder), _running()
     while getattr(source, "base", None) is not None:
@@ -171,7 +186,7 @@ def _running() -> OutputGraph | None:
 
 
 _CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
-"""What every call of a module goes through."""
+"""Code of the functions that run at every call of a module."""
 _COMPILE = (OutputGraph.call_user_compiler.__code__, OutputGraph._call_user_compiler.__code__)
 
 
@@ -192,7 +207,7 @@ def working_copy(module: GraphModule) -> GraphModule:
     """A copy whose graphs, those of higher-order bodies too, can be rewritten; tensors and submodules are shared.
 
     Dynamo goes on reading the placeholders of the graph it handed over, so that one must stay as it is.  The copy's
-    Python code is generated when somebody asks for it: passes and compilers read the graph, and writing out the code
+    Python code is generated on demand: passes and compilers read the graph, and writing out the code
     after each pass took twice as long as the passes.
     """
     graph = Graph()

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from slope_compile.config import LayerConfig
 from slope_compile.graph_state import COLUMN_MASK, PATTERN, VALUES, compressed_state
+from slope_compile.passes.graph import give_value
 from slope_compile.passes.weights import CompressedWeight
 from slope_compile.report import Decision
 from slope_compile.rules import is_router, layer_path
@@ -68,7 +69,7 @@ class ExportedWeights:
         ).items():
             with self.module.graph.inserting_after(last):
                 last = self.module.graph.placeholder(f"{node.name}{suffix}")
-            last.meta["val"] = node.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
+            give_value(last, tensor, like=node)
             parameter = isinstance(tensor, nn.Parameter)
             self.specs[last] = InputSpec(
                 kind=InputKind.PARAMETER if parameter else InputKind.BUFFER,

@@ -8,10 +8,10 @@ counts then are the table's, and no count recompiles anything.
 
 The templates are the tile functions of ``kernels.triton_kernels`` with a store that Inductor extends: what follows a
 product (activation, residual, cast) runs in the same kernel.  Their other gain is that a call is one launch by
-Inductor's own launcher, with nothing of ours in between.  Of the forward product Inductor extends the load of x too:
-where nothing else reads x (gradients of a weight do), it draws in what makes x if that neither reads more bytes than it
-writes nor, in 16 bits, computes anything: a copy to another layout, a gather.  Activations and norms stay kernels of
-their own; x is read once per tile of outputs, and they would be computed as often.  Gradients have no such load.
+Inductor's own launcher, with nothing of ours in between.  Inductor may also fuse x's producer into the forward load
+when nothing else reads x and, in 16 bits, it only moves data: a copy to another layout, a gather.  (The gradient of a
+weight reads x too.)  Activations and norms stay kernels of their own, because x is read once per tile of outputs and
+they would be computed as often.  The products of the backward pass have no such load.
 
 Private names used, tested on torch 2.11 and 2.13: ``torch._inductor.select_algorithm.TritonTemplate``,
 ``SymbolicGridFn``, ``ExternKernelChoice``, ``autotune_select_algorithm``; ``ir.ExternKernel.require_stride_order``,
@@ -41,7 +41,7 @@ from torch._inductor.select_algorithm import (
 )
 from torch._inductor.virtualized import V
 
-from slope_compile._inductor_lowerings import like, matrix
+from slope_compile._inductor_lowerings import LEGAL_PATTERN, like, matrix, result_of
 from slope_compile.kernels import gpu_calls, gpu_ops, gpu_rules, triton_configs, triton_products
 from slope_compile.kernels.triton_configs import Config
 
@@ -51,8 +51,8 @@ Generators = dict[int, Callable[[Any], Tensor]]
 Bits = tuple[Any, Any, int]
 """Rows and bits a row of an input that packs them, and a legal byte of it."""
 
-_PATTERN, _COLUMN_MASK = 0x33, 0xDB
-"""What the autotuner may fill them with: two entries of every group kept; of random values 13 in 16 stay, here 12."""
+_COLUMN_MASK = 0xDB
+"""The byte that the autotuner fills a column mask with.  It keeps 12 of 16 values; random weights keep 13 of 16."""
 
 _CALLS = {
     "linear": gpu_calls.linear,
@@ -204,7 +204,10 @@ def _sources() -> str:
 
 
 def fingerprint() -> str:
-    """Of everything beside the graph that decides how it is lowered for the GPUs here; empty without one."""
+    """A text that changes with everything beside the graph that decides how it is lowered for the GPUs of this machine.
+
+    It is empty without a GPU.
+    """
     if not torch.cuda.is_available():
         return ""
     names = sorted({gpu_ops.name(torch.device("cuda", index)) for index in range(torch.cuda.device_count())})
@@ -239,7 +242,7 @@ class Lowerings:
         if low_rank:
             flags["BR"] = 16 if V.graph.sizevars.statically_known_leq(up.get_size()[1], 16) else 32
         name = "linear_low_rank" if low_rank else "linear"
-        masks = {2: (N, 2 * half, _PATTERN)}
+        masks = {2: (N, 2 * half, LEGAL_PATTERN)}
         y = self._product(name, "forward", inputs, masks, [rows.get_size()[0], N], flags, 2 * half)
         return like(y, x, N)
 
@@ -259,7 +262,7 @@ class Lowerings:
         (N, half), rows = values.get_size(), _rows(grad)
         K = 2 * half
         flags = {"HAS_COLUMNS": len(bits) > 1, "TRANSPOSED": grad.get_dtype() is torch.float32}
-        masks = {2: (N, K, _PATTERN)} | ({3: (N, half, _COLUMN_MASK)} if len(bits) > 1 else {})
+        masks = {2: (N, K, LEGAL_PATTERN)} | ({3: (N, half, _COLUMN_MASK)} if len(bits) > 1 else {})
         inputs = [rows, *_whole(values, *bits)]
         dx = self._product(name, "grad_input", inputs, masks, [rows.get_size()[0], K], flags, N)
         return like(dx, grad, K)
@@ -270,7 +273,7 @@ class Lowerings:
             return None
         rows = _rows(grad)
         inputs = [rows, _rows(x), *_whole(pattern)]
-        masks = {2: (N, K, _PATTERN)}
+        masks = {2: (N, K, LEGAL_PATTERN)}
         return self._product("grad_weight", "grad_weight", inputs, masks, [N, K // 2], {}, rows.get_size()[0])
 
     def _product(
@@ -330,7 +333,7 @@ def _tiles(kernel: str, M: int, dtype: torch.dtype, aligned: bool, device: Any, 
 
 
 def _constants(kernel: str, tile: Config, K: int, reduced: int, inputs: list[Any]) -> dict[str, Any]:
-    """What a template is compiled with."""
+    """The constants that a template is compiled with."""
     block = {"forward": tile.BK, "grad_input": tile.BN, "grad_weight": tile.BM}[kernel]
     even = reduced % block == 0
     constants = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "EVEN": even, "PRECISION": _precision()}
@@ -342,18 +345,18 @@ def _constants(kernel: str, tile: Config, K: int, reduced: int, inputs: list[Any
 
 
 def _words(bits: Any, row: int, width: int) -> bool:
-    """Whether a pattern or a column mask, of whose rows a tile has ``width`` bits, is whole words in memory.
+    """Whether a pattern or a column mask can be loaded in whole words by tiles that are ``width`` bits wide.
 
-    Inductor aligns no input that was not when the graph was compiled.
+    Inductor does not align an input that was not aligned when the graph was compiled.
     """
     begins = bits.get_name() not in V.graph.unaligned_buffers and _offset_divides(bits, 4)
     return begins and row % 32 == 0 and width % 32 == 0
 
 
 def _selected(name: str, choices: list[Any], inputs: list[Any], layout: Any, generators: Generators) -> Any:
-    selected = autotune_select_algorithm(f"slope_gpu_{name}", choices, inputs, layout, input_gen_fns=generators)
-    # torch 2.13 returns the chosen one beside the result
-    return selected[0] if isinstance(selected, tuple) else selected
+    return result_of(
+        autotune_select_algorithm(f"slope_gpu_{name}", choices, inputs, layout, input_gen_fns=generators)
+    )
 
 
 def _weight_sizes(op: str, inputs: list[Any], sizes: list[Any]) -> tuple[Any, Any]:

@@ -38,8 +38,8 @@ MARK = "post_grad_custom_post_pass"
 VERSION = 2
 """Part of the kernels' names and of the cache keys: code generated for another version is not run."""
 
-_LEGAL_BYTE = 0x33
-"""Two entries of every group kept: what the autotuner may fill a pattern with."""
+LEGAL_PATTERN = 0x33
+"""The byte that the autotuner fills a pattern with: it keeps two entries of every group."""
 
 Generator = Callable[[Any], Tensor]
 """Inductor's node of an input -> a tensor for the autotuner to measure with."""
@@ -108,7 +108,7 @@ def _or_operator(op: Any, lower: dict[str, Callable[..., Any]]) -> Callable[...,
 
 
 def _all_arguments(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """Those that a graph leaves out too: C++ code of Inductor's hands an operator's arguments on as they are."""
+    """The arguments of a call with the defaults that the graph left out: Inductor's C++ code does not add them."""
     rest = op._schema.arguments[len(args) :]
     return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]
 
@@ -141,22 +141,28 @@ def _product(name: str, inputs: Sequence[Any], generators: dict[int, Generator],
     layout = ir.FixedLayout(nodes[0].get_device(), nodes[0].get_dtype(), list(sizes))
     ways = _MEASURED if config.max_autotune or config.max_autotune_gemm else _DECIDED_AT_RUN_TIME
     choices = [_kernels()[f"slope_{name}_{VERSION}{suffix}"].bind(nodes, layout, **way) for suffix, way in ways.items()]
-    selected = autotune_select_algorithm(f"slope_{name}", choices, nodes, layout, input_gen_fns=generators)
-    # torch 2.13 returns the chosen one beside the result
+    return result_of(autotune_select_algorithm(f"slope_{name}", choices, nodes, layout, input_gen_fns=generators))
+
+
+def result_of(selected: Any) -> Any:
+    """The result of ``autotune_select_algorithm``: torch 2.13 returns it in a tuple with the choice that was made."""
     return selected[0] if isinstance(selected, tuple) else selected
 
 
 def _pattern(N: Any, K: Any) -> Generator:
-    """By the weight's sizes: those of the node are symbols where the backend added the pattern as an input."""
+    """A generator of patterns by the weight's sizes.
+
+    The sizes of the node itself are symbols where the backend added the pattern as an input.
+    """
     return functools.partial(_legal_pattern, N, K)
 
 
 def _legal_pattern(N: Any, K: Any, node: Any) -> Tensor:
-    return torch.full((int(N), packed_width(int(K))), _LEGAL_BYTE, dtype=torch.uint8, device="cpu")
+    return torch.full((int(N), packed_width(int(K))), LEGAL_PATTERN, dtype=torch.uint8, device="cpu")
 
 
 def _column_mask(N: Any, K: Any) -> Generator:
-    """Of a random 2:4 weight ``[N, K]`` the second pruning keeps 13 of 16 values on average: so many are kept here."""
+    """A generator of column masks that keep 13 of 16 values, as the second pruning of a random 2:4 weight does."""
     return functools.partial(_likely_column_mask, N, K)
 
 

@@ -4,13 +4,13 @@
 on classes: of forty equal blocks that are compiled one by one, every one would be compiled anew.  A property needs the
 weight's name and nothing else of its module, so layers of one class with the same weights parametrized can share.
 
-The properties are our own: those of ``parametrize`` know the module that the class was made for, keep it alive, and
-``parametrize.cached()`` would find that module's weight for every layer (private names used: ``_cache_enabled`` and
-``_cache``).
+The properties are our own: those of ``parametrize`` refer to the module that the class was made for.  They would keep
+it alive, and ``parametrize.cached()`` would find that module's weight for every layer (private names used:
+``_cache_enabled`` and ``_cache``).
 
 When ``parametrize`` changes the class of one layer, that layer gets a class of its own first: the property is deleted
-by ``remove_parametrizations``, and registering a parametrization on another tensor adds one.  Both name the layer
-``module`` where they do it, which is how it is found (torch 2.11 to 2.13; tests fail when that changes).
+by ``remove_parametrizations``, and registering a parametrization on another tensor adds one.  Both functions have the
+layer in a local variable ``module``, through which it is found (torch 2.11 to 2.13; tests fail when that changes).
 
 ``parametrize`` refuses to pickle, since its classes cannot be found by name.  A shared class can be made again from the
 stock class and the names, so whole models go through ``torch.save`` and to other processes (private name used:
@@ -34,7 +34,10 @@ _shared: weakref.WeakKeyDictionary[type, _Classes] = weakref.WeakKeyDictionary()
 
 
 class _Shared(type):
-    """Of classes that several modules have: what changes them changes the class of one module."""
+    """The metaclass of classes that several modules share.
+
+    Setting or deleting an attribute first gives one module a class of its own, and then changes that class only.
+    """
 
     def __delattr__(cls, name: str) -> None:
         delattr(_own_class(cls, name), name)
@@ -44,7 +47,10 @@ class _Shared(type):
 
 
 def _own_class(cls: type, name: str) -> type:
-    """A class of its own for the module whose class is about to be changed, found two frames further up."""
+    """Give the module whose class is about to be changed a class of its own, and return that class.
+
+    The module is a local variable of the function two frames further up.
+    """
     module = sys._getframe(2).f_locals.get("module")
     if not isinstance(module, nn.Module) or type(module) is not cls:
         raise RuntimeError(
@@ -67,7 +73,7 @@ def share(module: nn.Module) -> None:
 
 
 def _shared_class(own: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
-    """The class of modules like the one that has this class of its own."""
+    """The shared class for a module whose own class is ``own``."""
     classes = _shared.setdefault(own.__bases__[0], weakref.WeakValueDictionary())
     found = classes.get(names)
     if found is None:
@@ -94,7 +100,7 @@ def _blank(stock: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 
 def adapt(module: nn.Module) -> None:
-    """Change what has to be other than ``parametrize`` made it, in a class that is the module's own."""
+    """Adjust ``parametrize``'s class (repr, forward) on the module's own class."""
     own: Any = type(module)
     own.__repr__ = nn.Module.__repr__  # shows the children, which the stock class may hide (Conv1D does)
     if own.forward is nn.Linear.forward:

@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Node
 
 from slope_compile.graph_state import ADAPTER_A, ADAPTER_B, ADAPTER_SCALE, VALUES, adapter_scale
 from slope_compile.kernels import ops
-from slope_compile.passes.graph import Region, attribute, emit, recompile, regions
-from slope_compile.passes.low_rank import ADD, MUL
+from slope_compile.passes.graph import Region, attribute, give_value, recompile, regions
+from slope_compile.passes.low_rank import ADD, MUL, add_adapter
 from slope_compile.passes.normalize import LINEAR
 
 
@@ -80,6 +80,7 @@ def _chain(scaled: Node) -> list[Node]:
 def _insert(region: Region, product: Node, prefix: str) -> None:
     graph = region.graph
     x = product.args[0]
+    assert isinstance(x, Node)
     scale = adapter_scale(attribute(region.root.module, prefix + ADAPTER_SCALE))
     with graph.inserting_after(product):
         anchor = graph.create_node("call_function", torch.ops.aten.alias.default, (product,))
@@ -87,10 +88,7 @@ def _insert(region: Region, product: Node, prefix: str) -> None:
     A = _attribute(region, product, prefix + ADAPTER_A)
     B = _attribute(region, product, prefix + ADAPTER_B)
     with graph.inserting_before(anchor):
-        down = emit(graph, LINEAR, (x, A, None), like=product)  # [..., K] @ [K, R] -> [..., R]
-        up = emit(graph, LINEAR, (down, B, None), like=product)  # [..., R] @ [R, N] -> [..., N]
-        scaled = emit(graph, MUL, (up, scale), like=product)
-        total = emit(graph, ADD, (product, scaled), like=product)
+        _, total = add_adapter(product, x, A, B, scale, like=product)
     graph.erase_node(anchor)
     for user in users:
         user.replace_input_with(product, total)
@@ -103,9 +101,7 @@ def _attribute(region: Region, product: Node, target: str) -> Node:
     root, like = region.origin(values)
     with root.graph.inserting_after(like):
         node = root.graph.get_attr(target)
-    mode = getattr(like.meta.get("val"), "fake_mode", None)
-    if mode is not None:
-        node.meta["val"] = mode.from_tensor(attribute(root.module, target), static_shapes=True)
+    give_value(node, attribute(root.module, target), like)
     return region.bring(node, root)
 
 

@@ -12,6 +12,7 @@ import tabulate
 import torch
 
 from slope_compile import cli_inspect, doctor
+from slope_compile.dtypes import dtype_name
 from slope_compile.errors import SlopeError
 from slope_compile.kernels import (
     _cusparselt,
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_tune(arguments: argparse.Namespace) -> int:
-    """Measure, show and save the table that the rules of a device go by."""
+    """Measure, show and save the table that the rules of a device use."""
     if arguments.device != "cpu":
         if arguments.copies:
             sys.stderr.write("slope-compile tune: --copies is for CPUs; leave it out, or leave --device out\n")
@@ -96,7 +97,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
 
 
 def _would_be_lost() -> bool:
-    """Whether a table could not be kept for other processes; says so."""
+    """Whether a table could not be kept for other processes; if so, the reason is printed."""
     problem = cpu_build.nothing_lasts()
     if problem is not None:
         advice = "name a folder that can be written in TORCHINDUCTOR_CACHE_DIR"
@@ -150,7 +151,7 @@ def _verify(device: torch.device, sizes: Sequence[tuple[int, ...]]) -> None:
         dtype, M, N, K = product
         fastest = f", the fastest is {verified[0].alg_id}" if verified else ""
         sys.stderr.write(
-            f"cuSPARSELt {str(dtype)[6:]} M={M} N={N} K={K}: {len(verified)} of its algorithms are right{fastest}\n"
+            f"cuSPARSELt {dtype_name(dtype)} M={M} N={N} K={K}: {len(verified)} of its algorithms are right{fastest}\n"
         )
 
     given = [p for M, N, K in sizes for dtype in _cusparselt.DTYPES for p in cusparselt_search.layer(dtype, M, N, K)]

@@ -43,6 +43,17 @@ class LayerConfig:
         """Whether the column mask is state; with ``"backward"`` it is picked anew each time instead."""
         return self.double_pruned and self.column_refresh != "backward"
 
+    def double_prunes(self, N: int) -> bool:
+        """Whether a weight with N out_features gets the double-pruned input gradient.
+
+        The groups of a column have to divide N; where they do not, the gradient is the exact one.
+        """
+        return self.double_pruned and N % self.pattern.group == 0
+
+    def stores_columns_for(self, N: int) -> bool:
+        """Whether the column mask of a weight with N out_features is state."""
+        return self.stores_columns and self.double_prunes(N)
+
     @property
     def interval(self) -> int:
         """Optimizer steps between two refreshes of a stored column mask; 0 = never."""

@@ -5,8 +5,8 @@ is a number, the symbol ``M``, or the product of a graph's own symbols (``s0*s1`
 
 Conventions: one multiplication with its addition is 2 FLOPs (as in ``torch.utils.flop_counter``); each tensor that a
 product reads or writes moves once, so bytes are a lower bound; metadata is one bit per dense element, and one per value
-for the columns.  This is a model: it ranks alternatives and says where they cross; what is fastest is for measurement
-to say.
+for the columns.  This is a model: it ranks alternatives and computes where they cross; only a measurement shows which
+is fastest.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 
 import sympy
 
+from slope_compile._symbols import expression
+from slope_compile.config import nearest
 from slope_compile.errors import ConfigError
 from slope_compile.pattern import Pattern
 
@@ -115,15 +117,17 @@ DATA_SHEETS = {
 """Peaks for 16-bit elements as published; nothing here was measured."""
 
 
-def device(name: str) -> Device:
+def device(name: str, what: str = "device") -> Device:
     """The device of that name in :data:`DATA_SHEETS`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no data sheet of that name; ``what`` is the argument or option that gave it.
     """
     if name not in DATA_SHEETS:
-        known = ", ".join(DATA_SHEETS)
-        raise ConfigError(f"device: no data sheet for {name!r}; known are {known}; or give a slope_compile.cost.Device")
+        raise ConfigError(
+            f"{what}: no data sheet for {name!r}; {nearest(str(name), list(DATA_SHEETS))}; "
+            "or give a slope_compile.cost.Device"
+        )
     return DATA_SHEETS[name]
 
 
@@ -255,7 +259,7 @@ def tokens(shape: Sequence[Any]) -> sympy.Expr:
     """
     count: sympy.Expr = sympy.Integer(1)
     for size in shape[:-1]:
-        count *= size.node.expr if hasattr(size, "node") else sympy.Integer(int(size))
+        count *= expression(size)
     return count
 
 

@@ -3,11 +3,11 @@
 The weights stay dense-shaped Parameters.  When a graph that reads one is compiled for the first time, its pattern is
 chosen, remembered beside the Parameter, and the weight is pruned in place.  The graph then reads
 ``slope.compress(weight, pattern)``; the gradient comes back expanded, zero at the pruned positions, so that an
-elementwise optimizer with momentum and decay keeps them at zero (``pruned_weights`` looks after the rest).
+elementwise optimizer with momentum and decay keeps them at zero (``pruned_weights`` handles the other cases).
 
-A graph without gradients and with few tokens reads the pruned weight itself.  Before such a graph runs, a weight that
-has been written to since (its version counter tells) is looked at, and pruned again where something else was loaded.
-Writing through ``weight.data`` raises no counter: a dense state that was loaded that way runs dense there.
+A graph without gradients and with few tokens reads the pruned weight itself.  If the version counter of the weight has
+changed since the last call, the weight is checked before the graph runs, and pruned again if it has lost its pattern.
+Writing through ``weight.data`` does not change the counter: a dense state that was loaded that way runs dense there.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ from slope_compile.config import LayerConfig, SlopeConfig
 from slope_compile.distributed import is_sharded
 from slope_compile.errors import ConfigError
 from slope_compile.kernels import ops
-from slope_compile.kernels.masks import choose_mask
-from slope_compile.kernels.metadata import pack_mask
 from slope_compile.layers import decide, linear_layers
 from slope_compile.log import log
-from slope_compile.passes.graph import VALUE_KEYS, emit
+from slope_compile.parametrizations import choose_pattern
+from slope_compile.passes.graph import emit, give_value
 from slope_compile.passes.weights import CompressedWeight
 from slope_compile.pruned_weights import DenseState, PrunedWeight, prune, state_of
 from slope_compile.report import Decision, Reason
 from slope_compile.rules import is_router, layer_path, plain_path
 
 _warned: weakref.WeakKeyDictionary[nn.Module, SlopeConfig] = weakref.WeakKeyDictionary()
-"""Model -> the configuration about which :func:`_warn` has said its word."""
+"""Model -> the configuration that :func:`_warn` has warned about."""
 
 
 class DynamoWeights:
@@ -124,8 +123,7 @@ class DynamoWeights:
     def compressed(self, node: Node, layer: LayerConfig, transposed: bool, before: Node) -> CompressedWeight:
         weight = self.inputs[node]
         state = self._state(node, layer, transposed)
-        rows = weight.shape[1] if transposed else weight.shape[0]
-        stores_columns = layer.stores_columns and rows % layer.pattern.group == 0
+        stores_columns = layer.stores_columns_for(weight.shape[1] if transposed else weight.shape[0])
         keep, group = layer.pattern.keep, layer.pattern.group
 
         if stores_columns and state.column_mask is None:
@@ -147,9 +145,8 @@ class DynamoWeights:
     def commit(self, prepared: bool) -> int:
         """Prune the weights whose pattern was chosen in this run, in place, and remember the patterns.
 
-        The graph is bound to the parameters that were judged by their place in the model.  It is not where
-        ``sparsify_`` has decided already and the graph has prepared weights, whose class Dynamo checks: one graph does
-        for all blocks that are alike, and another model's are not.
+        Dynamo guards on every parameter judged by its module path.  No guard is added when ``sparsify_`` made all
+        decisions: Dynamo already guards on the prepared class, so identical blocks share a graph.
 
         Args:
             prepared: whether the graph has weights that ``sparsify_`` prepared.
@@ -185,10 +182,8 @@ class DynamoWeights:
                     f"backend 'slope': {path!r} is dense and sharded by fully_shard, and pruning what is gathered for "
                     "a forward does not reach the shards; sparsify_ the model first, then fully_shard and compile it"
                 )
-            dense = weight.detach()
-            dense = (dense.t() if transposed else dense).contiguous()
-            mask = choose_mask(dense, layer.pattern, layer.mask, layer.seed, path)
-            state = DenseState(path, layer.pattern, transposed, pack_mask(mask))
+            pattern = choose_pattern(weight, layer, transposed, path)
+            state = DenseState(path, layer.pattern, transposed, pattern)
             self._prune.append((weight, state, model))
         return state
 
@@ -201,9 +196,7 @@ class DynamoWeights:
         self.placeholders.append(placeholder)
         self.inputs[placeholder] = tensor
         self.extra.append(get)
-        mode = getattr(node.meta.get(VALUE_KEYS[0]), "fake_mode", None)
-        if mode is not None:
-            placeholder.meta[VALUE_KEYS[0]] = mode.from_tensor(tensor, static_shapes=True)
+        give_value(placeholder, tensor, like=node)
         return placeholder
 
 
@@ -220,7 +213,7 @@ def _stored(weight: Tensor, state: DenseState, layer: LayerConfig) -> StoredColu
 
 
 def _warn(model: nn.Module, config: SlopeConfig, decisions: Sequence[Decision]) -> None:
-    """Say, once for a model and a configuration, what its author cannot have meant."""
+    """Warn, once for a model and a configuration, about settings that have no effect on the model."""
     if _warned.get(model) == config:
         return
     _warned[model] = config
@@ -240,7 +233,7 @@ def _warn(model: nn.Module, config: SlopeConfig, decisions: Sequence[Decision]) 
 
 
 def _settled(decision: Decision) -> Decision:
-    """For a model that ``sparsify_`` has prepared: what it left dense, the user wants dense."""
+    """The decision for a prepared model: a layer that ``sparsify_`` left dense stays dense."""
     if not decision.sparse:
         return decision
     return dataclasses.replace(

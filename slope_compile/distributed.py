@@ -1,7 +1,8 @@
-"""What a model is wrapped in for training on several processes, and what that asks of it.
+"""Wrappers for training on several processes, and what they require of a model.
 
-``DistributedDataParallel`` notes the parameters and their shapes when it wraps a model, so a model is converted before;
-and it waits in each backward for the gradients of all of them, which adapters have only once they are on.
+``DistributedDataParallel`` records the parameters and their shapes when it wraps a model, so a model has to be
+converted before.  In each backward it waits for the gradients of all parameters, but adapters have gradients only while
+they are on.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def without_wrapper(module: nn.Module) -> nn.Module:
 def data_parallel(parameters: Iterable[Tensor]) -> list[DistributedDataParallel]:
     """The live ``DistributedDataParallel`` wrappers that reduce gradients of any of these parameters.
 
-    A model does not know what it is wrapped in, so they are looked for among all objects, where processes are
-    connected at all.
+    A model has no reference to its wrapper, so wrappers are looked for among all live objects.  Without a process group
+    there are none.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []

@@ -14,6 +14,7 @@ import torch
 from tabulate import tabulate
 
 from slope_compile import __version__
+from slope_compile.dtypes import dtype_name
 from slope_compile.kernels import cpu_build, cpu_library, cpu_tuning, gpu_ops, gpu_tuning, triton_products
 from slope_compile.lowering import EXPANDED, OR_COPY, lowering
 from slope_compile.pattern import Pattern
@@ -92,7 +93,7 @@ def _tuned(gpu: str, index: int) -> str:
 
 
 def _choices(device: torch.device) -> Iterator[tuple[str, ...]]:
-    dtypes = cpu_tuning.DTYPES if device.type == "cpu" else {str(d)[6:]: d for d in triton_products.DTYPES}
+    dtypes = cpu_tuning.DTYPES if device.type == "cpu" else {dtype_name(d): d for d in triton_products.DTYPES}
     for name, dtype in dtypes.items():
         for op in cpu_tuning.OPS:
             ways = [lowering(op, M, SIZE, SIZE, dtype, device, Pattern(2, 4)) for M in cpu_tuning.TOKENS]

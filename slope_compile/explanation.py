@@ -21,7 +21,8 @@ from torch import nn
 from torch.fx import Node
 
 from slope_compile import cost
-from slope_compile._capture import Captured, Linear, capture, uncompiled
+from slope_compile._capture import Captured, Linear, capture
+from slope_compile._dynamo import uncompiled
 from slope_compile.config import SlopeConfig, checked_config
 from slope_compile.errors import ConversionError
 from slope_compile.kernels import ops
@@ -56,13 +57,13 @@ class LinearFacts:
     density: float
     """Measured share of the weight that is not zero in the forward product; 1.0 for a dense linear."""
     column_density: float | None
-    """The same of W^{R,C}, picked by magnitude from the values as they are; None with the exact gradient."""
+    """The same share of W^{R,C}, picked by magnitude from the current values; None with the exact gradient."""
     bytes_before: int | None
     """The dense weight."""
     bytes_after: int | None
     """Values and metadata, as ``sparsify_`` stores them (a drop-in model keeps its dense-shaped weight)."""
     lowering: str
-    """Of the forward product, on the device that the model is on."""
+    """How the forward product is computed on the device of the model."""
     seconds_before: float | None = None
     """Roofline time of the forward product; None without a device, or where its peaks are for another element size."""
     seconds_after: float | None = None
@@ -70,9 +71,9 @@ class LinearFacts:
     """Measured seconds of the forward product, on random activations; None unless asked for, and for dense linears."""
     measured_after: float | None = None
     flops_before: sympy.Expr | None = None
-    """FLOPs of the forward product, in the graph's own symbols where it has some; None where no one matrix is known."""
+    """FLOPs of the forward product, in the graph's own symbols if it has some; None if the weight is not one matrix."""
     flops_after: sympy.Expr | None = None
-    """With those of an adapter that is on."""
+    """FLOPs after the rewrite, with those of an adapter that is on."""
     moved_before: sympy.Expr | None = None
     """Bytes that it reads and writes."""
     moved_after: sympy.Expr | None = None
@@ -226,52 +227,69 @@ def _explained(
 
 
 def _facts(linear: Linear, ranks: dict[str, int], peaks: cost.Device | None, measure: bool) -> LinearFacts:
+    facts = _storage(linear)
+    if measure and facts.sparse:
+        facts = _measurement(facts, linear)
+    if len(facts.shape) == 2:
+        facts = _prediction(facts, linear, ranks.get(facts.path, 0), peaks)
+    return facts
+
+
+def _itemsize(linear: Linear) -> int:
+    return linear.state[0].itemsize if linear.state else linear.dtype.itemsize
+
+
+def _storage(linear: Linear) -> LinearFacts:
+    """A record with the decision, the bytes before and after it, and the share of the weight that is left."""
     decision, shape = linear.decision, linear.decision.shape
-    size = linear.state[0].itemsize if linear.state else linear.dtype.itemsize
-    before = math.prod(shape) * size if shape else None
-    tokens = cost.tokens(linear.tokens)
-    facts = LinearFacts(
+    size = _itemsize(linear)
+    density, column_density, lowered = 1.0, None, DENSE
+    before = after = math.prod(shape) * size if shape else None
+    if decision.sparse:
+        nm = Pattern.parse(decision.pattern)
+        values, pattern = linear.state[:2]
+        forward = ops.expand(values, pattern, nm.keep, nm.group)
+        N, K = shape = tuple(forward.shape)
+        density = int(forward.count_nonzero()) / forward.numel()
+        if decision.backward == "double_pruned":
+            columns = ops.compress_columns(values, pattern, nm.keep, nm.group)[0]
+            column_density = int(columns.count_nonzero()) / forward.numel()
+        before, after = N * K * size, sum(t.nbytes for t in linear.state)
+        M = _example(linear.tokens)
+        lowered = PRUNED if linear.pruned else lowering("forward", M, N, K, linear.dtype, linear.device, nm)
+    return LinearFacts(
         path=decision.weight,
         sparse=decision.sparse,
         reason=decision.reason,
         why=decision.why,
         shape=shape,
-        tokens=str(tokens),
+        tokens=str(cost.tokens(linear.tokens)),
         pattern=decision.pattern,
         backward=decision.backward,
-        density=1.0,
-        column_density=None,
+        density=density,
+        column_density=column_density,
         bytes_before=before,
-        bytes_after=before,
-        lowering=DENSE,
+        bytes_after=after,
+        lowering=lowered,
     )
-    nm = Pattern.parse(decision.pattern) if decision.sparse else None
-    if nm is not None:
-        values, pattern = linear.state[:2]
-        forward = ops.expand(values, pattern, nm.keep, nm.group)
-        N, K = forward.shape
-        M = _example(linear.tokens)
-        double = decision.backward == "double_pruned"
-        columns = ops.compress_columns(values, pattern, nm.keep, nm.group)[0] if double else None
-        facts = dataclasses.replace(
-            facts,
-            shape=(N, K),
-            density=int(forward.count_nonzero()) / forward.numel(),
-            column_density=None if columns is None else int(columns.count_nonzero()) / forward.numel(),
-            bytes_before=N * K * size,
-            bytes_after=sum(t.nbytes for t in linear.state),
-            lowering=PRUNED if linear.pruned else lowering("forward", M, N, K, linear.dtype, linear.device, nm),
-        )
-        if measure:
-            old, new = forward_seconds(M, forward, values.detach(), pattern, nm)
-            facts = dataclasses.replace(facts, measured_before=old, measured_after=old if linear.pruned else new)
-        if linear.pruned:
-            nm = None  # costs what a dense product costs
-    if len(facts.shape) != 2:
-        return facts
+
+
+def _measurement(facts: LinearFacts, linear: Linear) -> LinearFacts:
+    """Add the measured times of a sparse linear's forward product."""
+    nm = Pattern.parse(facts.pattern)
+    values, pattern = linear.state[:2]
+    dense = ops.expand(values, pattern, nm.keep, nm.group)
+    old, new = forward_seconds(_example(linear.tokens), dense, values.detach(), pattern, nm)
+    return dataclasses.replace(facts, measured_before=old, measured_after=old if linear.pruned else new)
+
+
+def _prediction(facts: LinearFacts, linear: Linear, rank: int, peaks: cost.Device | None) -> LinearFacts:
+    """Add the cost of the forward product and, if there are peaks for its element size, the predicted times."""
     N, K = facts.shape
-    rank = ranks.get(decision.weight, 0)
-    dense, rewrite = _forward(N, K, size, nm, rank, tokens)
+    size = _itemsize(linear)
+    # A product that reads the pruned weight costs what a dense one costs.
+    nm = Pattern.parse(facts.pattern) if facts.sparse and not linear.pruned else None
+    dense, rewrite = _forward(N, K, size, nm, rank, cost.tokens(linear.tokens))
     facts = dataclasses.replace(
         facts,
         flops_before=dense.flops,
@@ -281,10 +299,10 @@ def _facts(linear: Linear, ranks: dict[str, int], peaks: cost.Device | None, mea
     )
     if peaks is None or not peaks.fits(size):
         return facts
-    before_time, after_time, even = _predicted(N, K, size, nm, rank, peaks)
+    before, after, even = _predicted(N, K, size, nm, rank, peaks)
     at = {cost.M: _example(linear.tokens)}
     return dataclasses.replace(
-        facts, seconds_before=float(before_time.subs(at)), seconds_after=float(after_time.subs(at)), break_even=even
+        facts, seconds_before=float(before.subs(at)), seconds_after=float(after.subs(at)), break_even=even
     )
 
 

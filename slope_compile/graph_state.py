@@ -20,9 +20,7 @@ from torch import Tensor, nn
 
 from slope_compile.config import LayerConfig
 from slope_compile.kernels import ops
-from slope_compile.kernels.masks import choose_mask
-from slope_compile.kernels.metadata import pack_mask
-from slope_compile.parametrizations import draw_adapter
+from slope_compile.parametrizations import choose_pattern, draw_adapter
 
 VALUES, PATTERN, COLUMN_MASK = "_values", "_pattern", "_column_mask"
 ADAPTER_A, ADAPTER_B, ADAPTER_SCALE = "_adapter_A", "_adapter_B", "_adapter_scale"
@@ -38,13 +36,13 @@ def compressed_state(
     dense = (dense.t() if transposed else dense).contiguous()
     N, K = dense.shape
     nm = layer.pattern
-    pattern = pack_mask(choose_mask(dense, nm, layer.mask, layer.seed, path))
+    pattern = choose_pattern(weight, layer, transposed, path)
     values = ops.compress(dense, pattern, nm.keep, nm.group)
     state: dict[str, nn.Parameter | Tensor] = {
         VALUES: nn.Parameter(values, requires_grad=weight.requires_grad),
         PATTERN: pattern,
     }
-    if layer.stores_columns and N % nm.group == 0:
+    if layer.stores_columns_for(N):
         state[COLUMN_MASK] = ops.pick_columns(values, pattern, nm.keep, nm.group)
     if layer.adapter_rank:
         A, B = draw_adapter((N, K), layer, path, values)

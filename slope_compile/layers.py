@@ -8,17 +8,16 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from slope_compile._module_state import holds_parameter
 from slope_compile._shared_classes import linear_forward
+from slope_compile._storage import storage_key
 from slope_compile.config import SlopeConfig
 from slope_compile.parametrizations import LowRank, SparseWeight
-from slope_compile.report import EXPERTS_DETAIL, Decision, Reason
-from slope_compile.rules import first_linears, holds_experts, is_head, is_router, layer_path, plain_path
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from slope_compile.report import EXPERTS_DETAIL, Decision, Reason, decision_about
+from slope_compile.rules import first_linears, fits, holds_experts, is_head, is_router, layer_path, plain_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class LinearLayer:
         """The tensor that is trained: the stored one, whatever parametrizations stand on it."""
         if parametrize.is_parametrized(self.module, self.name):
             stored: Any = self.module.parametrizations[self.name]  # type: ignore[index]
-            if "original" in stored._parameters:  # not where several tensors make the weight (weight_norm)
+            if holds_parameter(stored, "original"):  # not where several tensors make the weight (weight_norm)
                 original = stored.original
                 assert isinstance(original, Tensor)
                 return original
@@ -73,7 +72,7 @@ class LinearLayer:
 
 
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-"""What ``nn.MultiheadAttention`` projects its input with: the first, or the three others."""
+"""Input projections of ``nn.MultiheadAttention``: a module has the first, or the three others."""
 
 
 def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
@@ -91,7 +90,7 @@ def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
             yield LinearLayer(path, module, transposed=True)
         elif isinstance(module, nn.MultiheadAttention):
             for weight in ATTENTION_WEIGHTS:
-                if module._parameters.get(weight) is not None or parametrize.is_parametrized(module, weight):
+                if holds_parameter(module, weight) or parametrize.is_parametrized(module, weight):
                     yield LinearLayer(f"{path}.{weight}".lstrip("."), module, transposed=False, name=weight)
 
 
@@ -103,63 +102,53 @@ def decide(
     ``adapters_stay``: a weight that has nothing but our adapter on it counts as a plain one (way A).
     """
     layers = list(linear_layers(model))
-    users = _weight_users(model)
-    paths = collections.Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    first = first_linears([layer.path for layer in layers]) if config.first_dense else set()
-    modules = {plain_path(path): module for path, module in model.named_modules()}
-    tables = [module for module in modules.values() if isinstance(module, nn.Embedding)]
-    # A square table holds positions: were it the vocabulary, every square projection would count as a head.
-    vocabularies = frozenset(t.num_embeddings for t in tables if t.num_embeddings != t.embedding_dim)
+    judge = _Judge(model, config, layers, adapters_stay)
+    return [
+        (layer, decision_about(layer.path, layer.shape, config.layer(layer.path), *judge(layer))) for layer in layers
+    ]
 
-    def judge(layer: LinearLayer) -> tuple[Reason, str]:
-        N, K = layer.shape
-        settings = config.layer(layer.path)
-        weight = layer.weight
-        if layer.parametrizations and not (adapters_stay and layer.parametrizations == [layer.low_rank]):
+
+class _Judge:
+    """Gives the reason, and its detail, for each layer; facts about the whole model are gathered once."""
+
+    def __init__(
+        self, model: nn.Module, config: SlopeConfig, layers: list[LinearLayer], adapters_stay: bool
+    ) -> None:
+        self.config = config
+        self.adapters_stay = adapters_stay
+        self.users = _weight_users(model)
+        self.paths = collections.Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+        self.first = first_linears([layer.path for layer in layers]) if config.first_dense else set()
+        self.last = layers[-1] if layers else None
+        self.modules = {plain_path(path): module for path, module in model.named_modules()}
+        tables = [module for module in self.modules.values() if isinstance(module, nn.Embedding)]
+        # A square table holds positions: were it the vocabulary, every square projection would count as a head.
+        self.vocabularies = frozenset(t.num_embeddings for t in tables if t.num_embeddings != t.embedding_dim)
+
+    def __call__(self, layer: LinearLayer) -> tuple[Reason, str]:
+        weight, path, config = layer.weight, layer.path, self.config
+        if layer.parametrizations and not (self.adapters_stay and layer.parametrizations == [layer.low_rank]):
             names = ", ".join(type(p).__name__ for p in layer.parametrizations)
             return Reason.PARAMETRIZED, f"{names}; remove it before converting"
         if type(weight) is not nn.Parameter:
             return Reason.SUBCLASS, type(weight).__name__
-        if paths[id(layer.module)] > 1:
-            return Reason.SHARED, f"the module has {paths[id(layer.module)]} paths"
-        if len(users[weight.untyped_storage()._cdata]) > 1:
-            return Reason.TIED, " and ".join(users[weight.untyped_storage()._cdata])
-        if not config.selects(layer.path):
+        if self.paths[id(layer.module)] > 1:
+            return Reason.SHARED, f"the module has {self.paths[id(layer.module)]} paths"
+        users = self.users[storage_key(weight)]
+        if len(users) > 1:
+            return Reason.TIED, " and ".join(users)
+        if not config.selects(path):
             return Reason.EXCLUDED, ""
-        if layer.path in first:
+        if path in self.first:
             return Reason.FIRST, ""
-        if config.heads_dense and is_router(layer.path, modules):
+        if config.heads_dense and is_router(path, self.modules):
             return Reason.ROUTER, ""
-        if config.heads_dense and is_head(layer.path, N, vocabularies, layer is layers[-1]):
+        if config.heads_dense and is_head(path, layer.shape[0], self.vocabularies, layer is self.last):
             return Reason.HEAD, ""
         # A forward set on the instance (a hook of another library) may be any callable, not a bound method.
         if getattr(layer.module.forward, "__func__", None) not in _known_forwards():
             return Reason.FORWARD_REPLACED, type(layer.module).__name__
-        if weight.dtype not in DTYPES:
-            return Reason.DTYPE, str(weight.dtype)
-        if K % settings.pattern.group or not N or not K:
-            return Reason.SHAPE, f"K = {K} is not a positive multiple of {settings.pattern.group}"
-        if settings.double_pruned and N % settings.pattern.group:
-            return Reason.SELECTED, f"exact backward, as N = {N} is not a multiple of {settings.pattern.group}"
-        return Reason.SELECTED, ""
-
-    decisions = []
-    for layer in layers:
-        reason, detail = judge(layer)
-        settings = config.layer(layer.path)
-        sparse = reason is Reason.SELECTED
-        exact = not settings.double_pruned or layer.shape[0] % settings.pattern.group
-        decision = Decision(
-            weight=layer.path,
-            sparse=sparse,
-            reason=reason,
-            shape=layer.shape,
-            pattern=str(settings.pattern) if sparse else "",
-            backward=("exact" if exact else "double_pruned") if sparse else "",
-            detail=detail,
-        )
-        decisions.append((layer, decision))
-    return decisions
+        return fits(weight.dtype, layer.shape, config.layer(path))
 
 
 def mixture_weights(model: nn.Module) -> list[Decision]:
@@ -177,13 +166,10 @@ def mixture_weights(model: nn.Module) -> list[Decision]:
 
 
 def _weight_users(model: nn.Module) -> dict[int, list[str]]:
-    """Storage -> the names under which parameters with that storage are registered."""
+    """The key of each storage -> the names under which parameters with that storage are registered."""
     users: dict[int, list[str]] = collections.defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.is_meta:
-            users[parameter.untyped_storage()._cdata].append(name)
-        else:
-            users[id(parameter)].append(name)
+        users[storage_key(parameter)].append(name)
     return users
 
 

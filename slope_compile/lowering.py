@@ -1,4 +1,4 @@
-"""Which way each product of a layer would be computed on a device, by the rules that the operators go by."""
+"""Which kernel would compute each product of a layer on a device, by the rules that the operators use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slope_compile.pattern import Pattern
 DENSE = "dense"
 EXPANDED = "dense with expanded weight"
 PRUNED = "dense with pruned weight"
-"""Of a drop-in model without gradients, for few tokens: see ``passes.sparsify``."""
+"""For a drop-in model without gradients and with few tokens: see ``passes.sparsify``."""
 OR_COPY = ", or while the weight does not change dense with a copy of it"
 """Added on a machine that was tuned with copies, where those are faster."""
 _NAMES = {
@@ -20,7 +20,7 @@ _NAMES = {
 
 
 def lowering(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, nm: Pattern) -> str:
-    """What runs for ``op`` of a sparse layer: a 2:4 kernel, or a dense product with the expanded weight.
+    """The kernel that runs for ``op`` of a sparse layer: a 2:4 kernel, or a dense product with the expanded weight.
 
     Args:
         op: "forward", "grad_input", "grad_input_columns" or "grad_weight".

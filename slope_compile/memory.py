@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from slope_compile._storage import storage_key
 from slope_compile.errors import ConfigError
 from slope_compile.graph_state import ADAPTER_A, ADAPTER_B, ADAPTER_SCALE, COLUMN_MASK, PATTERN, VALUES
 from slope_compile.layers import linear_layers
@@ -69,7 +70,8 @@ def training_state(
         known.add(layer.path)
         if layer.low_rank is not None:
             groups |= {id(p): ("adapters", "weights") for p in layer.low_rank.parameters()}
-        if layer.path in wanted if wanted is not None else layer.sparse is not None:
+        counts_apart = layer.sparse is not None if wanted is None else layer.path in wanted
+        if counts_apart:
             groups[id(layer.weight)] = ("linears", "weights")
             if layer.sparse is not None:
                 groups |= {id(b): ("linears", "metadata") for b in layer.sparse.buffers()}
@@ -87,10 +89,10 @@ def training_state(
                 count(part, group, kind)
         if not isinstance(item, Tensor):
             return
-        storage = item.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            counted[group][kind] = counted[group].get(kind, 0) + storage.nbytes()
+        key = storage_key(item)
+        if key not in seen:
+            seen.add(key)
+            counted[group][kind] = counted[group].get(kind, 0) + item.untyped_storage().nbytes()
 
     state = optimizer.state if optimizer is not None else {}
     for tensor in [*model.parameters(), *model.buffers()]:

@@ -1,8 +1,8 @@
-"""Optimizers, which no one hands over: those that have state for given weights, and state that fits no weight.
+"""Finds live optimizers that hold state for given weights, and rejects loaded state of the wrong shape.
 
-``Optimizer.load_state_dict`` goes by the order of parameters, which is another one in a prepared model, and takes
-moments of any shape.  Those of a dense weight in the place of a compressed one would be read in part by fused
-optimizers, without a word, and those of a compressed weight in the place of a dense one past their end.
+``Optimizer.load_state_dict`` assigns state by the order of parameters, which differs in a prepared model, and accepts
+moments of any shape.  With a dense weight's moments on a compressed weight, a fused optimizer silently reads part of
+them; the reverse reads out of bounds.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ ELEMENTWISE = frozenset(
 """Names of state that the optimizers of ``torch.optim`` keep for each element of a weight."""
 
 _looked_at: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
-"""Optimizer -> its state when it was last looked at; loading one puts another in its place."""
+"""Optimizer -> its state when it was last checked; loading a state replaces the object."""
 
 
 def optimizers_with_state(weights: Sequence[Tensor]) -> list[Optimizer]:
     """The live optimizers that have state for any of these weights."""
     # An optimizer's state is a dict with parameters as keys.  Looking for one is a scan of the heap in C; only when
-    # there is one do we pay for the scan in Python (half a second) that finds whose it is.
+    # there is one do we pay for the scan in Python (half a second) that finds its optimizer.
     holders = gc.get_referrers(*weights)
     if not any(isinstance(holder, dict) and any(isinstance(key, Tensor) for key in holder) for holder in holders):
         return []
@@ -46,7 +46,7 @@ def optimizers_with_state(weights: Sequence[Tensor]) -> list[Optimizer]:
 
 @functools.cache
 def check_loaded_state() -> None:
-    """Look at what optimizers have loaded, before their next step; once in a process, when there is a use.
+    """Check the state that optimizers have loaded, before their next step.  The hook is installed once in a process.
 
     ``Optimizer.step`` then raises :class:`ConversionError` where a moment has another shape than its weight.
     """

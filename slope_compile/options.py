@@ -106,14 +106,7 @@ def parse_device(what: str, given: cost.Device | str | None) -> cost.Device | No
     Raises:
         ConfigError: there is no data sheet of that name; ``what`` says where it was given.
     """
-    if given is None or isinstance(given, cost.Device):
-        return given
-    if given not in cost.DATA_SHEETS:
-        raise ConfigError(
-            f"{what}: no data sheet for {given!r}; {nearest(str(given), list(cost.DATA_SHEETS))}; "
-            "or give a slope_compile.cost.Device"
-        )
-    return cost.DATA_SHEETS[given]
+    return given if given is None or isinstance(given, cost.Device) else cost.device(given, what)
 
 
 def parse_fusions(what: str, names: str | Iterable[str]) -> frozenset[str]:

@@ -1,17 +1,16 @@
-"""Prepared layers that run in Python although something around them is compiled: said once, not just slow.
+"""Warnings about prepared layers that run in Python although something around them is compiled.
 
-Dynamo leaves code to Python around graph breaks (all of a checkpointed block, for one, that has a break inside).  The
-backend never sees what is in there, and the layer still computes the right thing, with its weight expanded to a dense
-one.  So it is the weight that notices.
+Dynamo leaves code around graph breaks to Python (for example the whole of a checkpointed block that has a break
+inside).  The backend never sees this code.  The layer still computes the right result, with its weight expanded to a
+dense one, but more slowly.  The weight's parametrization runs in both cases and so can detect it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import sys
-from types import FrameType
 
+from slope_compile._compiled_call import in_compiled_call
 from slope_compile.log import log
 from slope_compile.report import WAYS_OUT, Reason
 
@@ -21,9 +20,9 @@ class Place:
     """Where a prepared weight is."""
 
     path: str
-    """Of its layer in the model that ``sparsify_`` was given."""
+    """Module path of the layer in the model that ``sparsify_`` was given."""
     said: set[str]
-    """Of the whole model: the kinds that a message has named."""
+    """The kinds of layers that a message has named; one set for the whole model."""
 
     @property
     def kind(self) -> str:
@@ -32,11 +31,12 @@ class Place:
 
 
 def in_python(place: Place) -> None:
-    """Called where Python code expands a weight; of a kind the first layer is named, and only within compiled calls.
+    """Logs the first layer of each kind, inside compiled calls only.
 
-    A validation run of the model itself, and a look at ``layer.weight``, are meant to run there.
+    The parametrization calls this when Python code expands its weight.  A validation run of the model that was not
+    compiled, or reading ``layer.weight``, is meant to run in Python.
     """
-    if place.kind in place.said or not _in_compiled_call():
+    if place.kind in place.said or not in_compiled_call():
         return
     place.said.add(place.kind)
     log.warning(
@@ -47,25 +47,12 @@ def in_python(place: Place) -> None:
 
 
 def without_product(path: str) -> None:
-    """Called for a graph that expands a weight and has no product: what Dynamo leaves to Python around it multiplies.
+    """Logs that a graph expands a weight and has no product: Dynamo has left the multiplication to Python.
 
-    One graph serves all blocks that are alike, so nothing is said twice.
+    One graph serves all blocks that are alike, so there is one message for all of them.
     """
     log.warning(
         "compiled call: the prepared layer %r (and its like in other blocks) multiplies in Python, outside of every "
         "graph, with its weight expanded; %s",
         path, WAYS_OUT[Reason.EAGER],
     )  # fmt: skip
-
-
-def _in_compiled_call() -> bool:
-    """Whether something that ``torch.compile`` returned is running, further out.
-
-    The function is private; its name and file are those of torch 2.11 to 2.13.
-    """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.endswith("eval_frame.py"):
-            return True
-        frame = frame.f_back
-    return False

@@ -12,14 +12,13 @@ A Conv1D (Hugging Face's transposed linear) stores its weight as ``[K, N]``: ``t
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
 
-from slope_compile._transforms import transformed
+from slope_compile._transforms import inside_transform
 from slope_compile.config import LayerConfig
 from slope_compile.kernels import ops, reference
+from slope_compile.kernels.masks import choose_mask, seeded_generator
 from slope_compile.kernels.metadata import check_pattern, pack_mask, packed_width, unpack_mask
 from slope_compile.log import log
 from slope_compile.outside import Place, in_python
@@ -43,11 +42,10 @@ class SparseWeight(nn.Module):
         self.nm = layer.pattern
         self.shape = shape  # (N, K)
         self.transposed = transposed
-        # A column group needs N to divide; where it does not, the exact gradient is used (and reported).
-        self.double_pruned = layer.double_pruned and shape[0] % layer.pattern.group == 0
+        self.double_pruned = layer.double_prunes(shape[0])
         self.interval = layer.interval if self.double_pruned else 0
         self.place: Place | None = None
-        self.stores_columns = layer.stores_columns and self.double_pruned
+        self.stores_columns = layer.stores_columns_for(shape[0])
         self.register_buffer("pattern", pattern)
         self.register_buffer("column_mask", None)
         self.register_buffer("column_age", None)
@@ -61,7 +59,7 @@ class SparseWeight(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and self.place is not None:  # in this order: no guard on the place
             in_python(self.place)
-        if transformed():
+        if inside_transform():
             weight = reference.expand(values, self.pattern, self.nm.keep, self.nm.group)
         else:
             weight = ops.expand(
@@ -182,13 +180,19 @@ class LowRank(nn.Module):
         return f"rank={self.A.shape[0]}, scale={self.scale:g}, {state}"
 
 
+def choose_pattern(weight: Tensor, layer: LayerConfig, transposed: bool, path: str) -> Tensor:
+    """The pattern, uint8 ``[N, ceil(K/8)]``, of a dense weight ``[N, K]``, or ``[K, N]`` if transposed."""
+    dense = weight.detach()
+    dense = (dense.t() if transposed else dense).contiguous()
+    return pack_mask(choose_mask(dense, layer.pattern, layer.mask, layer.seed, path))
+
+
 def draw_adapter(shape: tuple[int, int], layer: LayerConfig, path: str, like: Tensor) -> tuple[Tensor, Tensor]:
     """Initial factors of an adapter for a weight of ``shape`` (N, K): ``A [R, K]`` ~ N(0, 1), ``B [N, R]`` = 0.
 
     They depend on seed, module path and shape only; dtype and device are those of ``like``.
     """
-    digest = hashlib.sha256(f"adapter:{layer.seed}:{path}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = seeded_generator(f"adapter:{layer.seed}:{path}")
     N, K = shape
     A = torch.randn(layer.adapter_rank, K, generator=generator, dtype=torch.float32, device="cpu")
     return A.to(like.dtype).to(like.device), like.new_zeros(N, layer.adapter_rank)

@@ -8,7 +8,6 @@ rank; a weight is ``[N, K]``.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from slope_compile.errors import ConfigError
 
@@ -49,20 +48,6 @@ class Pattern:
     def density(self) -> float:
         """Kept share of the weights, 0.5 for 2:4."""
         return self.keep / self.group
-
-    @property
-    def imposed_zeros(self) -> float:
-        """Share of *all* entries that the second, column-wise pruning drops on top of the first.
-
-        Expectation for row patterns that are independent across rows (arXiv 2405.16325, lemma on the imposed
-        zeros): the survivors in a column group are Binomial(group, keep/group), and those beyond ``keep`` go.
-        12.5 % for 1:2, 9.375 % for 2:4, 5.84 % for 2:8.
-        """
-        s = self.density
-        return sum(
-            math.comb(self.group, j) * s**j * (1 - s) ** (self.group - j) * (j - self.keep) / self.group
-            for j in range(self.keep + 1, self.group + 1)
-        )
 
     def compressed(self, length: int) -> int:
         """Kept entries among ``length`` (a multiple of ``group``)."""

@@ -19,7 +19,7 @@ from slope_compile.graph_state import COLUMN_MASK, PATTERN, VALUES, compressed_s
 from slope_compile.log import log
 from slope_compile.options import EXPORT_FUSIONS, parse_device, parse_fusions
 from slope_compile.passes.context import Context
-from slope_compile.passes.graph import attribute
+from slope_compile.passes.graph import attribute, give_value
 from slope_compile.passes.pipeline import run_passes
 from slope_compile.passes.weights import CompressedWeight
 from slope_compile.report import Decision, Reason, Report
@@ -58,7 +58,7 @@ def transform(
     nodes in a GraphModule.
 
     With ``backward="double_pruned"`` and a column mask that is stored (``column_refresh`` a number or "never"), the
-    mask is refreshed by :func:`~slope_compile.columns.refresh_columns_`: a graph has nobody who counts steps.
+    mask is refreshed by :func:`~slope_compile.columns.refresh_columns_`: a graph does not count steps.
 
     ``fusions`` names those that are to run, of ``passes.pipeline.FUSIONS``.  With a ``device`` of the
     cost model (or the name of one in ``cost.DATA_SHEETS``) linears whose rewrite is predicted slower on it stay dense.
@@ -156,9 +156,7 @@ class AttributeWeights:
             if suffix in (VALUES, PATTERN, COLUMN_MASK):
                 with self.module.graph.inserting_before(before):
                     nodes[suffix] = self.module.graph.get_attr(target + suffix)
-                mode = getattr(node.meta.get("val"), "fake_mode", None)
-                if mode is not None:
-                    nodes[suffix].meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+                give_value(nodes[suffix], tensor, like=node)
         self.replaced.append(target)
         return CompressedWeight(nodes[VALUES], nodes[PATTERN], nodes.get(COLUMN_MASK))
 

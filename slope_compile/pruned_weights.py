@@ -1,4 +1,4 @@
-"""Weights of way A after they were pruned: what is remembered about each, and what keeps them pruned.
+"""Weights of way A after they were pruned: the state that is kept for each, and what keeps them pruned.
 
 The gradient that a compiled graph gives a pruned weight is zero at the pruned positions, and an elementwise optimizer
 leaves a zero with zero gradient and zero state where it is.  Three things get in the way of that:
@@ -8,8 +8,8 @@ leaves a zero with zero gradient and zero state where it is.  Three things get i
   stays zero there by itself.  A gradient that was accumulated before the weight was pruned is masked with it.
 - Gradients from elsewhere (the model called outside of what was compiled, a penalty on the weights), and optimizers
   that are not elementwise.  After the first step of a weight, and every :data:`EVERY` steps then, the pruned positions
-  are looked at; where one has moved, a warning says so, and the weight is pruned after each step from then on.
-- The model moves to another device: patterns go after their weights, at the next call.
+  are checked.  If one is not zero, a warning is logged and the weight is pruned after each step from then on.
+- The model moves to another device: patterns are moved to the device of their weights at the next call.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from slope_compile.optimizers import check_loaded_state
 from slope_compile.pattern import Pattern
 
 EVERY = 100
-"""Optimizer steps from one look at the pruned positions to the next."""
+"""Optimizer steps from one check of the pruned positions to the next."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -55,7 +55,7 @@ class DenseState:
     """Tensors of optimizer state that are zero at the pruned positions."""
 
     def follow(self, weight: Tensor) -> None:
-        """Go where the weight has gone; the age of the columns stays on the CPU."""
+        """Move the metadata to the device of the weight; the age of the columns stays on the CPU."""
         if self.pattern.device != weight.device:
             self.pattern = self.pattern.to(weight.device)
             if self.column_mask is not None:
@@ -97,12 +97,12 @@ class DenseState:
 
 @dataclasses.dataclass(frozen=True)
 class PrunedWeight:
-    """A weight that a compiled graph reads as it lies there, and that has to be pruned therefore."""
+    """A weight that a compiled graph reads in its dense form, so that it has to be pruned whenever the graph runs."""
 
     weight: Tensor
     state: DenseState
     path: str
-    """In the model that was compiled; that of the state is the one in the model that was compiled first."""
+    """The path in this model; ``state.path`` is the path in the first model compiled with this weight."""
 
     def compressed(self) -> tuple[Tensor, Tensor]:
         """Values and pattern."""
@@ -136,8 +136,8 @@ _places: weakref.WeakKeyDictionary[nn.Module, dict[str, DenseState]] = weakref.W
 def state_of(weight: Tensor, nm: Pattern, model: nn.Module | None, path: str) -> DenseState | None:
     """What is remembered about a weight with this pattern.
 
-    Of a new Parameter in the place of one that was pruned it is what was remembered of that one, if it has the same
-    shape and is zero at the pruned positions: the model went to another device.
+    When a model moves to another device, it may get a new Parameter in the place of a pruned one.  The new one takes
+    over the state of the old one, if it has the same shape and is zero at the pruned positions.
     """
     state: DenseState | None = _states.get(weight)
     if state is None and model is not None:
@@ -172,7 +172,7 @@ def _remember(weight: Tensor, state: DenseState, model: nn.Module | None) -> Non
 
 @functools.cache
 def _watch_optimizers() -> None:
-    """Look after pruned weights around every step of ``torch.optim``; once in a process, when there is a use."""
+    """Keep weights pruned around every step of ``torch.optim``.  The hooks are installed once in a process."""
     register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
     register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
     check_loaded_state()

@@ -6,6 +6,8 @@ import dataclasses
 import enum
 from collections.abc import Iterable, Iterator
 
+from slope_compile.config import LayerConfig
+
 ACCELERATED = "2:4"
 """The pattern that has kernels."""
 
@@ -96,6 +98,22 @@ class Decision:
 def ways_out(reasons: Iterable[Reason]) -> list[str]:
     """A line for each reason to stay dense."""
     return [f"{reason.value}: to change it, {WAYS_OUT[reason]}" for reason in dict.fromkeys(reasons)]
+
+
+def decision_about(
+    path: str, shape: tuple[int, int], settings: LayerConfig, reason: Reason, detail: str = "", node: str = ""
+) -> Decision:
+    """The decision about a layer with these settings: sparse if the reason is ``SELECTED``.
+
+    Args:
+        path: module path.
+        shape: ``(N, K)``.
+        node: name of the graph node, if there is a graph.
+    """
+    if reason is not Reason.SELECTED:
+        return Decision(path, False, reason, shape, node=node, detail=detail)
+    backward = "double_pruned" if settings.double_prunes(shape[0]) else "exact"
+    return Decision(path, True, reason, shape, str(settings.pattern), backward, node, detail)
 
 
 @dataclasses.dataclass

@@ -1,14 +1,20 @@
-"""The rules of the method that need only names and shapes: what is an output head, what reads the first input.
+"""The rules that need only names, shapes and dtypes: what is an output head, what reads the first input, what divides.
 
 SLoPe makes every linear of attention and MLP sparse except output heads and the first linear after the input
 (arXiv 2405.16325; for BERT that is layer 0's query, key and value together).  A model tree has no dataflow, so there
-the rules go by module paths; ``passes.select`` uses the dataflow where it has a whole graph.
+the rules use module paths; ``passes.select`` uses the dataflow where it has a whole graph.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+
+import torch
+
+from slope_compile.config import LayerConfig
+from slope_compile.dtypes import DTYPES
+from slope_compile.report import Reason
 
 HEAD_NAMES = frozenset(
     {
@@ -36,12 +42,29 @@ def is_head(path: str, N: int, vocabularies: frozenset[int], last: bool) -> bool
         vocabularies: row counts of the model's embeddings.
         last: whether it is the last linear of the model.
 
-    True when its name says so, or when it stands outside every repeated block (its path has no number followed by
-    further names) and is the model's last linear or produces one feature per row of an embedding.  Inside blocks
-    that number says nothing: a position table often has as many rows as the model has features.
+    True when its name is one of ``HEAD_NAMES``, or when it stands outside every repeated block (its path has no number
+    followed by further names) and is the model's last linear or produces one feature per row of an embedding.  Inside
+    blocks the number of features is no evidence: a position table often has as many rows as the model has features.
     """
     name = path.rpartition(".")[2]
     return name in HEAD_NAMES or (not in_block(path) and (last or N in vocabularies))
+
+
+def fits(dtype: torch.dtype, shape: tuple[int, int], settings: LayerConfig) -> tuple[Reason, str]:
+    """Whether a weight of this dtype and ``shape`` (N, K) can become sparse.
+
+    Returns:
+        ``SELECTED`` or the reason why not, and the detail.
+    """
+    N, K = shape
+    group = settings.pattern.group
+    if dtype not in DTYPES:
+        return Reason.DTYPE, str(dtype)
+    if K % group or not N or not K:
+        return Reason.SHAPE, f"K = {K} is not a positive multiple of {group}"
+    if settings.double_pruned and not settings.double_prunes(N):
+        return Reason.SELECTED, f"exact backward, as N = {N} is not a multiple of {group}"
+    return Reason.SELECTED, ""
 
 
 def is_router(path: str, names: Iterable[str]) -> bool:
@@ -57,12 +80,12 @@ def is_router(path: str, names: Iterable[str]) -> bool:
 
 
 def holds_experts(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter's name and shape say that it is the weights of several experts, ``[E, N, K]``."""
+    """Whether a parameter, by its name and shape, holds the weights of several experts, ``[E, N, K]``."""
     return len(shape) == 3 and shape[0] > 1 and "expert" in path.lower()
 
 
 def layer_path(parameter: str) -> str:
-    """The path that a weight's decision goes by, from the parameter's name and through any parametrization.
+    """The path under which a weight is decided about, from the parameter's name and through any parametrization.
 
     It is the module's path for a parameter called ``weight``, and the parameter's own name for any other
     (``self_attn.in_proj_weight``): a module can have several.

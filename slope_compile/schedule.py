@@ -199,7 +199,7 @@ class AdapterSchedule:
         set_adapters(self.model, self.active)
 
     def _check_wrappers(self) -> None:
-        """At once, not when the adapters come on: that is at the end of the run."""
+        """Raise at construction what would fail only when the adapters come on, at the end of the run."""
         if not self.active and self.start_step < self.total_steps:
             for wrapper in data_parallel(self.adapter_parameters()):
                 reason = adapters_will_fail(wrapper)

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from slope_compile._module_state import put_first
 from slope_compile._shared_classes import adapt, share, unshare
 from slope_compile.config import LayerConfig, SlopeConfig, checked_config
 from slope_compile.distributed import data_parallel
 from slope_compile.errors import ConversionError
 from slope_compile.kernels import cpu_library
-from slope_compile.kernels.masks import choose_mask
-from slope_compile.kernels.metadata import pack_mask
 from slope_compile.layers import ATTENTION_WEIGHTS, LinearLayer, decide, linear_layers, mixture_weights
 from slope_compile.log import log
 from slope_compile.optimizers import check_loaded_state, optimizers_with_state
 from slope_compile.outside import Place
-from slope_compile.parametrizations import LowRank, SparseWeight, draw_adapter
+from slope_compile.parametrizations import LowRank, SparseWeight, choose_pattern, draw_adapter
 from slope_compile.report import Decision, Report
 
 
@@ -36,7 +35,7 @@ class DenseNote:
 
 
 class _ShowsNote:
-    """Mixed into a layer's class where that has a ``__repr__`` of its own, which does not ask for ``extra_repr``."""
+    """Mixin for a layer's class with a ``__repr__`` of its own that does not call ``extra_repr``."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         """To pickle and to copy: the class cannot be found by name."""
@@ -98,7 +97,7 @@ def sparsify_(model: nn.Module, config: SlopeConfig | None = None) -> Report:
         )
     _check_convertible("sparsify_", [layer for layer, _ in chosen], "convert before the first optimizer step")
 
-    # What is made in inference mode can be trained as little as what was made there: it has to be like the weights.
+    # Tensors that are made in inference mode cannot be trained, so the mode has to be that of the weights.
     with torch.inference_mode(any(layer.weight.is_inference() for layer, _ in chosen)):
         _convert(chosen)
     report = Report([*(decision for _, decision in decisions), *mixture_weights(model)])
@@ -171,10 +170,10 @@ def add_adapters_(model: nn.Module, config: SlopeConfig) -> list[str]:
 def _convert(chosen: Sequence[tuple[LinearLayer, LayerConfig]]) -> None:
     """Convert all of these layers or, should one fail, none.
 
-    Everything that can be computed beforehand is; the originals are held until the last layer is converted, so that a
+    The patterns are computed first, and the original weights are held until the last layer is converted, so that a
     failure on the way leaves the model as it was.
     """
-    patterns = [_pattern(layer, settings) for layer, settings in chosen]
+    patterns = [choose_pattern(layer.weight, settings, layer.transposed, layer.path) for layer, settings in chosen]
     originals = [(layer, layer.weight.data) for layer, _ in chosen]
     try:
         for (layer, settings), pattern in zip(chosen, patterns, strict=True):
@@ -183,12 +182,6 @@ def _convert(chosen: Sequence[tuple[LinearLayer, LayerConfig]]) -> None:
         for layer, data in originals:
             _restore(layer, data)
         raise
-
-
-def _pattern(layer: LinearLayer, settings: LayerConfig) -> Tensor:
-    weight = layer.weight.detach()
-    weight = weight.t() if layer.transposed else weight
-    return pack_mask(choose_mask(weight.contiguous(), settings.pattern, settings.mask, settings.seed, layer.path))
 
 
 def _register(layer: LinearLayer, settings: LayerConfig, pattern: Tensor) -> None:
@@ -211,7 +204,7 @@ def _register_adapter(layer: LinearLayer, settings: LayerConfig) -> None:
 
 
 def _check_ranks(chosen: Sequence[tuple[LinearLayer, LayerConfig]]) -> None:
-    """Say once how many adapters have more columns than their product can have rank."""
+    """Warn once about adapters whose rank exceeds their layer's full rank."""
     over = [(layer, settings.adapter_rank) for layer, settings in chosen if settings.adapter_rank > min(layer.shape)]
     if not over:
         return
@@ -238,9 +231,7 @@ def _remove(layer: LinearLayer) -> None:
     """
     unshare(layer.module)  # the removal deletes `weight` from the class
     parametrize.remove_parametrizations(layer.module, layer.name, leave_parametrized=True)
-    weights = [name for name in ("weight", *ATTENTION_WEIGHTS) if name in layer.module._parameters]
-    for name in [*weights, *(name for name in layer.module._parameters if name not in weights)]:
-        layer.module._parameters[name] = layer.module._parameters.pop(name)
+    put_first(layer.module, ("weight", *ATTENTION_WEIGHTS))
     layer.weight.data = layer.weight.data.contiguous()  # of a Conv1D it is a transposed view by now
 
 
@@ -257,7 +248,7 @@ def _note(layer: LinearLayer, decision: Decision) -> None:
 
 
 def _print_children(module: nn.Module) -> None:
-    """Let a parametrized module print as any module does, where its class hides the children (Conv1D does)."""
+    """Have a parametrized module print its children, which some classes hide (Conv1D does)."""
     type(module).__repr__ = nn.Module.__repr__  # type: ignore[method-assign]  # its class is its own
 
 

@@ -11,15 +11,13 @@ at all (no Triton, no GPU) is checked like any other.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from library_source import LIBRARY, ROOT, Import, fail_if_any, imports, library_files
 
-LEAVES = frozenset({"config", "cost", "errors", "log", "pattern", "report", "rules"})
+LEAVES = frozenset({"_symbols", "config", "cost", "dtypes", "errors", "log", "pattern", "report", "rules"})
 """Modules directly in ``slope_compile`` that every layer may import, and that import only each other."""
 
 REACH = {
@@ -32,46 +30,11 @@ REACH = {
 
 MAX_LINES = 450
 
-PRIVATE_PUBLICLY_NAMED = ("torch.fx.experimental",)
-"""Private by torch's own account, though no underscore says so."""
-
-LIBRARY = {
-    path.relative_to(ROOT).as_posix(): path
-    for folder in ("slope_compile", "passes", "kernels")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-    # A walk may or may not follow the links slope_compile/passes and slope_compile/kernels: count files once.
-    if not (folder == "slope_compile" and path.relative_to(ROOT / folder).parts[0] in ("passes", "kernels"))
-}
-"""Each file of the library once, by its path in the repository."""
-
 EVERYWHERE = LIBRARY | {
     path.relative_to(ROOT).as_posix(): path
     for folder in ("tests", "examples", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
-
-library_files = pytest.mark.parametrize("name", sorted(LIBRARY))
-
-
-class Import(NamedTuple):
-    """One imported name: ``from a.b import c`` has module a.b and member c, ``import a.b`` has no member."""
-
-    line: int
-    module: str
-    member: str | None
-    level: int
-
-
-def imports(tree: ast.AST) -> Iterator[Import]:
-    """Every import in a file, those inside functions and ``TYPE_CHECKING`` blocks too."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield Import(node.lineno, alias.name, None, 0)
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                yield Import(node.lineno, node.module or "", alias.name, node.level)
-
 
 def module_name(path: str) -> str:
     """``passes/fuse.py`` -> ``slope_compile.passes.fuse``, the name it is imported by."""
@@ -116,58 +79,6 @@ def upward_imports(path: str, source: str, modules: frozenset[str]) -> list[str]
     return problems
 
 
-def private_part(dotted: str) -> str | None:
-    """The shortest private prefix of a dotted name of torch's: ``torch._ops.OpOverload`` -> ``torch._ops``.
-
-    Names under ``torch.ops`` are operators, and an operator such as ``aten._to_copy`` is public in a graph.
-    """
-    parts = dotted.split(".")
-    if parts[0] != "torch" or parts[1:2] == ["ops"]:
-        return None
-    for end in range(2, len(parts) + 1):
-        last = parts[end - 1]
-        prefix = ".".join(parts[:end])
-        if prefix in PRIVATE_PUBLICLY_NAMED or (last.startswith("_") and not last.startswith("__")):
-            return prefix
-    return None
-
-
-def attribute_chain(node: ast.expr) -> str | None:
-    """``a.b.c`` as text, or None for an expression that is not a chain of names."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        head = attribute_chain(node.value)
-        return None if head is None else f"{head}.{node.attr}"
-    return None
-
-
-def private_torch(path: str, source: str) -> list[str]:
-    """One message for each private torch module that a file not named ``_*.py`` imports or reaches.
-
-    Private names move between releases; kept in one file a concern, a new torch breaks that file alone.
-    An attribute behind a private name counts (``torch._dynamo.reset``), a function of torch itself with an
-    underscore (``torch._check``) does not.
-    """
-    file = Path(path).name
-    if file.startswith("_") and file != "__init__.py":
-        return []
-    tree = ast.parse(source)
-    dotted = [
-        (found.line, found.module if found.member is None else f"{found.module}.{found.member}")
-        for found in imports(tree)
-        if not found.level
-    ]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and (chain := attribute_chain(node.value)) is not None:
-            dotted.append((node.lineno, chain))
-    reached = {(line, private) for line, text in dotted if (private := private_part(text)) is not None}
-    return [
-        f"{path}:{line}: {private} is private to torch; only files named _*.py may use it"
-        for line, private in sorted(reached)
-    ]
-
-
 def top_level_imports(path: str, source: str) -> list[str]:
     """One message for each ``import kernels`` or ``import passes``: neither name is ours at the top level."""
     return [
@@ -188,13 +99,6 @@ def prints(path: str, source: str) -> list[str]:
 
 MODULES = frozenset(module_name(path) for path in LIBRARY)
 
-
-def fail_if_any(problems: list[str]) -> None:
-    """Fail with the messages alone, without a traceback into this file."""
-    if problems:
-        pytest.fail("\n".join(problems), pytrace=False)
-
-
 def test_the_library_is_where_these_tests_look() -> None:
     folders = {Path(name).parts[0] for name in LIBRARY}
     assert folders == {"slope_compile", "passes", "kernels"}
@@ -205,11 +109,6 @@ def test_the_library_is_where_these_tests_look() -> None:
 @library_files
 def test_imports_run_one_way(name: str) -> None:
     fail_if_any(upward_imports(name, LIBRARY[name].read_text(encoding="utf-8"), MODULES))
-
-
-@library_files
-def test_private_torch_names_stay_in_underscore_files(name: str) -> None:
-    fail_if_any(private_torch(name, LIBRARY[name].read_text(encoding="utf-8")))
 
 
 @library_files
@@ -315,42 +214,6 @@ def test_an_upward_import_is_found_and_both_ends_named(
 )
 def test_a_downward_import_is_fine(path: str, source: str) -> None:
     assert upward_imports(path, source, SYNTHETIC) == []
-
-
-@pytest.mark.parametrize(
-    ("source", "named"),
-    [
-        ("import torch._dynamo", "torch._dynamo"),
-        ("from torch._inductor import config", "torch._inductor"),
-        ("from torch import _guards", "torch._guards"),
-        ("from torch.utils._pytree import tree_map", "torch.utils._pytree"),
-        ("from torch.fx.experimental.symbolic_shapes import guard_or_false", "torch.fx.experimental"),
-        ("from torch.fx import experimental", "torch.fx.experimental"),
-        ("import torch\ntorch._dynamo.reset()", "torch._dynamo"),
-        ("import torch\nx: torch._ops.OpOverload", "torch._ops"),
-        ("import torch\ntorch.utils._pytree.tree_map(f, x)", "torch.utils._pytree"),
-        ("import torch\nf(torch.fx.experimental.symbolic_shapes.guard)", "torch.fx.experimental"),
-    ],
-)
-def test_a_private_torch_name_is_found(source: str, named: str) -> None:
-    (message,) = private_torch("passes/fuse.py", source)
-    assert named in message
-    assert private_torch("passes/_torch.py", source) == []
-
-
-def test_public_torch_names_are_fine() -> None:
-    source = """
-import torch
-from torch.fx.passes.infra.pass_base import PassBase
-from slope_compile._dynamo import reset
-torch._check(x, torch.__version__)
-torch.ops.aten._to_copy.default
-"""
-    assert private_torch("passes/fuse.py", source) == []
-
-
-def test_an_init_file_is_no_home_for_private_names() -> None:
-    assert private_torch("slope_compile/__init__.py", "import torch._dynamo") != []
 
 
 def test_prints_and_top_level_imports_are_found() -> None:

@@ -1,8 +1,6 @@
-"""``Pattern``: parsing, the two lengths, and the lemma on imposed zeros."""
+"""``Pattern``: parsing, and the two lengths."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 
@@ -44,31 +42,6 @@ def test_lengths(text: str, dense: int, compressed: int) -> None:
     nm = Pattern.parse(text)
     assert nm.compressed(dense) == compressed
     assert nm.dense(compressed) == dense
-
-
-@pytest.mark.parametrize("text", ["1:2", "2:4", "1:4", "2:8", "4:8"])
-def test_imposed_zeros_by_counting_every_case(text: str) -> None:
-    # A column group crosses ``group`` independent rows, each of which keeps its entry with chance keep / group.
-    nm = Pattern.parse(text)
-    expected = 0.0
-    for survives in itertools.product([0, 1], repeat=nm.group):
-        alive = sum(survives)
-        chance = nm.density**alive * (1 - nm.density) ** (nm.group - alive)
-        expected += chance * max(0, alive - nm.keep) / nm.group
-    assert nm.imposed_zeros == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        pytest.param("1:2", 0.125, id="1:2"),
-        pytest.param("2:4", 0.09375, id="2:4"),
-        pytest.param("2:8", 0.0584, id="2:8"),  # 3.39 % in the publication does not follow from its own formula
-        pytest.param("4:8", 0.0684, id="4:8"),
-    ],
-)
-def test_imposed_zeros_are_those_of_the_lemma(text: str, value: float) -> None:
-    assert Pattern.parse(text).imposed_zeros == pytest.approx(value, abs=5e-5)
 
 
 def test_patterns_are_values() -> None:

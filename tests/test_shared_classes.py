@@ -55,7 +55,9 @@ def test_layers_that_are_alike_share_a_class() -> None:
     model = blocks()
     classes = {type(layer) for each in model for layer in (each.up, each.down)}
     assert len(classes) == 1
-    assert all(isinstance(layer, nn.Linear) for layer in model.modules() if parametrize.is_parametrized(layer))
+    prepared = [layer for layer in model.modules() if parametrize.is_parametrized(layer)]
+    assert len(prepared) == 6
+    assert all(isinstance(layer, nn.Linear) for layer in prepared)
     # Another model's too; other kinds of layers have their own.
     assert type(block(blocks(), 0).up) in classes
     attention = nn.MultiheadAttention(8, 2)

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 from prepared import SPARSE, Net, assert_equals_masked_dense, keep_mask, net, sparse_layers
 from slope_compile.config import Override, SlopeConfig
+from slope_compile.layers import decide
 from slope_compile.report import Reason
 from slope_compile.sparsify import add_adapters_, densify_, sparsify_
 from tolerances import assert_same
@@ -168,6 +169,15 @@ def test_every_reason_is_in_the_report_and_on_the_model() -> None:
         assert decision.why in table
         if not decision.sparse:
             assert f"dense: {decision.why}" in str(model.get_submodule(decision.weight))
+
+
+def test_tied_weights_are_found_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = Zoo()
+    found = {layer.path: (decision.reason, decision.detail) for layer, decision in decide(model, SlopeConfig())}
+    tied = {path: expected for path, expected in EXPECTED.items() if expected[0] is Reason.TIED}
+    assert len(tied) == 3
+    assert {path: found[path] for path in tied} == tied
 
 
 def test_print_shows_pattern_and_backward_of_sparse_layers() -> None:

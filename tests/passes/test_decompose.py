@@ -120,3 +120,15 @@ def test_what_no_definition_covers_is_refused_with_a_way_out() -> None:
         _, within = decomposed(call, x, keys)
     assert [d.reason for d in within.report] == [Reason.FUSED_OPERATOR] * 2
     assert all("set_fastpath_enabled(False)" in d.why for d in within.report)
+
+
+def test_an_error_of_an_operator_inside_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a definition itself can say that it does not cover a call; the way out would be wrong for anything else."""
+
+    def fail(*_: object) -> Tensor:
+        raise NotImplementedError("no such kernel")
+
+    layer = nn.TransformerEncoderLayer(D, H, 16, batch_first=True).eval()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fail)
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no such kernel"):
+        decomposed(layer, torch.randn(B, T, D))
