@@ -10,6 +10,7 @@ import triton.language as tl
 
 from slope_compile.kernels.triton_tiles import (
     expanded,
+    filled_two,
     kept,
     largest_two,
     magnitude_keys,
@@ -87,7 +88,9 @@ def compress_columns(
     in_k = (rk < K)[:, None]
     w, _ = stored_tile(V, P, C, rn, pk, N, K, stride_p, stride_c, BN, BK, HAS_COLUMNS)
     w = tl.trans(w)  # [BK, BN]
-    nibble = largest_two(magnitude_keys(w), BK, BN // 4)
+    keys = magnitude_keys(w)
+    # A column mask keeps at most two of each group.
+    nibble = filled_two(keys, BK, BN // 4) if HAS_COLUMNS else largest_two(keys, BK, BN // 4)
     nibble = tl.where((group < N // 4)[None, :], nibble, 0)
     codes = packed(nibble, BK, BN // 4)
     tl.store(CP + rk[:, None] * stride_cp + rc[None, :], codes, mask=in_k & (rc < stride_cp)[None, :])

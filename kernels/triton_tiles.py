@@ -102,6 +102,20 @@ def largest_two(keys, ROWS: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def filled_two(keys, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Nibbles ``[ROWS, GROUPS]`` that keep the nonzero integers of each group, at most two, and the first zeros.
+
+    That is what :func:`largest_two` gives there, without comparing pairs: a table of 16 nibbles, which the nonzero
+    integers index.
+    """
+    k0, k1, k2, k3 = elements(keys, ROWS, GROUPS)
+    code = (k0 != 0).to(tl.int32) | (k1 != 0).to(tl.int32) << 1 | (k2 != 0).to(tl.int32) << 2
+    low = 0x36553333  # of 8 codes, the first in the lowest nibble
+    high = 0x365C3A99
+    return (tl.where(k3 != 0, high, low) >> (code * 4)) & 15
+
+
+@triton.jit
 def magnitude_keys(dense):
     """Integers in the order of magnitudes: the bits without the sign.  All NaN are equal, and larger than infinity."""
     if dense.dtype == tl.float32:

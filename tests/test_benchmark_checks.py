@@ -24,6 +24,7 @@ from benchmarks import (
     model_checks,
     profiling,
     records,
+    suite_tests,
 )
 from benchmarks.cases import Options, Run
 from benchmarks.choices import Choice
@@ -212,3 +213,29 @@ def test_suites_run_with_nothing_but_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 done, 0 failed, 0 done before, 0 left" in done.stdout
     assert re.search(r"\[1/1, \d+ s\] correctness/products/m5/76x140/bf16/t1", done.stderr)
+
+
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly")
+SOME = """
+import time
+def test_right(): pass
+def test_wrong(): assert False
+def test_slow(): time.sleep({})
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "last", "counts", "said"),
+    [(60, 0, {"passed": 2, "failed": 1}, "test_wrong"), (10, 60, {"passed": 1, "failed": 1}, "not over after 10 s")],
+)
+def test_the_suites_own_tests(tmp_path: Path, limit: float, last: int, counts: dict[str, int], said: str) -> None:
+    """Of a run that is cut off, what it had shown counts."""
+    (tmp_path / "test_some.py").write_text(SOME.format(last))
+    facts = suite_tests.tested([*PYTEST, "--rootdir", str(tmp_path), str(tmp_path)], limit).facts
+    assert (facts["tests"], facts["passed"]) == (counts, False)
+    assert said in facts["output"]
+
+
+def test_no_test_at_all_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no test ran"):
+        suite_tests.tested([*PYTEST, "--rootdir", str(tmp_path), str(tmp_path)], 30.0)

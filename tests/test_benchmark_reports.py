@@ -221,6 +221,12 @@ def test_the_table_of_tiles_names_the_best_of_each_way() -> None:
     assert second == ["weight gradient", "1", "64", "128", "4", "0.80", "-", "-", "-", "-"]
 
 
+def test_the_fastest_way_has_its_columns_made() -> None:
+    seconds = {"dense": 4e-6, "triton 16x64x128 w4 s4": 8e-6, "wgmma_sp_64x64_w4": 2e-6}
+    assert tile_table.fastest(seconds) == 2e-6
+    assert tile_table.fastest(seconds | {"recompressed wgmma_sp_64x64_w4": 3e-6}) == 3e-6
+
+
 def test_committed_tables_of_tiles_have_every_product() -> None:
     for path in sorted((records.ROOT / "benchmarks" / "results").glob("tiles-*.json")):
         text = tile_table.section(path, "github")

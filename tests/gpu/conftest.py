@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from filelock import FileLock
 
 from slope_compile.kernels import _cusparselt, cusparselt_search
 
@@ -11,15 +12,26 @@ SIZES = ((48, 64, 96), (96, 256, 128), (96, 128, 256))
 """M, N, K, of those that are multiples of 16."""
 
 
+SECONDS = 60.0
+"""Limit of the search."""
+
+
 @pytest.fixture(scope="session")
-def searched_products() -> list[_cusparselt.Product]:
-    """Those that the library might compute, after the search; none where there is no GPU."""
+def searched_products(tmp_path_factory: pytest.TempPathFactory) -> list[_cusparselt.Product]:
+    """Those that the library might compute, after the search; none where there is no GPU.
+
+    Of several worker processes the first one searches, and the others wait for what it finds.
+    """
     if not torch.cuda.is_available():
         return []
     device = torch.device("cuda", 0)
     products = [p for size in SIZES for dtype in _cusparselt.DTYPES for p in cusparselt_search.layer(dtype, *size)]
-    with cusparselt_search.Search(device) as search:
-        search.run(products, seconds=240.0)
+    shared = tmp_path_factory.getbasetemp().parent
+    with FileLock(shared / "cusparselt.lock"), cusparselt_search.Search(device) as search:
+        if not (shared / "cusparselt.searched").exists():
+            search.run(products, seconds=SECONDS)
+            (shared / "cusparselt.searched").touch()
+    _cusparselt.known.cache_clear()
     return [p for p in products if _cusparselt.unfit(device, *p) is None]
 
 
