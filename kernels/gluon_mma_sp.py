@@ -50,6 +50,134 @@ def _b_layout(WN, NT, WM):
 
 
 @gluon.jit
+def _copy_block(
+    x_ring, v_ring, stage, X, V, x_at, v_at, x_word, v_word, in_x, in_v, block, wanted, K,
+):  # fmt: skip
+    """Start copying a block's tokens and values to a stage.
+
+    X, V: pointers to the block in the tile's first row; ``x_at`` and ``v_at`` are the offsets of the tile's rows.
+    in_x, in_v: rows that exist.  Masked copies write zeros, for rows past the end as well as for features past K.
+    """
+    of_x = in_x & (x_word < K // 2 - block * 32)[None, :] & wanted
+    of_v = in_v & (v_word < K // 4 - block * 16)[None, :] & wanted
+    copy_async(x_ring.index(stage), X + x_at + x_word[None, :], mask=of_x)
+    copy_async(v_ring.index(stage), V + v_at + v_word[None, :], mask=of_v)
+
+
+@gluon.jit
+def _multiply(
+    acc, x_ring, v_ring, stage, e,
+    MT: gl.constexpr, WN: gl.constexpr, NT: gl.constexpr, WM: gl.constexpr, FP16: gl.constexpr, L: gl.constexpr,
+):  # fmt: skip
+    """``acc`` plus the product of a block in shared memory, with selectors E."""
+    MMA: gl.constexpr = SPARSE + ("f16.f16" if FP16 else "bf16.bf16") + SPARSE_OPERANDS
+    a0, a1 = values_of_block(v_ring.index(stage), MT, WN, WM, L)
+    b = x_ring.index(stage).load(_b_layout(WN, NT, WM)).reshape([NT, WM, 8, 2, 2, 2, 4])  # nt wm g step r1 r0 t
+    b0, b1 = gl.split(gl.permute(b, (4, 2, 0, 1, 6, 5, 3)))
+    b0 = gl.convert_layout(b0.reshape([1, 1, 2, 8, NT, WM, 4, 2]), L, assert_trivial=True)
+    b1 = gl.convert_layout(b1.reshape([1, 1, 2, 8, NT, WM, 4, 2]), L, assert_trivial=True)
+    # The last operand chooses the lanes that supply the selectors: t = 0, 1 or t = 2, 3.
+    acc = gl.inline_asm_elementwise(
+        MMA + "0x0;", SPARSE_CONSTRAINTS, [a0, b0, e, acc], dtype=gl.float32, is_pure=True, pack=4
+    )
+    return gl.inline_asm_elementwise(
+        MMA + "0x1;", SPARSE_CONSTRAINTS, [a1, b1, e, acc], dtype=gl.float32, is_pure=True, pack=4
+    )
+
+
+@gluon.jit
+def _sparse_sums(
+    X, V, P, row, pm, pn, first, blocks, M, N, K, stride_xm, stride_p,
+    MT: gl.constexpr, WN: gl.constexpr, NT: gl.constexpr, WM: gl.constexpr, STAGES: gl.constexpr,
+    FP16: gl.constexpr, PIECE: gl.constexpr, L: gl.constexpr,
+):  # fmt: skip
+    """``X W^T`` of tile (pm, pn) over ``blocks`` blocks from ``first`` on, as C; ``row``: A's row g in the tile."""
+    BN: gl.constexpr = 16 * MT * WN
+    BM: gl.constexpr = 8 * NT * WM
+    WARPS: gl.constexpr = WN * WM
+    # Tiles go through rings of STAGES stages in shared memory.  The 16-byte pieces of a row are swizzled, so that
+    # ldmatrix has no bank conflicts within eight rows.
+    X_FROM: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
+    V_FROM: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
+    x_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BM, 32], gl.SwizzledSharedLayout(4, 1, 8, order=[1, 0]))
+    v_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BN, 16], gl.SwizzledSharedLayout(4, 2, 4, order=[1, 0]))
+    x_row = gl.arange(0, BM, layout=gl.SliceLayout(1, X_FROM))
+    x_word = gl.arange(0, 32, layout=gl.SliceLayout(0, X_FROM))
+    v_row = gl.arange(0, BN, layout=gl.SliceLayout(1, V_FROM))
+    v_word = gl.arange(0, 16, layout=gl.SliceLayout(0, V_FROM))
+    # The rows of a tile are 32-bit offsets from one moving pointer: half as many registers as a pointer for each row.
+    X += (pm * BM).to(gl.int64) * (stride_xm // 2) + first * 32
+    V += (pn * BN).to(gl.int64) * (K // 4) + first * 16
+    x_at = (x_row * (stride_xm // 2))[:, None]
+    v_at = (v_row * (K // 4))[:, None]
+    in_x = (x_row < M - pm * BM)[:, None]
+    in_v = (v_row < N - pn * BN)[:, None]
+
+    t = axis(4, 6, L)
+    p_row = pn * BN + row
+    P += (pn * BN).to(gl.int64) * (stride_p // PIECE) + first * 8 // PIECE
+    if PIECE == 8:
+        P_FROM: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        p_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BN], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+        p_of = gl.arange(0, BN, layout=P_FROM)
+        p_at = p_of * (stride_p // 8)
+        in_p = p_of < N - pn * BN
+    else:
+        Q = P + 8 * (stride_p // PIECE)
+        p_at = row * (stride_p // PIECE) + 2 * t // PIECE
+        in_p = p_row < N
+        in_q = p_row + 8 < N
+
+    for i in range(0, STAGES - 1):  # not unrolled: that would run out of registers
+        more = i < blocks
+        _copy_block(x_ring, v_ring, i, X, V, x_at, v_at, x_word, v_word, in_x, in_v, first + i, more, K)
+        if PIECE == 8:
+            copy_async(p_ring.index(i), P + p_at, mask=in_p & more)
+            P += 1
+        commit_copies()
+        X += 32
+        V += 16
+    if PIECE < 8:
+        left = stride_p - first * 8 - 2 * t
+        p = pattern_word(P + p_at, in_p, left, PIECE)
+        q = pattern_word(Q + p_at, in_q, left, PIECE)
+
+    acc = gl.zeros([MT, WN, 2, 8, NT, WM, 4, 2], gl.float32, L)
+    gl.assume(blocks > 0)
+    stage = 0
+    for i in range(0, blocks):
+        wait_for_copies(STAGES - 2)
+        # Now every thread sees the copies of all threads, and no thread reads the previous stage any more.
+        barrier()
+        into = gl.where(stage == 0, STAGES - 1, stage - 1)
+        ahead = first + i + STAGES - 1
+        more = i + STAGES - 1 < blocks
+        _copy_block(x_ring, v_ring, into, X, V, x_at, v_at, x_word, v_word, in_x, in_v, ahead, more, K)
+        if PIECE == 8:
+            copy_async(p_ring.index(into), P + p_at, mask=in_p & more)
+            P += 1
+        commit_copies()
+        X += 32
+        V += 16
+
+        if PIECE == 8:
+            p, q = pattern_of_block(p_ring.index(stage), MT, WN, WM, L)
+        e = selectors(p, q)
+        if PIECE < 8:
+            P += 8 // PIECE
+            Q += 8 // PIECE
+            left -= 8
+            p = pattern_word(P + p_at, in_p, left, PIECE)
+            q = pattern_word(Q + p_at, in_q, left, PIECE)
+        acc = _multiply(acc, x_ring, v_ring, stage, e, MT, WN, NT, WM, FP16, L)
+        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+    # The last copies still write zeros into the rings; their memory is reused afterwards.
+    wait_for_copies(0)
+    barrier()
+    return acc
+
+
+@gluon.jit
 def _add_low_rank(
     acc, T, B, first_row, token, row_end, token_end, R, steps,
     FP16: gl.constexpr, L: gl.constexpr,
@@ -105,111 +233,14 @@ def forward(
     BM: gl.constexpr = 8 * NT * WM
     WARPS: gl.constexpr = WN * WM
     L: gl.constexpr = layout(MT, WN, NT, WM)
-    MMA: gl.constexpr = SPARSE + ("f16.f16" if FP16 else "bf16.bf16") + SPARSE_OPERANDS
     pn, pm = tile_of_program(M, N, BM, BN, BAND)
     first = gl.program_id(1) * blocks_per_split
     blocks = gl.minimum(gl.cdiv(K, 64) - first, blocks_per_split)
-
-    # Tiles go through rings of STAGES stages in shared memory.  The 16-byte pieces of a row are swizzled, so that
-    # ldmatrix has no bank conflicts within eight rows.
-    X_FROM: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
-    V_FROM: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
-    x_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BM, 32], gl.SwizzledSharedLayout(4, 1, 8, order=[1, 0]))
-    v_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BN, 16], gl.SwizzledSharedLayout(4, 2, 4, order=[1, 0]))
-    x_row = gl.arange(0, BM, layout=gl.SliceLayout(1, X_FROM))
-    x_word = gl.arange(0, 32, layout=gl.SliceLayout(0, X_FROM))
-    v_row = gl.arange(0, BN, layout=gl.SliceLayout(1, V_FROM))
-    v_word = gl.arange(0, 16, layout=gl.SliceLayout(0, V_FROM))
-    # The rows of a tile are 32-bit offsets from one moving pointer: half as many registers as a pointer for each row.
-    X += (pm * BM).to(gl.int64) * (stride_xm // 2) + first * 32
-    V += (pn * BN).to(gl.int64) * (K // 4) + first * 16
-    x_at = (x_row * (stride_xm // 2))[:, None]
-    v_at = (v_row * (K // 4))[:, None]
-    in_x = (x_row < M - pm * BM)[:, None]
-    in_v = (v_row < N - pn * BN)[:, None]
-
-    t = axis(4, 6, L)
     row = 16 * (axis(MT, 0, L) * WN + axis(WN, 1, L)) + axis(8, 3, L)
-    p_row = pn * BN + row
-    P += (pn * BN).to(gl.int64) * (stride_p // PIECE) + first * 8 // PIECE
-    if PIECE == 8:
-        P_FROM: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-        p_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BN], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-        p_of = gl.arange(0, BN, layout=P_FROM)
-        p_at = p_of * (stride_p // 8)
-        in_p = p_of < N - pn * BN
-    else:
-        Q = P + 8 * (stride_p // PIECE)
-        p_at = row * (stride_p // PIECE) + 2 * t // PIECE
-        in_p = p_row < N
-        in_q = p_row + 8 < N
-
-    # Masked copies write zeros, for rows past the end as well as for features past K.
-    for i in range(0, STAGES - 1):  # not unrolled: that would run out of registers
-        k = first + i
-        of_x = in_x & (x_word < K // 2 - k * 32)[None, :] & (i < blocks)
-        of_v = in_v & (v_word < K // 4 - k * 16)[None, :] & (i < blocks)
-        copy_async(x_ring.index(i), X + x_at + x_word[None, :], mask=of_x)
-        copy_async(v_ring.index(i), V + v_at + v_word[None, :], mask=of_v)
-        if PIECE == 8:
-            copy_async(p_ring.index(i), P + p_at, mask=in_p & (i < blocks))
-            P += 1
-        commit_copies()
-        X += 32
-        V += 16
-    if PIECE < 8:
-        left = stride_p - first * 8 - 2 * t
-        p = pattern_word(P + p_at, in_p, left, PIECE)
-        q = pattern_word(Q + p_at, in_q, left, PIECE)
-
-    acc = gl.zeros([MT, WN, 2, 8, NT, WM, 4, 2], gl.float32, L)
-    gl.assume(blocks > 0)
-    stage = 0
-    for i in range(0, blocks):
-        wait_for_copies(STAGES - 2)
-        # Now every thread sees the copies of all threads, and no thread reads the previous stage any more.
-        barrier()
-        into = gl.where(stage == 0, STAGES - 1, stage - 1)
-        ahead = first + i + STAGES - 1
-        more = i + STAGES - 1 < blocks
-        more_x = in_x & (x_word < K // 2 - ahead * 32)[None, :] & more
-        more_v = in_v & (v_word < K // 4 - ahead * 16)[None, :] & more
-        copy_async(x_ring.index(into), X + x_at + x_word[None, :], mask=more_x)
-        copy_async(v_ring.index(into), V + v_at + v_word[None, :], mask=more_v)
-        if PIECE == 8:
-            copy_async(p_ring.index(into), P + p_at, mask=in_p & more)
-            P += 1
-        commit_copies()
-        X += 32
-        V += 16
-
-        if PIECE == 8:
-            p, q = pattern_of_block(p_ring.index(stage), MT, WN, WM, L)
-        e = selectors(p, q)
-        if PIECE < 8:
-            P += 8 // PIECE
-            Q += 8 // PIECE
-            left -= 8
-            p = pattern_word(P + p_at, in_p, left, PIECE)
-            q = pattern_word(Q + p_at, in_q, left, PIECE)
-
-        a0, a1 = values_of_block(v_ring.index(stage), MT, WN, WM, L)
-        b = x_ring.index(stage).load(_b_layout(WN, NT, WM)).reshape([NT, WM, 8, 2, 2, 2, 4])  # nt wm g step r1 r0 t
-        b0, b1 = gl.split(gl.permute(b, (4, 2, 0, 1, 6, 5, 3)))
-        b0 = gl.convert_layout(b0.reshape([1, 1, 2, 8, NT, WM, 4, 2]), L, assert_trivial=True)
-        b1 = gl.convert_layout(b1.reshape([1, 1, 2, 8, NT, WM, 4, 2]), L, assert_trivial=True)
-        # The last operand chooses the lanes that supply the selectors: t = 0, 1 or t = 2, 3.
-        acc = gl.inline_asm_elementwise(
-            MMA + "0x0;", SPARSE_CONSTRAINTS, [a0, b0, e, acc], dtype=gl.float32, is_pure=True, pack=4
-        )
-        acc = gl.inline_asm_elementwise(
-            MMA + "0x1;", SPARSE_CONSTRAINTS, [a1, b1, e, acc], dtype=gl.float32, is_pure=True, pack=4
-        )
-        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-    # The last copies still write zeros into the rings; their memory is reused below.
-    wait_for_copies(0)
-    barrier()
-
+    acc = _sparse_sums(
+        X, V, P, row, pm, pn, first, blocks, M, N, K, stride_xm, stride_p,
+        MT, WN, NT, WM, STAGES, FP16, PIECE, L,
+    )  # fmt: skip
     if HAS_LOW_RANK:
         token = 8 * (axis(NT, 4, L) * WM + axis(WM, 5, L)) + axis(8, 3, L)
         steps = gl.where(gl.program_id(1) == 0, gl.cdiv(R, 32), 0)
@@ -217,7 +248,7 @@ def forward(
         b_tile = B + (pn * BN).to(gl.int64) * (R // 2)
         acc = _add_low_rank(acc, t_tile, b_tile, row, token, N - pn * BN, M - pm * BM, R, steps, FP16, L)
     if HAS_BIAS:
-        acc += bias_of_tile(BIAS, p_row, N, L)
+        acc += bias_of_tile(BIAS, pn * BN + row, N, L)
     store_tile(acc, Y, gl.program_id(1).to(gl.int64) * M, pm, pn, M, N, BM, BN, WARPS)
 
 

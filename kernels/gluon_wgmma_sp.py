@@ -126,17 +126,27 @@ def _address(stage, BM: gl.constexpr, L: gl.constexpr, WN: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    acc, v_ring, p, q, stage,
-    MT: gl.constexpr, WN: gl.constexpr, NT: gl.constexpr, FP16: gl.constexpr, L: gl.constexpr,
+    acc, ready, v_ring, p_ring, p, q, stage, phase,
+    MT: gl.constexpr, WN: gl.constexpr, NT: gl.constexpr, STAGES: gl.constexpr,
+    FP16: gl.constexpr, PIECE: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
-    """Issue a block's group of instructions and wait for the previous group."""
+    """Wait for a stage's copies, issue its block's group of instructions and wait for the previous group.
+
+    p, q: the block's pattern.  With PIECE = 8 it is read from its ring instead, and the next block's is waited for.
+    """
+    mbarrier.wait(ready.index(stage), phase)
+    if PIECE == 8:
+        p, q = pattern_of_block(p_ring.index(stage), MT, WN, 1, L)
     a0, a1 = values_of_block(v_ring.index(stage), MT, WN, 1, L)
     e = selectors(p, q)
     PACK: gl.constexpr = 4 * NT * MT
     TEXT: gl.constexpr = _sparse_group(MT, NT, FP16)
     REGISTERS: gl.constexpr = _constraints(PACK, 4)
     at = _address(stage, 8 * NT, L, WN)
-    return gl.inline_asm_elementwise(TEXT, REGISTERS, [a0, a1, e, at, acc], dtype=gl.float32, is_pure=False, pack=PACK)
+    acc = gl.inline_asm_elementwise(TEXT, REGISTERS, [a0, a1, e, at, acc], dtype=gl.float32, is_pure=False, pack=PACK)
+    if PIECE == 8:
+        wait_for_copies(STAGES - 3)
+    return acc
 
 
 @gluon.jit
@@ -145,6 +155,166 @@ def _fill(x_desc, v_desc, ready, x_ring, v_ring, stage, pm, pn, block, wanted, B
     mbarrier.expect(ready.index(stage), BM * 128 + BN * 64, pred=wanted)
     load_tile(x_desc, [pm * BM, block * 32], ready.index(stage), x_ring.index(stage), pred=wanted)
     load_tile(v_desc, [pn * BN, block * 16], ready.index(stage), v_ring.index(stage), pred=wanted)
+
+
+@gluon.jit
+def _start(
+    x_desc, v_desc, pm, pn, first, blocks, STAGES: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr
+):  # fmt: skip
+    """The rings of tokens and values and their mbarriers; the copies of the first STAGES blocks are started."""
+    # The ring of tokens comes first, because the assembly expects it where shared memory begins.
+    x_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BM, 32], x_desc.layout)
+    v_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BN, 16], v_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+    # The TMA and the other threads may use the mbarriers only after this.
+    fence_async_shared()
+    barrier()
+    for i in gl.static_range(STAGES):
+        _fill(x_desc, v_desc, ready, x_ring, v_ring, i, pm, pn, first + i, i < blocks, BM, BN)
+    return x_ring, v_ring, ready
+
+
+@gluon.jit
+def _stage_pattern(
+    P, pn, first, blocks, N, stride_p, STAGES: gl.constexpr, BN: gl.constexpr, WN: gl.constexpr
+):  # fmt: skip
+    """The ring of the pattern, with STAGES - 1 blocks on the way and the first there.
+
+    Returns:
+        The ring; pointers to the first block in each row; which rows exist; and how many blocks they have.
+    """
+    P_FROM: gl.constexpr = gl.BlockedLayout([1], [32], [WN], [0])
+    p_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BN], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    p_of = pn * BN + gl.arange(0, BN, layout=P_FROM)
+    p_at = P + p_of.to(gl.int64) * (stride_p // 8) + first
+    in_p = p_of < N
+    left = gl.minimum(stride_p // 8 - first, blocks)
+    for i in gl.static_range(STAGES - 1):
+        copy_async(p_ring.index(i), p_at + i, mask=in_p & (i < left))
+        commit_copies()
+    # Here for the first block; later for each next block, before the barrier.
+    wait_for_copies(STAGES - 2)
+    barrier()
+    return p_ring, p_at, in_p, left
+
+
+@gluon.jit
+def _sparse_sums(
+    x_desc, v_desc, P, x_ring, v_ring, ready, p_row, t, pm, pn, first, blocks, N, stride_p,
+    MT: gl.constexpr, WN: gl.constexpr, NT: gl.constexpr, STAGES: gl.constexpr,
+    FP16: gl.constexpr, PIECE: gl.constexpr, L: gl.constexpr,
+):  # fmt: skip
+    """``X W^T`` of the tile over ``blocks`` blocks from ``first`` on, in the steps of the module docstring.
+
+    Returns:
+        The sums (C), the next stage of the rings, and the phase of its mbarrier.  No copy is in flight any more.
+    """
+    BN: gl.constexpr = 16 * MT * WN
+    BM: gl.constexpr = 8 * NT
+    if PIECE == 8:
+        p_ring, p_at, in_p, left = _stage_pattern(P, pn, first, blocks, N, stride_p, STAGES, BN, WN)
+        p_even, q_even = None, None  # in the ring
+        p_odd, q_odd = None, None
+    else:
+        p_ring = None
+        in_p = p_row < N
+        in_q = p_row + 8 < N
+        p_at = P + p_row.to(gl.int64) * (stride_p // 2) + first * 4 + t
+        q_at = p_at + 8 * (stride_p // 2)
+        left = stride_p - first * 8 - 2 * t
+        # Loaded two blocks ahead: the words of the next even block and of the next odd one.
+        p_even = pattern_word(p_at, in_p, left, 2)
+        q_even = pattern_word(q_at, in_q, left, 2)
+        p_odd = pattern_word(p_at + 4, in_p, left - 8, 2)
+        q_odd = pattern_word(q_at + 4, in_q, left - 8, 2)
+
+    acc = gl.zeros([MT, WN, 2, 8, NT, 1, 4, 2], gl.float32, L)
+    gl.assume(blocks > 0)
+    even = 0
+    phase = 0
+    for k in range(0, blocks, 2):
+        acc = _multiply(acc, ready, v_ring, p_ring, p_even, q_even, even, phase, MT, WN, NT, STAGES, FP16, PIECE, L)
+        if PIECE == 2:
+            left -= 16
+            p_at += 8
+            q_at += 8
+            p_even = pattern_word(p_at, in_p, left, 2)
+            q_even = pattern_word(q_at, in_q, left, 2)
+        barrier()
+        before = gl.where(even == 0, STAGES - 1, even - 1)
+        ahead = k - 1 + STAGES
+        more = (k > 0) & (ahead < blocks)
+        _fill(x_desc, v_desc, ready, x_ring, v_ring, before, pm, pn, first + ahead, more, BM, BN)
+        if PIECE == 8:
+            copy_async(p_ring.index(before), p_at + ahead, mask=in_p & (ahead < left))
+            commit_copies()
+
+        odd = gl.where(even == STAGES - 1, 0, even + 1)
+        phase = gl.where(odd == 0, phase ^ 1, phase)
+        acc = _multiply(acc, ready, v_ring, p_ring, p_odd, q_odd, odd, phase, MT, WN, NT, STAGES, FP16, PIECE, L)
+        if PIECE == 2:
+            p_odd = pattern_word(p_at + 4, in_p, left - 8, 2)
+            q_odd = pattern_word(q_at + 4, in_q, left - 8, 2)
+        barrier()
+        ahead = k + STAGES
+        _fill(x_desc, v_desc, ready, x_ring, v_ring, even, pm, pn, first + ahead, ahead < blocks, BM, BN)
+        if PIECE == 8:
+            copy_async(p_ring.index(even), p_at + ahead, mask=in_p & (ahead < left))
+            commit_copies()
+
+        even = gl.where(odd == STAGES - 1, 0, odd + 1)
+        phase = gl.where(even == 0, phase ^ 1, phase)
+    PACK: gl.constexpr = 4 * NT * MT
+    LAST: gl.constexpr = _constraints(PACK, 0)
+    acc = gl.inline_asm_elementwise(
+        "wgmma.wait_group.sync.aligned 0;", LAST, [acc], dtype=gl.float32, is_pure=False, pack=PACK
+    )
+    if PIECE == 8:
+        wait_for_copies(0)  # the last ones still write zeros
+    # No thread reads a stage any more; their memory is reused afterwards.
+    barrier()
+    return acc, even, phase
+
+
+@gluon.jit
+def _add_low_rank(
+    acc, t_desc, B, x_ring, ready, stage, phase, p_row, t, pm, N, R,
+    MT: gl.constexpr, WN: gl.constexpr, NT: gl.constexpr, STAGES: gl.constexpr,
+    FP16: gl.constexpr, L: gl.constexpr,
+):  # fmt: skip
+    """``acc + T B^T`` in program (_, 0), else ``acc``.  T goes through the ring of tokens, from ``stage`` on."""
+    BM: gl.constexpr = 8 * NT
+    PACK: gl.constexpr = 4 * NT * MT
+    parts = gl.where(gl.program_id(1) == 0, gl.cdiv(R, 64), 0)
+    into = stage
+    for i in gl.static_range(STAGES):
+        mbarrier.expect(ready.index(into), BM * 128, pred=i < parts)
+        load_tile(t_desc, [pm * BM, i * 32], ready.index(into), x_ring.index(into), pred=i < parts)
+        into = gl.where(into == STAGES - 1, 0, into + 1)
+    row = p_row + 8 * axis(2, 7, L)
+    word = t + 4 * axis(2, 2, L)
+    b_at = B + row.to(gl.int64) * (R // 2) + word
+    in_b = row < N
+    TEXT: gl.constexpr = _dense_group(MT, NT, FP16)
+    REGISTERS: gl.constexpr = _constraints(PACK, 5)
+    for i in range(0, parts):
+        rest = R // 2 - 32 * i - word
+        b0 = gl.load(b_at, mask=in_b & (rest > 0), other=0)
+        b1 = gl.load(b_at + 8, mask=in_b & (rest > 8), other=0)
+        b2 = gl.load(b_at + 16, mask=in_b & (rest > 16), other=0)
+        b3 = gl.load(b_at + 24, mask=in_b & (rest > 24), other=0)
+        b_at += 32
+        mbarrier.wait(ready.index(stage), phase)
+        at = _address(stage, BM, L, WN)
+        acc = gl.inline_asm_elementwise(
+            TEXT, REGISTERS, [b0, b1, b2, b3, at, acc], dtype=gl.float32, is_pure=False, pack=PACK
+        )
+        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+        phase = gl.where(stage == 0, phase ^ 1, phase)
+    barrier()
+    return acc
 
 
 # No argument is specialized but the constexprs, so that the build that was checked is the one that is launched.
@@ -178,134 +348,22 @@ def forward(
         N = N // 8 * 8  # tells the compiler
     BN: gl.constexpr = 16 * MT * WN
     BM: gl.constexpr = 8 * NT
-    PACK: gl.constexpr = 4 * NT * MT
     L: gl.constexpr = layout(MT, WN, NT, 1)
     pn, pm = tile_of_program(M, N, BM, BN, BAND)
     first = gl.program_id(1) * blocks_per_split
     blocks = gl.minimum(blocks - first, blocks_per_split)
 
-    # The ring of tokens comes first, because the assembly expects it where shared memory begins.
-    x_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BM, 32], x_desc.layout)
-    v_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BN, 16], v_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
-    # The TMA and the other threads may use the mbarriers only after this.
-    fence_async_shared()
-    barrier()
-    for i in gl.static_range(STAGES):
-        _fill(x_desc, v_desc, ready, x_ring, v_ring, i, pm, pn, first + i, i < blocks, BM, BN)
-
+    x_ring, v_ring, ready = _start(x_desc, v_desc, pm, pn, first, blocks, STAGES, BM, BN)
     t = axis(4, 6, L)
     p_row = pn * BN + 16 * (axis(MT, 0, L) * WN + axis(WN, 1, L)) + axis(8, 3, L)
-    if PIECE == 8:
-        P_FROM: gl.constexpr = gl.BlockedLayout([1], [32], [WN], [0])
-        p_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BN], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-        p_of = pn * BN + gl.arange(0, BN, layout=P_FROM)
-        p_at = P + p_of.to(gl.int64) * (stride_p // 8) + first
-        in_p = p_of < N
-        left = gl.minimum(stride_p // 8 - first, blocks)
-        for i in gl.static_range(STAGES - 1):
-            copy_async(p_ring.index(i), p_at + i, mask=in_p & (i < left))
-            commit_copies()
-        # Here for the first block; later for each next block, before the barrier.
-        wait_for_copies(STAGES - 2)
-        barrier()
-    else:
-        in_p = p_row < N
-        in_q = p_row + 8 < N
-        p_at = P + p_row.to(gl.int64) * (stride_p // 2) + first * 4 + t
-        q_at = p_at + 8 * (stride_p // 2)
-        left = stride_p - first * 8 - 2 * t
-        # Loaded two blocks ahead: the words of the next even block and of the next odd one.
-        p_even = pattern_word(p_at, in_p, left, 2)
-        q_even = pattern_word(q_at, in_q, left, 2)
-        p_odd = pattern_word(p_at + 4, in_p, left - 8, 2)
-        q_odd = pattern_word(q_at + 4, in_q, left - 8, 2)
-
-    acc = gl.zeros([MT, WN, 2, 8, NT, 1, 4, 2], gl.float32, L)
-    gl.assume(blocks > 0)
-    even = 0
-    phase = 0
-    for k in range(0, blocks, 2):
-        mbarrier.wait(ready.index(even), phase)
-        if PIECE == 8:
-            p_even, q_even = pattern_of_block(p_ring.index(even), MT, WN, 1, L)
-        acc = _multiply(acc, v_ring, p_even, q_even, even, MT, WN, NT, FP16, L)
-        if PIECE == 8:
-            wait_for_copies(STAGES - 3)
-        else:
-            left -= 16
-            p_at += 8
-            q_at += 8
-            p_even = pattern_word(p_at, in_p, left, 2)
-            q_even = pattern_word(q_at, in_q, left, 2)
-        barrier()
-        before = gl.where(even == 0, STAGES - 1, even - 1)
-        ahead = k - 1 + STAGES
-        more = (k > 0) & (ahead < blocks)
-        _fill(x_desc, v_desc, ready, x_ring, v_ring, before, pm, pn, first + ahead, more, BM, BN)
-        if PIECE == 8:
-            copy_async(p_ring.index(before), p_at + ahead, mask=in_p & (ahead < left))
-            commit_copies()
-
-        odd = gl.where(even == STAGES - 1, 0, even + 1)
-        phase = gl.where(odd == 0, phase ^ 1, phase)
-        mbarrier.wait(ready.index(odd), phase)
-        if PIECE == 8:
-            p_odd, q_odd = pattern_of_block(p_ring.index(odd), MT, WN, 1, L)
-        acc = _multiply(acc, v_ring, p_odd, q_odd, odd, MT, WN, NT, FP16, L)
-        if PIECE == 8:
-            wait_for_copies(STAGES - 3)
-        else:
-            p_odd = pattern_word(p_at + 4, in_p, left - 8, 2)
-            q_odd = pattern_word(q_at + 4, in_q, left - 8, 2)
-        barrier()
-        ahead = k + STAGES
-        _fill(x_desc, v_desc, ready, x_ring, v_ring, even, pm, pn, first + ahead, ahead < blocks, BM, BN)
-        if PIECE == 8:
-            copy_async(p_ring.index(even), p_at + ahead, mask=in_p & (ahead < left))
-            commit_copies()
-
-        even = gl.where(odd == STAGES - 1, 0, odd + 1)
-        phase = gl.where(even == 0, phase ^ 1, phase)
-    LAST: gl.constexpr = _constraints(PACK, 0)
-    acc = gl.inline_asm_elementwise(
-        "wgmma.wait_group.sync.aligned 0;", LAST, [acc], dtype=gl.float32, is_pure=False, pack=PACK
-    )
-    if PIECE == 8:
-        wait_for_copies(0)  # the last ones still write zeros
-    # No thread reads a stage any more; their memory is reused below.
-    barrier()
-
+    acc, stage, phase = _sparse_sums(
+        x_desc, v_desc, P, x_ring, v_ring, ready, p_row, t, pm, pn, first, blocks, N, stride_p,
+        MT, WN, NT, STAGES, FP16, PIECE, L,
+    )  # fmt: skip
     if HAS_LOW_RANK:
-        parts = gl.where(gl.program_id(1) == 0, gl.cdiv(R, 64), 0)
-        into = even
-        for i in gl.static_range(STAGES):
-            mbarrier.expect(ready.index(into), BM * 128, pred=i < parts)
-            load_tile(t_desc, [pm * BM, i * 32], ready.index(into), x_ring.index(into), pred=i < parts)
-            into = gl.where(into == STAGES - 1, 0, into + 1)
-        row = p_row + 8 * axis(2, 7, L)
-        word = t + 4 * axis(2, 2, L)
-        b_at = B + row.to(gl.int64) * (R // 2) + word
-        in_b = row < N
-        TEXT: gl.constexpr = _dense_group(MT, NT, FP16)
-        REGISTERS: gl.constexpr = _constraints(PACK, 5)
-        for i in range(0, parts):
-            rest = R // 2 - 32 * i - word
-            b0 = gl.load(b_at, mask=in_b & (rest > 0), other=0)
-            b1 = gl.load(b_at + 8, mask=in_b & (rest > 8), other=0)
-            b2 = gl.load(b_at + 16, mask=in_b & (rest > 16), other=0)
-            b3 = gl.load(b_at + 24, mask=in_b & (rest > 24), other=0)
-            b_at += 32
-            mbarrier.wait(ready.index(even), phase)
-            at = _address(even, BM, L, WN)
-            acc = gl.inline_asm_elementwise(
-                TEXT, REGISTERS, [b0, b1, b2, b3, at, acc], dtype=gl.float32, is_pure=False, pack=PACK
-            )
-            even = gl.where(even == STAGES - 1, 0, even + 1)
-            phase = gl.where(even == 0, phase ^ 1, phase)
-        barrier()
+        acc = _add_low_rank(
+            acc, t_desc, B, x_ring, ready, stage, phase, p_row, t, pm, N, R, MT, WN, NT, STAGES, FP16, L
+        )
     x_ring._keep_alive()
     v_ring._keep_alive()
     for i in gl.static_range(STAGES):
