@@ -9,8 +9,6 @@ kernel is not chosen.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -29,18 +27,32 @@ MMA_SP_SIZES: tuple[Sizes, ...] = (
 """Both ways to read a pattern, whole and split, with a low-rank update and without, and a single token."""
 
 
-@functools.lru_cache(maxsize=1024)
+def case(config: Config, bias: bool, low_rank: bool, N: int) -> tuple[Config, bool, bool, bool]:
+    """The arguments of :func:`passes`, after device and dtype, for a product with N outputs.
+
+    Products that are tested alike have the same arguments: those of ``mma.sp``, whatever their N and low-rank update.
+    """
+    if isinstance(config, MmaSp):
+        return config, bias, True, True
+    return config, bias, low_rank, N % 8 == 0
+
+
 def passes(
-    device: torch.device, dtype: torch.dtype, config: Config, bias: bool = True, low_rank: bool = True, N: int = 0
+    device: torch.device,
+    dtype: torch.dtype,
+    config: Config,
+    bias: bool = True,
+    low_rank: bool = True,
+    in_eights: bool = True,
 ) -> bool:
     """Whether a kernel is right in this configuration; where it is not, or does not build, the log says so.
 
     Args:
         bias, low_rank: whether the product is to have them; ``mma.sp`` is tested with both and without.
-        N: out_features; what counts is whether they are a multiple of 8.
+        in_eights: whether its out_features are a multiple of 8; ``mma.sp`` is tested with both.
     """
     try:
-        sizes = MMA_SP_SIZES if isinstance(config, MmaSp) else _wgmma_sp_sizes(config, low_rank, N)
+        sizes = MMA_SP_SIZES if isinstance(config, MmaSp) else _wgmma_sp_sizes(config, low_rank, in_eights)
         wrong = [size for size in sizes if not _right(device, dtype, config, bias, *size)]
     except Exception as error:  # Whatever a compiler or a driver raises.
         log.warning("the kernel %s does not run on %s in %s and is not used: %s", config, device, dtype, error)
@@ -53,11 +65,11 @@ def passes(
     return not wrong
 
 
-def _wgmma_sp_sizes(config: Config, low_rank: bool, N: int) -> tuple[Sizes, ...]:
+def _wgmma_sp_sizes(config: Config, low_rank: bool, in_eights: bool) -> tuple[Sizes, ...]:
     """A part of one tile; four tiles, of which three are partial, and each stage used twice, with a rest of K; and
     sums of several programs, the pattern staged as before and not.
     """
-    narrow = 0 if N % 8 == 0 else 3
+    narrow = 0 if in_eights else 3
     R = 72 if low_rank else 0
     return (
         (13, 40 + narrow, 144, R, 1),

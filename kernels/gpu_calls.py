@@ -69,8 +69,8 @@ def can(
     config = _gluon_config(way, M, outputs, inputs, device, tile)
     if isinstance(config, WgmmaSp) and config.largest_rank < R:
         return False
-    case = (R > 0, outputs % 8)
-    return all(trusted(gluon_self_test.passes, device, dtype, config, bias, *case) for bias in (True, False))
+    cases = (gluon_self_test.case(config, bias, R > 0, outputs) for bias in (True, False))
+    return all(trusted(gluon_self_test.passes, device, dtype, *case) for case in cases)
 
 
 def tiles(
