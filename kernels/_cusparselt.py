@@ -31,10 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
-import os
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +41,7 @@ import torch
 from torch import Tensor
 
 from slope_compile.dtypes import dtype_name
-from slope_compile.kernels import cpu_build, reference, triton_products
+from slope_compile.kernels import cache_files, reference, triton_products
 from slope_compile.kernels.masks import random_mask
 from slope_compile.kernels.metadata import pack_mask
 from slope_compile.log import log
@@ -221,11 +218,7 @@ def store(device: torch.device, product: Product, verified: Sequence[Algorithm])
     known.cache_clear()  # another process may have written to the file
     found = {**known(device), product: tuple(verified)}
     text = json.dumps({_name(p): [dataclasses.astuple(one) for one in found[p]] for p in found}, indent=1)
-    path = _path(device)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    cache_files.write(_path(device), text)
     known.cache_clear()
 
 
@@ -245,8 +238,7 @@ def _product(name: str) -> Product:
 
 
 def _path(device: torch.device) -> Path:
-    digest = hashlib.sha256("\0".join(identity(device)).encode()).hexdigest()[:16]
-    return cpu_build.cache_folder() / f"cusparselt-verified-{digest}.json"
+    return cache_files.cache_folder() / f"cusparselt-verified-{cache_files.key(*identity(device))}.json"
 
 
 # --- operands that are kept ------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ machines with one home directory, may ask at the same time: one compiles, the ot
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from slope_compile.kernels import cache_files
 from slope_compile.kernels._cpu_compiler import inductor_compilers
 from slope_compile.log import log
 
@@ -75,19 +76,39 @@ class Compiler(NamedTuple):
 def cpu_features() -> frozenset[str]:
     """What the CPU says it can do, in lower case without separators (``avx512bf16``); empty where unknown.
 
-    A claim only.  Whether the operating system plays along is the library's own check, ``slope_cpu_supported``.
+    A claim only: whether the operating system allows it too is checked by the library, in ``slope_cpu_supported``.
     """
-    text = ""
-    try:
-        if sys.platform == "darwin":
-            command = ("sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features")
-            text = _run(command, timeout=10).stdout
-        else:
-            with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-                text = next((line.partition(":")[2] for line in file if line.startswith("flags")), "")
-    except (OSError, subprocess.SubprocessError):
-        log.debug("CPU kernels: the features of the CPU cannot be read", exc_info=True)
+    text = _sysctl("machdep.cpu.features", "machdep.cpu.leaf7_features") or _cpuinfo().get("flags", "")
     return frozenset(word.lower().replace("_", "").replace(".", "") for word in text.split())
+
+
+def cpu_model() -> str:
+    """The name of the CPU's model; empty where unknown."""
+    found = _cpuinfo()
+    parts = (found.get(field, "") for field in ("model name", "CPU implementer", "CPU variant", "CPU part"))
+    return _sysctl("machdep.cpu.brand_string") or " ".join(filter(None, parts)) or platform.processor()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Linux's description of the first CPU; empty on other systems."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            lines = itertools.takewhile(str.strip, file)
+            return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    except OSError:
+        log.debug("CPU kernels: the description of the CPU cannot be read", exc_info=True)
+        return {}
+
+
+def _sysctl(*names: str) -> str:
+    """What macOS says of the CPU; empty on other systems."""
+    if sys.platform != "darwin":
+        return ""
+    try:
+        return _run(("sysctl", "-n", *names), timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        log.debug("CPU kernels: the description of the CPU cannot be read", exc_info=True)
+        return ""
 
 
 def missing_features(level: str) -> frozenset[str]:
@@ -124,13 +145,9 @@ def _run(command: tuple[str, ...], timeout: float) -> subprocess.CompletedProces
     )
 
 
-def _source_digest(source: Path) -> str:
-    """A digest of the translation unit and all headers beside it."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in source.parent.iterdir() if path.suffix in (".cpp", ".h")):
-        content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
+def source_files(source: Path = SOURCE) -> list[Path]:
+    """The translation unit and all headers beside it."""
+    return [path for path in source.parent.iterdir() if path.suffix in (".cpp", ".h")]
 
 
 def cache_key(level: str, compiler: Compiler, source: Path = SOURCE) -> str:
@@ -138,7 +155,7 @@ def cache_key(level: str, compiler: Compiler, source: Path = SOURCE) -> str:
     parts = (
         str(ABI),
         source.name,
-        _source_digest(source),
+        cache_files.digest(source_files(source)),
         *COMMON_FLAGS,
         *FLAGS[level],
         *compiler.command,
@@ -149,73 +166,6 @@ def cache_key(level: str, compiler: Compiler, source: Path = SOURCE) -> str:
     return f"slope_cpu-{level}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}"
 
 
-def cache_folder() -> Path:
-    """Where libraries are kept: beside Inductor's cache if the user has set that, else the user's own cache; temporary,
-    with a copy of what is there, if it cannot be written."""
-    folder = _users_folder()
-    problem = _problem(folder)
-    if problem is None:
-        return folder
-    private = Path(_private_folder(folder).name)
-    log.debug("CPU kernels: %s %s; building in %s, for this process alone", folder, problem, private)
-    return private
-
-
-def nothing_lasts() -> str | None:
-    """Why what this process writes to :func:`cache_folder` is gone when it ends, if so."""
-    folder = _users_folder()
-    problem = _problem(folder)
-    return None if problem is None else f"{folder} {problem}"
-
-
-def _users_folder() -> Path:
-    root = _chosen_root() or os.environ.get("XDG_CACHE_HOME", "")
-    return Path(root if os.path.isabs(root) else os.path.expanduser(os.path.join("~", ".cache"))) / "slope_compile"
-
-
-def _chosen_root() -> str:
-    """``TORCHINDUCTOR_CACHE_DIR``, absolute, if the user has set it; else "".
-
-    Importing Dynamo sets it too, in the process's own environment, to a folder among the temporary files.  That is
-    nobody's choice: what is kept would be looked for in another place before than after, and be lost at a reboot.
-    """
-    root = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    folder, name = os.path.split(root)
-    if not root or (folder == tempfile.gettempdir() and name.startswith("torchinductor_")):
-        return ""
-    return os.path.abspath(root)
-
-
-def _problem(folder: Path) -> str | None:
-    """Why no library can be written to a folder and loaded from it, if so."""
-    if not folder.is_absolute():  # a user without a home: it would depend on where the process stands
-        return "is in no home"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        noexec: int = getattr(os, "ST_NOEXEC", 0)
-        return "is mounted noexec" if noexec and os.statvfs(folder).f_flag & noexec else None
-    except OSError as error:
-        return f"cannot be written ({error})"
-
-
-@functools.cache
-def _private_folder(instead_of: Path) -> tempfile.TemporaryDirectory[str]:
-    """A folder of this process, removed at its end, with what a folder that cannot be written has to read.
-
-    So a read-only home that somebody has filled, an image of a container for instance, spares the compilation.
-    """
-    folder = tempfile.TemporaryDirectory(prefix="slope_compile-", ignore_cleanup_errors=True)
-    try:
-        for path in instead_of.iterdir() if instead_of.is_absolute() else ():
-            if path.suffix in (".so", ".sha256", ".json"):
-                shutil.copy(path, folder.name)
-    except OSError:
-        log.debug("CPU kernels: %s cannot be read", instead_of, exc_info=True)
-    return folder
-
-
 def build(level: str, compiler: Compiler, source: Path = SOURCE) -> Path:
     """The library of a level, from the cache or compiled now.
 
@@ -223,7 +173,7 @@ def build(level: str, compiler: Compiler, source: Path = SOURCE) -> Path:
         BuildError: the sources are not there, nothing can be written, or the compiler failed.
     """
     try:
-        key, folder = cache_key(level, compiler, source), cache_folder()
+        key, folder = cache_key(level, compiler, source), cache_files.cache_folder()
         library = folder / f"{key}.so"
         if not _is_whole(library):
             with _locked(folder / f"{key}.lock") as alone:

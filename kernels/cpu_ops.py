@@ -9,14 +9,11 @@ Where there is no library, or copies were measured to be faster, the forward pro
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
-from slope_compile.kernels import cpu_library, cpu_products, cpu_rules, dense_copies, reference
+from slope_compile.kernels import cpu_library, cpu_products, cpu_rules, dense_copies, operands, reference
 from slope_compile.kernels.cpu_library import CpuLibrary
-from slope_compile.kernels.metadata import packed_width
+from slope_compile.kernels.operands import tokens
 
 ONCE_RECOMPUTED = 2
 """Forward products of a weight in training before its gradients, at most: no copy is made for those."""
@@ -32,32 +29,10 @@ def library_for(keep: int, group: int, *tensors: Tensor | None) -> CpuLibrary | 
     return cpu_library.load()
 
 
-def describes(pattern: Tensor, N: int, K: int) -> bool:
-    """Whether a pattern has the form of metadata of ``[N, K]``."""
-    return pattern.dtype is torch.uint8 and pattern.shape == (N, packed_width(K)) and K % 4 == 0
-
-
-def masks(column_mask: Tensor, N: int, K: int) -> bool:
-    """Whether a column mask has the form of one of ``[N, K]``."""
-    return column_mask.dtype is torch.uint8 and column_mask.shape == (N, packed_width(K // 2))
-
-
-def adds_up(x: Tensor, N: int, bias: Tensor | None, down: Tensor | None, up: Tensor | None) -> bool:
-    """Whether bias ``[N]``, down ``[..., R]`` and up ``[N, R]``, as far as there are any, go with x ``[..., K]``."""
-    if bias is not None and bias.shape != (N,):
-        return False
-    return down is None or up is None or (down.shape[:-1] == x.shape[:-1] and up.shape == (N, down.shape[-1]))
-
-
-def tokens(x: Tensor) -> int:
-    """M of activations ``[..., features]``."""
-    return math.prod(x.shape[:-1])
-
-
 def compress(weight: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.compress`."""
     library = library_for(keep, group, weight)
-    if library is None or not describes(pattern, *weight.shape):
+    if library is None or not operands.describes(pattern, *weight.shape):
         return reference.compress(weight, pattern, keep, group)
     return cpu_products.compress(library, weight, pattern)
 
@@ -74,7 +49,7 @@ def expand(
 ) -> Tensor:
     """See :func:`reference.expand`; the last four arguments speak to the compiler only."""
     library = library_for(keep, group, values)
-    if library is None or not describes(pattern, values.shape[0], 2 * values.shape[1]):
+    if library is None or not operands.weight_fits(values, pattern):
         return reference.expand(values, pattern, keep, group)
     return cpu_products.expand(library, values, pattern)
 
@@ -97,7 +72,7 @@ def linear(
         return reference.forward_dense(x, weight, bias, down, up)
     library = library_for(keep, group, x, values, bias, down, up)
     N, K = values.shape[0], 2 * values.shape[1]
-    if library is None or x.shape[-1] != K or not (describes(pattern, N, K) and adds_up(x, N, bias, down, up)):
+    if library is None or not operands.forward_fits(x, values, pattern, bias, down, up):
         return reference.forward(x, values, pattern, bias, keep, group, down, up)
     dense = dense_copy(library, x, values, pattern)
     if dense is not None:
@@ -117,7 +92,7 @@ def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: 
     dense_copies.gradient(pattern)
     library = library_for(keep, group, grad, values)
     N, K = values.shape[0], 2 * values.shape[1]
-    if library is None or grad.shape[-1] != N or not describes(pattern, N, K):
+    if library is None or not operands.grad_input_fits(grad, values, pattern):
         return reference.grad_input(grad, values, pattern, keep, group)
     sparse = cpu_rules.sparse("grad_input", tokens(grad), N, K, grad.dtype, library.isa)
     return cpu_products.grad_input(library, sparse, grad, values, pattern, None)
@@ -130,8 +105,7 @@ def grad_input_columns(
     dense_copies.gradient(pattern)
     library = library_for(keep, group, grad, values)
     N, K = values.shape[0], 2 * values.shape[1]
-    fits = grad.shape[-1] == N and describes(pattern, N, K) and masks(column_mask, N, K)
-    if library is None or not fits:
+    if library is None or not operands.grad_input_fits(grad, values, pattern, column_mask):
         return reference.grad_input_columns(grad, values, pattern, column_mask, keep, group)
     sparse = cpu_rules.sparse("grad_input_columns", tokens(grad), N, K, grad.dtype, library.isa)
     return cpu_products.grad_input(library, sparse, grad, values, pattern, column_mask)
@@ -142,7 +116,7 @@ def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int)
     dense_copies.gradient(pattern)
     library = library_for(keep, group, grad, x)
     N, K = grad.shape[-1], x.shape[-1]
-    if library is None or grad.shape[:-1] != x.shape[:-1] or not describes(pattern, N, K):
+    if library is None or not operands.grad_weight_fits(grad, x, pattern):
         return reference.grad_weight(grad, x, pattern, keep, group)
     sparse = cpu_rules.sparse("grad_weight", tokens(x), N, K, x.dtype, library.isa)
     return cpu_products.grad_weight(library, sparse, grad, x, pattern)
@@ -151,8 +125,7 @@ def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int)
 def pick_columns(values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.pick_columns`."""
     library = library_for(keep, group, values)
-    N, K = values.shape[0], 2 * values.shape[1]
-    if library is None or N % 4 or not describes(pattern, N, K):
+    if library is None or not operands.columns_fit(values, pattern):
         return reference.pick_columns(values, pattern, keep, group)
     return cpu_products.pick_columns(library, values, pattern)
 
@@ -162,9 +135,7 @@ def compress_columns(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`reference.compress_columns`."""
     library = library_for(keep, group, values)
-    N, K = values.shape[0], 2 * values.shape[1]
-    fits = N % 4 == 0 and describes(pattern, N, K) and (column_mask is None or masks(column_mask, N, K))
-    if library is None or not fits:
+    if library is None or not operands.columns_fit(values, pattern, column_mask):
         return reference.compress_columns(values, pattern, keep, group, column_mask)
     return cpu_products.compress_columns(library, values, pattern, column_mask)
 

@@ -1,21 +1,18 @@
-"""Which way is faster on this machine, measured: the 2:4 kernel, a dense product with the expanded weight, or, where
-asked for, one with a copy of the dense weight.
+"""The table of measured speeds of a CPU: the 2:4 kernels against dense products.
 
-``slope-compile tune`` writes the answer beside the compiled library, under a name that says for which CPU, library
-level, number of threads and torch it holds; ``cpu_rules`` reads it.  All ways give the same numbers to rounding.
+The alternative to a kernel is a dense product with the weight expanded for it, or, where asked for, one with a copy of
+the dense weight.  ``slope-compile tune`` measures them and writes a table beside the compiled library, under a name
+made of the CPU, the library's level and sources, the number of threads and torch's version; any other of these is
+measured anew.  ``cpu_rules`` reads the table.  All ways give the same numbers to rounding.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
-import math
-import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,12 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_compile.kernels import cpu_build, cpu_products, reference
+from slope_compile.kernels import cache_files, cpu_build, cpu_products, reference
 from slope_compile.kernels.cpu_library import CpuLibrary
-from slope_compile.kernels.masks import random_mask
-from slope_compile.kernels.metadata import pack_mask
+from slope_compile.kernels.measured import Memo, Problem, nearest
 from slope_compile.log import log
-from slope_compile.pattern import Pattern
 
 OPS = ("forward", "grad_input", "grad_input_columns", "grad_weight")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,9 +35,6 @@ SHAPES = ((768, 768), (3072, 768), (768, 3072), (4096, 4096))
 ROUNDS = 7
 SLOW_SECONDS = 0.5
 """A product that takes longer is measured once and not with more tokens: the winner will not change any more."""
-
-MOST_DECIDED = 4096
-"""Answers that a table remembers."""
 
 MARGIN = 0.97
 """The kernel also wins a near tie: its alternative needs memory for the expanded weight."""
@@ -68,6 +60,10 @@ class Entry:
     over_copy: float | None = None
     """The same with a dense weight that need not be expanded; None if copies were not asked for."""
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.tokens, self.N, self.K
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -75,8 +71,7 @@ class Table:
 
     threads: int
     entries: tuple[Entry, ...]
-    _found: dict[tuple[object, ...], Entry | None] = dataclasses.field(default_factory=dict, compare=False, repr=False)
-    """What was asked before: products ask at every call."""
+    _answers: Memo = dataclasses.field(default_factory=Memo, compare=False, repr=False)
 
     def sparse(self, op: str, M: int, N: int, K: int, dtype: torch.dtype) -> bool | None:
         """Whether the kernel won at the nearest sizes (by their ratios); None if nothing like it is there."""
@@ -88,40 +83,23 @@ class Table:
         nearest = self._nearest(op, M, N, K, dtype)
         return nearest is not None and nearest.over_copy is not None and nearest.over_copy < COPY_MARGIN
 
-    def _nearest(self, *asked: Any) -> Entry | None:
-        if asked not in self._found:
-            if len(self._found) >= MOST_DECIDED:
-                self._found.clear()
-            self._found[asked] = self._find(*asked)
-        return self._found[asked]
-
-    def _find(self, op: str, M: int, N: int, K: int, dtype: torch.dtype) -> Entry | None:
-        near = [e for e in self.entries if e.op == op and DTYPES[e.dtype] is dtype]
-        if not near:
-            return None
-
-        def distance(entry: Entry) -> float:
-            pairs = ((entry.tokens, M), (entry.N, N), (entry.K, K))
-            return sum(abs(math.log(measured / max(1, wanted))) for measured, wanted in pairs)
-
-        return min(near, key=distance)
+    def _nearest(self, *case: Any) -> Entry | None:
+        return self._answers.ask(functools.partial(nearest, self.entries), *case)
 
 
 def table_path(isa: str, threads: int) -> Path:
-    """Where the table of this machine lies."""
-    machine = (platform.machine(), platform.processor(), " ".join(sorted(cpu_build.cpu_features())), torch.__version__)
-    digest = hashlib.sha256("\0".join(machine).encode()).hexdigest()[:16]
-    return cpu_build.cache_folder() / f"tuned-{isa}-{threads}-{digest}.json"
+    """The file with the table of this machine and these kernels."""
+    kernels = cache_files.digest([*cpu_build.source_files(cpu_build.SOURCE), Path(cpu_products.__file__)])
+    features = " ".join(sorted(cpu_build.cpu_features()))
+    key = cache_files.key(platform.machine(), cpu_build.cpu_model(), features, torch.__version__, kernels)
+    return cache_files.cache_folder() / f"tuned-{isa}-{threads}-{key}.json"
 
 
 def save(table: Table, isa: str) -> Path:
     """Write a table; the running process uses it from now on."""
     path = table_path(isa, table.threads)
     text = json.dumps({"threads": table.threads, "entries": [dataclasses.asdict(e) for e in table.entries]}, indent=1)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    cache_files.write(path, text)
     load.cache_clear()
     return path
 
@@ -157,19 +135,11 @@ def measure(library: CpuLibrary, copies: bool = False) -> Iterator[Entry]:
                     yield Entry(op, name, tokens, N, K, ratio, over_copy)
 
 
-class _Problem:
-    """One weight, in both forms."""
+class _Problem(Problem):
+    """One weight and the calls to compare."""
 
     def __init__(self, N: int, K: int, dtype: torch.dtype) -> None:
-        self.N, self.K, self.dtype = N, K, dtype
-        self.generator = torch.Generator("cpu").manual_seed(0)
-        nm = Pattern(2, 4)
-        self.pattern = pack_mask(random_mask(N, K, nm, seed=0, path="tune"))
-        self.values = self.numbers(N, K // 2)
-        self.column_mask = reference.pick_columns(self.values, self.pattern, 2, 4)
-
-    def numbers(self, *sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=self.generator, device="cpu").to(self.dtype)
+        super().__init__(N, K, dtype, torch.device("cpu"))
 
     def ways(self, library: CpuLibrary, op: str, M: int) -> tuple[Callable[[], object], Callable[[], object]]:
         """The kernel and its dense alternative on M fresh random tokens, as ``cpu_ops`` chooses between them."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from slope_compile.kernels import few_tokens, reference
@@ -16,7 +14,6 @@ N = 37
 """Outputs: no multiple of a program's."""
 
 
-@functools.lru_cache(maxsize=256)
 def passes(device: torch.device, dtype: torch.dtype, config: FewTokens, M: int) -> bool:
     """Whether the kernel is right for M tokens; where it is not, or does not build, the log says so.
 

@@ -37,7 +37,8 @@ def choices(
         fitting += [config for config in gluon_configs.MMA_SP if most >= config.BM]
     if unsupported("wgmma_sp", capability, dtype, M, N, K, R) is None:
         fitting += [c for c in gluon_configs.WGMMA_SP if 2 * M >= c.BM and c.largest_rank >= R]
-    return tuple(c for c in fitting if trusted(gluon_self_test.passes, device, dtype, c, bias, R > 0, N % 8))
+    cases = (gluon_self_test.case(config, bias, R > 0, N) for config in fitting)
+    return tuple(case[0] for case in cases if trusted(gluon_self_test.passes, device, dtype, *case))
 
 
 def product(config: Config) -> Product:

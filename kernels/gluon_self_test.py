@@ -9,8 +9,6 @@ chosen.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -30,19 +28,33 @@ MMA_SP_SIZES: tuple[Sizes, ...] = (
 low-rank update, and a single token."""
 
 
-@functools.lru_cache(maxsize=1024)
+def case(config: Config, bias: bool, low_rank: bool, N: int) -> tuple[Config, bool, bool, bool]:
+    """The arguments of :func:`passes`, after device and dtype, for a product with N outputs.
+
+    Products that are tested alike have the same arguments: those of ``mma.sp``, whatever their N and low-rank update.
+    """
+    if isinstance(config, MmaSp):
+        return config, bias, True, True
+    return config, bias, low_rank, N % 8 == 0
+
+
 def passes(
-    device: torch.device, dtype: torch.dtype, config: Config, bias: bool = True, low_rank: bool = True, N: int = 0
+    device: torch.device,
+    dtype: torch.dtype,
+    config: Config,
+    bias: bool = True,
+    low_rank: bool = True,
+    in_eights: bool = True,
 ) -> bool:
     """Whether a kernel gives right results in this configuration.  Wrong results and failed builds are logged.
 
     Args:
         bias, low_rank: whether the product has a bias or a low-rank update.  ``low_rank`` does not matter for
             ``mma.sp``, which is tested with and without.
-        N: out_features; it only matters whether it is a multiple of 8.
+        in_eights: whether out_features are a multiple of 8; ``mma.sp`` is tested with both.
     """
     try:
-        sizes = MMA_SP_SIZES if isinstance(config, MmaSp) else _wgmma_sp_sizes(config, low_rank, N)
+        sizes = MMA_SP_SIZES if isinstance(config, MmaSp) else _wgmma_sp_sizes(config, low_rank, in_eights)
         wrong = [size for size in sizes if not _right(device, dtype, config, bias, *size)]
     except Exception as error:  # compilers and drivers raise many types
         log.warning("the kernel %s does not run on %s in %s and is not used: %s", config, device, dtype, error)
@@ -55,11 +67,11 @@ def passes(
     return not wrong
 
 
-def _wgmma_sp_sizes(config: Config, low_rank: bool, N: int) -> tuple[Sizes, ...]:
+def _wgmma_sp_sizes(config: Config, low_rank: bool, in_eights: bool) -> tuple[Sizes, ...]:
     """Sizes that cover the kernel: a part of one tile; four tiles, three of them partial, with every stage used twice
     and K no multiple of 128; and split sums, with the pattern staged and not staged.
     """
-    narrow = 0 if N % 8 == 0 else 3
+    narrow = 0 if in_eights else 3
     R = 72 if low_rank else 0
     return (
         (13, 40 + narrow, 144, R, 1),

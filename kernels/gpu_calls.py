@@ -33,6 +33,7 @@ from slope_compile.kernels import (
     gpu_ops,
     gpu_rules,
     gpu_tuning,
+    operands,
     reference,
     triton_products,
 )
@@ -68,8 +69,8 @@ def can(
     config = _gluon_config(way, M, outputs, inputs, device, tile)
     if isinstance(config, WgmmaSp) and config.largest_rank < R:
         return False
-    case = (R > 0, outputs % 8)
-    return all(trusted(gluon_self_test.passes, device, dtype, config, bias, *case) for bias in (True, False))
+    cases = (gluon_self_test.case(config, bias, R > 0, outputs) for bias in (True, False))
+    return all(trusted(gluon_self_test.passes, device, dtype, *case) for case in cases)
 
 
 def tiles(
@@ -171,7 +172,8 @@ def _linear(
     tile: str,
 ) -> Tensor:
     branch = low_rank or (None, None)
-    if not gpu_ops.usable(2, 4, x, values, pattern, bias, *branch):
+    fits = operands.forward_fits(x, values, pattern, bias, *branch)
+    if not gpu_ops.usable(2, 4, x, values, pattern, bias, *branch) or not fits:
         return out.copy_(reference.forward(x, values, pattern, bias, 2, 4, *branch))
     N, K = values.shape[0], values.shape[1] * 2
     way = way or _way("forward", x, N, K, 0 if low_rank is None else low_rank[1].shape[1])
@@ -184,7 +186,7 @@ def _linear(
 
 def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, *, out: Tensor, way: str | None = None) -> Tensor:
     """``out [M, K] = dY W``, exact: no way on sparse tensor cores, the sum runs along N and the pattern along K."""
-    if not gpu_ops.usable(2, 4, grad, values, pattern):
+    if not gpu_ops.usable(2, 4, grad, values, pattern) or not operands.grad_input_fits(grad, values, pattern):
         return out.copy_(reference.grad_input(grad, values, pattern, 2, 4))
     way = way or _way("grad_input", grad, values.shape[0], values.shape[1] * 2)
     if way == "triton":
@@ -203,7 +205,8 @@ def grad_input_columns(
     tile: str = "",
 ) -> Tensor:
     """``out [M, K] = dY W^{R,C}``, double-pruned."""
-    if not gpu_ops.usable(2, 4, grad, values, pattern, column_mask):
+    fits = operands.grad_input_fits(grad, values, pattern, column_mask)
+    if not gpu_ops.usable(2, 4, grad, values, pattern, column_mask) or not fits:
         return out.copy_(reference.grad_input_columns(grad, values, pattern, column_mask, 2, 4))
     way = way or _way("grad_input_columns", grad, values.shape[0], values.shape[1] * 2)
     if way == "triton":
@@ -216,7 +219,7 @@ def grad_input_columns(
 
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, *, out: Tensor, way: str | None = None) -> Tensor:
     """``out [N, K / 2]``: ``dY^T X`` at the kept positions."""
-    if not gpu_ops.usable(2, 4, grad, x, pattern):
+    if not gpu_ops.usable(2, 4, grad, x, pattern) or not operands.grad_weight_fits(grad, x, pattern):
         return out.copy_(reference.grad_weight(grad, x, pattern, 2, 4))
     way = way or _way("grad_weight", x, grad.shape[1], x.shape[1])
     if way == "triton":

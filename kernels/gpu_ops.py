@@ -1,20 +1,20 @@
 """The operators on CUDA tensors: Triton kernels where they should win, PyTorch's dense products where those should.
 
 Registered for CUDA over the definitions in ``reference``.  A call goes to the definition when the pattern is not 2:4,
-the dtype is not one of the kernels', or the kernels cannot be used on the device; the log says why, once.  Nothing of
-Triton is imported before the first call on a GPU.
+the dtype is not one of the kernels', the operands do not fit together (``operands``), or the kernels cannot be used on
+the device; the log gives the reason for the device once.  Triton is imported at the first call on a GPU.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 
 import torch
 from torch import Tensor
 
-from slope_compile.kernels import gpu_rules, gpu_self_test, reference, triton_products
+from slope_compile.kernels import gpu_rules, gpu_self_test, operands, reference, triton_products
+from slope_compile.kernels.operands import tokens
 from slope_compile.kernels.self_tests import trusted
 from slope_compile.log import log
 
@@ -70,11 +70,6 @@ def usable(keep: int, group: int, *tensors: Tensor | None) -> bool:
     return available(device) and trusted(gpu_self_test.passes, device, dtype)
 
 
-def tokens(x: Tensor) -> int:
-    """M of activations ``[..., features]``."""
-    return math.prod(x.shape[:-1])
-
-
 def _sparse(op: str, x: Tensor, N: int, K: int) -> bool:
     return gpu_rules.sparse(op, tokens(x), N, K, x.dtype, name(x.device))
 
@@ -90,7 +85,7 @@ def expand(
     interval: int = 0,
 ) -> Tensor:
     """See :func:`reference.expand`; the last four arguments speak to the compiler only."""
-    if not usable(keep, group, values, pattern):
+    if not usable(keep, group, values, pattern) or not operands.weight_fits(values, pattern):
         return reference.expand(values, pattern, keep, group)
     return triton_products.expand(values, pattern)
 
@@ -109,19 +104,19 @@ def linear(
 ) -> Tensor:
     """See :func:`reference.forward`."""
     N, K = values.shape[0], values.shape[1] * 2
-    if not usable(keep, group, x, values, pattern, bias, down, up) or x.shape[-1] != K:
+    fits = operands.forward_fits(x, values, pattern, bias, down, up)
+    if not usable(keep, group, x, values, pattern, bias, down, up) or not fits:
         return reference.forward(x, values, pattern, bias, keep, group, down, up)
     low_rank = None if down is None or up is None else (down, up)
     if _sparse("forward", x, N, K):
         return triton_products.forward(x, values, pattern, bias, low_rank=low_rank)
-    y = torch.nn.functional.linear(x, triton_products.expand(values, pattern), bias)
-    return (y if low_rank is None else y + torch.nn.functional.linear(*low_rank)).contiguous()
+    return reference.forward_dense(x, triton_products.expand(values, pattern), bias, down, up)
 
 
 def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.grad_input`."""
     N, K = values.shape[0], values.shape[1] * 2
-    if not usable(keep, group, grad, values, pattern) or grad.shape[-1] != N:
+    if not usable(keep, group, grad, values, pattern) or not operands.grad_input_fits(grad, values, pattern):
         return reference.grad_input(grad, values, pattern, keep, group)
     if _sparse("grad_input", grad, N, K):
         return triton_products.grad_input(grad, values, pattern)
@@ -133,7 +128,8 @@ def grad_input_columns(
 ) -> Tensor:
     """See :func:`reference.grad_input_columns`: the column mask is read along with the values."""
     N, K = values.shape[0], values.shape[1] * 2
-    if not usable(keep, group, grad, values, pattern, column_mask) or grad.shape[-1] != N:
+    fits = operands.grad_input_fits(grad, values, pattern, column_mask)
+    if not usable(keep, group, grad, values, pattern, column_mask) or not fits:
         return reference.grad_input_columns(grad, values, pattern, column_mask, keep, group)
     if _sparse("grad_input_columns", grad, N, K):
         return triton_products.grad_input(grad, values, pattern, column_mask)
@@ -143,7 +139,7 @@ def grad_input_columns(
 def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.grad_weight`."""
     N, K = grad.shape[-1], x.shape[-1]
-    if not usable(keep, group, grad, x, pattern) or K % 4 or grad.shape[:-1] != x.shape[:-1]:
+    if not usable(keep, group, grad, x, pattern) or not operands.grad_weight_fits(grad, x, pattern):
         return reference.grad_weight(grad, x, pattern, keep, group)
     if _sparse("grad_weight", x, N, K):
         return triton_products.grad_weight(grad, x, pattern)
@@ -153,14 +149,14 @@ def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int)
 
 def compress(weight: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.compress`."""
-    if not usable(keep, group, weight, pattern) or weight.shape[1] % 4:
+    if not usable(keep, group, weight, pattern) or not operands.describes(pattern, *weight.shape):
         return reference.compress(weight, pattern, keep, group)
     return triton_products.compress(weight, pattern)
 
 
 def pick_columns(values: Tensor, pattern: Tensor, keep: int, group: int) -> Tensor:
     """See :func:`reference.pick_columns`: one kernel, nothing dense in memory."""
-    if not usable(keep, group, values, pattern) or values.shape[0] % 4:
+    if not usable(keep, group, values, pattern) or not operands.columns_fit(values, pattern):
         return reference.pick_columns(values, pattern, keep, group)
     return triton_products.pick_columns(values, pattern)
 
@@ -169,7 +165,8 @@ def compress_columns(
     values: Tensor, pattern: Tensor, keep: int, group: int, column_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`reference.compress_columns`: one kernel, nothing dense in memory."""
-    if not usable(keep, group, values, pattern, column_mask) or values.shape[0] % 4:
+    fits = operands.columns_fit(values, pattern, column_mask)
+    if not usable(keep, group, values, pattern, column_mask) or not fits:
         return reference.compress_columns(values, pattern, keep, group, column_mask)
     return triton_products.compress_columns(values, pattern, column_mask)
 

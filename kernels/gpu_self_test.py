@@ -7,8 +7,6 @@ else.  Subnormal numbers are for the tests to look at: how tensor cores treat th
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,6 @@ M, N, K, R = 37, 108, 140, 24
 """No multiple of any tile; rows enough for all six patterns of a group in each place of a tile, see ``_mask``."""
 
 
-@functools.lru_cache(maxsize=64)
 def passes(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether every kernel is right; where one is not, or does not build, the log says so and none is used."""
     try:

@@ -1,31 +1,28 @@
-"""The table of measured times of a GPU: what ``slope-compile tune --device cuda`` writes and ``gpu_rules`` goes by.
+"""The table of measured times of a GPU: written by ``slope-compile tune --device cuda``, read by ``gpu_rules``.
 
-One JSON file a GPU, beside the CPU's tables, under a name made of the GPU's name and the versions of torch, CUDA,
-Triton and cuSPARSELt (another version measures anew)::
+There is one JSON file for each GPU, beside the CPU's tables, under a name made of the GPU's name, the sources of the
+kernels and the versions of torch, CUDA, Triton and cuSPARSELt; any other of these is measured anew::
 
     {"format": 1, "gpu": "NVIDIA H200", "versions": {"torch": "...", ...},
      "entries": [{"op": "forward", "dtype": "bfloat16", "M": 512, "N": 4096, "K": 4096,
                   "seconds": {"triton": 3.1e-05, "expanded": 4.4e-05}}, ...]}
 
-A product is looked up at the entry nearest to it (by the ratios of its sizes); token counts between two entries
-change hands at their geometric mean.  That makes the ranges of token counts.  float16 goes by the entries of bfloat16
-where it has none of its own: the same instructions at the same rates.
+A product is looked up at the entry nearest to it (by the ratios of its sizes).  Between two entries the choice switches
+at their geometric mean, which defines the token ranges.  float16 takes the entries of bfloat16 if it has none of its
+own, because it has the same instructions at the same rates.
 
-Tables that were measured by the project come with the package (``tuned/``).  They are taken for the GPU they were
-measured on and its relatives of the same architecture, under any versions, until this machine has a table of its own.
+The package comes with tables that the project measured (``tuned/``).  They apply to the GPU they were measured on and
+to its relatives of the same architecture, with any versions, until this machine has a table of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,11 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_compile.kernels import cpu_build, reference
-from slope_compile.kernels.masks import random_mask
-from slope_compile.kernels.metadata import pack_mask
+from slope_compile.kernels import cache_files, measured
+from slope_compile.kernels.measured import Memo, nearest
 from slope_compile.log import log
-from slope_compile.pattern import Pattern
 
 FORMAT = 1
 OPS = ("forward", "grad_input", "grad_input_columns", "grad_weight")
@@ -53,9 +48,6 @@ RELATIVES = {"nvidia-h200": ("H200", "H100", "H800", "GH200")}
 
 In the H200's, a way "expanded" of up to 256 tokens is the sum of its two parts, which were measured.
 """
-
-MOST = 4096
-"""Answers that a table remembers; token counts that never repeat must not fill the memory."""
 
 MARGIN = 0.97
 """A way that keeps the weight compressed also wins a near tie: the expanded one needs memory."""
@@ -73,6 +65,10 @@ class Entry:
     seconds: dict[str, float]
     """Way -> median time; ways that are not possible or were wrong are not there."""
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.M, self.N, self.K
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -80,7 +76,7 @@ class Table:
 
     gpu: str
     entries: tuple[Entry, ...]
-    _found: dict[tuple[Any, ...], str | None] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    _answers: Memo = dataclasses.field(default_factory=Memo, compare=False, repr=False)
 
     def fastest(
         self, op: str, M: int, N: int, K: int, dtype: torch.dtype, among: Iterable[str]
@@ -89,36 +85,23 @@ class Table:
 
         It is asked at every call whose token count the compiler did not know, and so remembers its answers.
         """
-        case = (op, M, N, K, dtype, tuple(among))
-        with contextlib.suppress(KeyError):
-            return self._found[case]
-        answer = self._fastest(*case)
-        if len(self._found) >= MOST:
-            self._found.clear()
-        self._found[case] = answer
-        return answer
+        return self._answers.ask(self._fastest, op, M, N, K, dtype, tuple(among))
 
     def _fastest(self, op: str, M: int, N: int, K: int, dtype: torch.dtype, among: tuple[str, ...]) -> str | None:
-        near = [e for e in self.entries if e.op == op and DTYPES[e.dtype] is dtype]
-        if not near and dtype is torch.float16:
-            return self.fastest(op, M, N, K, torch.bfloat16, among)
-        if not near:
+        near = nearest(self.entries, op, M, N, K, dtype)
+        if near is None and dtype is torch.float16:
+            near = nearest(self.entries, op, M, N, K, torch.bfloat16)
+        if near is None:
             return None
-
-        def distance(entry: Entry) -> float:
-            pairs = ((entry.M, M), (entry.N, N), (entry.K, K))
-            return sum(abs(math.log(there / max(1, here))) for there, here in pairs)
-
-        seconds = min(near, key=distance).seconds
-        allowed = {way: t * (1.0 if way == "expanded" else MARGIN) for way, t in seconds.items() if way in among}
+        allowed = {way: t * (1.0 if way == "expanded" else MARGIN) for way, t in near.seconds.items() if way in among}
         return min(allowed, key=allowed.__getitem__, default=None)
 
     def digest(self) -> str:
-        """Of its content."""
+        """A digest of its content."""
         return hashlib.sha256(self.json().encode()).hexdigest()[:16]
 
     def json(self) -> str:
-        """As it is stored."""
+        """Its text as it is stored."""
         entries = [dataclasses.asdict(entry) for entry in self.entries]
         return json.dumps({"format": FORMAT, "gpu": self.gpu, "versions": versions(), "entries": entries}, indent=1)
 
@@ -135,18 +118,22 @@ def versions() -> dict[str, str]:
 
 
 def table_path(gpu: str) -> Path:
-    """Where the table of a GPU lies."""
-    digest = hashlib.sha256("\0".join((gpu, *versions().values())).encode()).hexdigest()[:16]
-    return cpu_build.cache_folder() / f"tuned-cuda-{digest}.json"
+    """The file with the table that was measured here, on a GPU of this name with these kernels."""
+    key = cache_files.key(gpu, *versions().values(), cache_files.digest(sources()))
+    return cache_files.cache_folder() / f"tuned-cuda-{key}.json"
+
+
+def sources() -> list[Path]:
+    """The files with the kernels that are measured, and with their calls."""
+    folder = Path(__file__).parent
+    kernels = [path for kind in ("triton", "gluon", "few") for path in folder.glob(f"{kind}_*.py")]
+    return [*kernels, folder / "_cusparselt.py", folder / "gpu_calls.py"]
 
 
 def save(table: Table) -> Path:
     """Write a table; the running process uses it from now on."""
     path = table_path(table.gpu)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(table.json())
-    os.replace(temporary, path)
+    cache_files.write(path, table.json())
     load.cache_clear()
     return path
 
@@ -216,19 +203,16 @@ def measure(
                 yield Entry(op, name, M, N, K, times)
 
 
-class Problem:
+class Problem(measured.Problem):
     """One weight and its activations on a device."""
 
     def __init__(self, N: int, K: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.N, self.K, self.dtype, self.device = N, K, dtype, device
-        self.pattern = pack_mask(random_mask(N, K, Pattern(2, 4), seed=0, path="tune")).to(device)
-        self.values = self._numbers(N, K // 2)
-        self.column_mask = reference.pick_columns(self.values, self.pattern, 2, 4)
+        super().__init__(N, K, dtype, device)
         self.x = self.grad = self.values
 
     def draw(self, M: int) -> None:
         """Fresh activations of M tokens."""
-        self.x, self.grad = self._numbers(M, self.K), self._numbers(M, self.N)
+        self.x, self.grad = self.numbers(M, self.K), self.numbers(M, self.N)
 
     def arguments(self, op: str) -> tuple[Tensor, ...]:
         """Of the product, as ``gpu_calls`` takes them."""
@@ -251,9 +235,6 @@ class Problem:
         unit = {torch.float32: 2.0**-10, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[self.dtype]  # TF32: 2^-11
         allowed = 16 * unit * math.sqrt(reduced)
         return bool(torch.isfinite(result).all()) and float((result.float() - dense.float()).abs().max()) <= allowed
-
-    def _numbers(self, *sizes: int) -> Tensor:
-        return torch.randn(*sizes, device=self.device).to(self.dtype)
 
 
 def gpu_seconds(call: Callable[[], Any], rounds: int = 9) -> float:

@@ -23,7 +23,6 @@ Inductor: only where a graph is compiled.
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +41,7 @@ from torch._inductor.select_algorithm import (
 from torch._inductor.virtualized import V
 
 from slope_compile._inductor_lowerings import LEGAL_PATTERN, like, matrix, result_of
-from slope_compile.kernels import gpu_calls, gpu_ops, gpu_rules, triton_configs, triton_products
+from slope_compile.kernels import cache_files, gpu_calls, gpu_ops, gpu_rules, triton_configs, triton_products
 from slope_compile.kernels.triton_configs import Config
 
 Generators = dict[int, Callable[[Any], Tensor]]
@@ -198,9 +197,9 @@ def kernels(version: str) -> dict[str, ExternKernelChoice]:
 def _sources() -> str:
     """Digest of the files that decide what generated code is: it is part of the keys of Inductor's caches."""
     folder = Path(gpu_calls.__file__).parent
-    files = sorted(path for kind in ("triton", "gluon", "gpu", "few") for path in folder.glob(f"{kind}_*.py"))
+    files = [path for kind in ("triton", "gluon", "gpu", "few") for path in folder.glob(f"{kind}_*.py")]
     files.append(Path(__file__))
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    return cache_files.digest(files)[:16]
 
 
 def fingerprint() -> str:

@@ -16,7 +16,7 @@ from slope_compile.dtypes import dtype_name
 from slope_compile.errors import SlopeError
 from slope_compile.kernels import (
     _cusparselt,
-    cpu_build,
+    cache_files,
     cpu_library,
     cpu_tuning,
     cusparselt_search,
@@ -98,7 +98,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
 
 def _would_be_lost() -> bool:
     """Whether a table could not be kept for other processes; if so, the reason is printed."""
-    problem = cpu_build.nothing_lasts()
+    problem = cache_files.nothing_lasts()
     if problem is not None:
         advice = "name a folder that can be written in TORCHINDUCTOR_CACHE_DIR"
         sys.stderr.write(f"slope-compile tune: {problem}, so the table would be lost: {advice}\n")

@@ -6,12 +6,15 @@ Patterns and column masks are drawn here and packed here, bit by bit, without th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
 
+from slope_compile.kernels import reference
 from slope_compile.pattern import Pattern
 
 NM = [Pattern.parse(text) for text in ("1:2", "2:4", "1:4", "2:8", "4:8")]
@@ -168,3 +171,43 @@ def draw(nm: Pattern, shape: Shape, dtype: torch.dtype) -> Problem:
         pattern=packed(mask),
         bias=torch.randn(N, dtype=torch.float64).to(dtype),
     )
+
+
+class Operands:
+    """Random operands of every operator, for M tokens and a 2:4 weight [N, K]; a test may put others in their place."""
+
+    def __init__(self, M: int, N: int, K: int, dtype: torch.dtype = torch.float32) -> None:
+        self.x, self.grad = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
+        self.weight, self.bias = torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
+        self.pattern = packed(draw_mask(N, K, Pattern(2, 4)))
+        self.values = torch.randn(N, K // 2).to(dtype)
+        self.column_mask = packed(torch.rand(N, K // 2) < 0.8)
+        self.down, self.up = torch.randn(M, 3).to(dtype), torch.randn(N, 3).to(dtype)
+
+    def calls(self, table: Any) -> dict[str, Callable[[], Tensor]]:
+        """Every operator of a module: ``ops``, or the implementations for a device."""
+        x, grad, values, pattern, mask = self.x, self.grad, self.values, self.pattern, self.column_mask
+        return {
+            "linear": lambda: table.linear(x, values, pattern, self.bias, 2, 4, False, None, self.down, self.up),
+            "grad_input": lambda: table.grad_input(grad, values, pattern, 2, 4),
+            "grad_input_columns": lambda: table.grad_input_columns(grad, values, pattern, mask, 2, 4),
+            "grad_weight": lambda: table.grad_weight(grad, x, pattern, 2, 4),
+            "compress": lambda: table.compress(self.weight, pattern, 2, 4),
+            "expand": lambda: table.expand(values, pattern, 2, 4),
+            "pick_columns": lambda: table.pick_columns(values, pattern, 2, 4),
+            "compress_columns": lambda: table.compress_columns(values, pattern, 2, 4, mask)[0],
+        }
+
+    def definitions(self) -> dict[str, Callable[[], Tensor]]:
+        """The same by their definitions."""
+        x, grad, values, pattern, mask = self.x, self.grad, self.values, self.pattern, self.column_mask
+        return {
+            "linear": lambda: reference.forward(x, values, pattern, self.bias, 2, 4, self.down, self.up),
+            "grad_input": lambda: reference.grad_input(grad, values, pattern, 2, 4),
+            "grad_input_columns": lambda: reference.grad_input_columns(grad, values, pattern, mask, 2, 4),
+            "grad_weight": lambda: reference.grad_weight(grad, x, pattern, 2, 4),
+            "compress": lambda: reference.compress(self.weight, pattern, 2, 4),
+            "expand": lambda: reference.expand(values, pattern, 2, 4),
+            "pick_columns": lambda: reference.pick_columns(values, pattern, 2, 4),
+            "compress_columns": lambda: reference.compress_columns(values, pattern, 2, 4, mask)[0],
+        }

@@ -28,8 +28,8 @@ from slope_compile.kernels import (
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Tables go to a folder of the test."""
-    monkeypatch.setattr("slope_compile.kernels.cpu_build.cache_folder", lambda: tmp_path)
-    monkeypatch.setattr("slope_compile.kernels.cpu_build.nothing_lasts", lambda: None)
+    monkeypatch.setattr("slope_compile.kernels.cache_files.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("slope_compile.kernels.cache_files.nothing_lasts", lambda: None)
     cpu_tuning.load.cache_clear()
     yield tmp_path
     cpu_tuning.load.cache_clear()
@@ -86,7 +86,7 @@ def test_nothing_is_measured_where_no_table_can_be_kept(
 ) -> None:
     if cpu_library.load() is None:
         pytest.skip("no CPU library: no C++ compiler, or switched off")
-    monkeypatch.setattr("slope_compile.kernels.cpu_build.nothing_lasts", lambda: "/home cannot be written")
+    monkeypatch.setattr("slope_compile.kernels.cache_files.nothing_lasts", lambda: "/home cannot be written")
     assert cli.main(["tune"]) == 1
     said = capsys.readouterr().err
     assert "/home cannot be written" in said

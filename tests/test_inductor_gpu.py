@@ -27,7 +27,7 @@ from offline_inductor import Program, compile_kernel, generated, offline_gpu
 from recording import compiled
 from recording import fresh_dynamo as fresh_dynamo
 from slope_compile import _inductor_gpu
-from slope_compile.kernels import cpu_build, gpu_calls, gpu_tuning, ops, triton_configs
+from slope_compile.kernels import cache_files, gpu_calls, gpu_tuning, ops, triton_configs
 
 pytest.importorskip("triton")
 
@@ -41,7 +41,7 @@ WIDTH, TOKENS = 64, 32
 def no_tables(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No measured tables of this machine."""
     folder = tmp_path_factory.mktemp("tables")
-    monkeypatch.setattr(cpu_build, "cache_folder", lambda: folder)
+    monkeypatch.setattr(cache_files, "cache_folder", lambda: folder)
     gpu_tuning.load.cache_clear()
 
 

@@ -24,7 +24,7 @@ from torch._inductor.utils import run_and_get_code
 import slope_compile as slope
 from recording import compiled
 from recording import fresh_dynamo as fresh_dynamo
-from slope_compile.kernels import cpu_build, cpu_library, cpu_tuning, dense_copies
+from slope_compile.kernels import cache_files, cpu_library, cpu_tuning, dense_copies
 from slope_compile.kernels.metadata import unpack_mask
 from slope_compile.schedule import adapters_of
 from tolerances import assert_same
@@ -276,9 +276,9 @@ def test_caches_serve_another_process_and_keep_backends_apart(
 ) -> None:
     """A second process takes both graphs from the caches of AOTAutograd and of Inductor; another configuration,
     another table of measurements or another backend does not."""
-    libraries = cpu_build.cache_folder()
+    libraries = cache_files.cache_folder()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    shutil.copytree(libraries, cpu_build.cache_folder(), dirs_exist_ok=True)  # compiling it anew takes a while
+    shutil.copytree(libraries, cache_files.cache_folder(), dirs_exist_ok=True)  # compiling it anew takes a while
     environment = os.environ | {
         "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
         "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",

@@ -7,8 +7,8 @@ namespace slope {
 
 #if defined(__AVX512BW__)
 inline void transpose_bits(uint64_t (&rows)[64]) {
-  // Bytes of two rows interleaved, then words of four pairs: the j-th quarter of z[i], of 64 bits, is the j-th byte of rows
-  // 8 i to 8 i + 7.
+  // Bytes of two rows interleaved, then words of four pairs: the j-th quarter of z[i], of 64 bits, is the j-th byte of
+  // rows 8 i to 8 i + 7.
   const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
   alignas(64) static constexpr uint16_t WORDS[32] = {0, 8,  16, 24, 1, 9,  17, 25, 2, 10, 18, 26, 3, 11, 19, 27,
                                                      4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15, 23, 31};
@@ -22,7 +22,8 @@ inline void transpose_bits(uint64_t (&rows)[64]) {
     t[i + 1] = _mm512_unpackhi_epi64(z[i], z[i + 1]);
   }
   for (int odd = 0; odd < 2; odd++) {
-    const __m512i a = _mm512_shuffle_i64x2(t[odd], t[2 + odd], 0x44), b = _mm512_shuffle_i64x2(t[odd], t[2 + odd], 0xee);
+    const __m512i a = _mm512_shuffle_i64x2(t[odd], t[2 + odd], 0x44);
+    const __m512i b = _mm512_shuffle_i64x2(t[odd], t[2 + odd], 0xee);
     const __m512i c = _mm512_shuffle_i64x2(t[4 + odd], t[6 + odd], 0x44);
     const __m512i d = _mm512_shuffle_i64x2(t[4 + odd], t[6 + odd], 0xee);
     z[odd] = _mm512_shuffle_i64x2(a, c, 0x88);

@@ -10,7 +10,8 @@
 namespace slope {
 
 #if defined(__AVX512F__)
-// Columns that one step of compress and expand takes with AVX-512: 16 numbers of 32 bits, 32 of 16 bits, none without VBMI2.
+// Columns that one step of compress and expand takes with AVX-512: 16 numbers of 32 bits, 32 of 16 bits, none without
+// VBMI2.
 #if defined(__AVX512VBMI2__)
 template <class U> constexpr int64_t WIDE = 64 / sizeof(U);
 #else
@@ -63,7 +64,7 @@ inline void store_half(uint32_t* to, Vec8 v) { std::memcpy(to, &v, 4 * sizeof(ui
 template <class U>
 void compress(int threads, const U* dense, int64_t stride_n, int64_t stride_k, const uint8_t* pattern, U* values,
               int64_t N, int64_t K) {
-  const int64_t width = (K + 7) / 8;
+  const int64_t width = pattern_width(K);
   parallel(threads, N, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++) {
       int64_t j = 0;
@@ -91,7 +92,8 @@ void compress(int threads, const U* dense, int64_t stride_n, int64_t stride_k, c
   });
 }
 
-// dense[0 .. 8) of one byte; `count` values (4, or 2 in the last byte of a row), of which four bits of a mask keep some.
+// dense[0 .. 8) of one byte; `count` values (4, or 2 in the last byte of a row), of which four bits of a mask keep
+// some.
 template <class U> inline void expand_byte(U* dense, const U* values, uint8_t byte, int count, uint8_t mask) {
   U from[5] = {};
   for (int i = 0; i < count; i++) from[i] = mask >> i & 1 ? values[i] : U(0);
@@ -103,7 +105,7 @@ template <class U> inline void expand_byte(U* dense, const U* values, uint8_t by
 template <class U>
 void expand(int threads, const U* values, const uint8_t* pattern, const uint8_t* column_mask, U* dense, int64_t N,
             int64_t K) {
-  const int64_t width = (K + 7) / 8;
+  const int64_t width = pattern_width(K);
   parallel(threads, N, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++) {
       const uint8_t* mask = column_mask != nullptr ? column_mask + n * mask_width(K) : nullptr;
@@ -150,12 +152,12 @@ template <class U> inline uint8_t largest_two(const std::array<U, 4>& v) {
 
 constexpr int ROWS_IN = 32, COLUMNS_IN = 64;  // of a block whose dense copy lies in L1
 
-// Calls f(dense, n0, rows, k0, columns) for the blocks of W, or of W^{R,C}; what a block has beyond rows and columns is not
-// to be read.  Threads share out columns, in whole bytes of a column mask.
+// Calls f(dense, n0, rows, k0, columns) for the blocks of W, or of W^{R,C}; what a block has beyond rows and columns is
+// not to be read.  Threads share out columns, in whole bytes of a column mask.
 template <class U, class F>
 void for_blocks(int threads, const U* values, const uint8_t* pattern, const uint8_t* column_mask, int64_t N, int64_t K,
                 const F& f) {
-  const int64_t width = (K + 7) / 8;
+  const int64_t width = pattern_width(K);
   parallel(threads, ceil_div(K, COLUMNS_IN), [&](int64_t begin, int64_t end) {
     alignas(64) U dense[ROWS_IN][COLUMNS_IN];
     for (int64_t k0 = begin * COLUMNS_IN; k0 < std::min(K, end * COLUMNS_IN); k0 += COLUMNS_IN)
@@ -177,12 +179,12 @@ template <class U> inline std::array<U, 4> group_of(const U (&dense)[ROWS_IN][CO
   return {dense[n][c], dense[n + 1][c], dense[n + 2][c], dense[n + 3][c]};
 }
 
-// (W^{R,C})^T in compressed form, column_values [K, N / 2] and column_pattern [K, ceil(N / 8)]: of each four rows the two
-// largest of what the mask, if there is one, keeps.  N is a multiple of 4.
+// (W^{R,C})^T in compressed form, column_values [K, N / 2] and column_pattern [K, ceil(N / 8)]: of each four rows the
+// two largest of what the mask, if there is one, keeps.  N is a multiple of 4.
 template <class U>
-void compress_columns(int threads, const U* values, const uint8_t* pattern, const uint8_t* column_mask, U* column_values,
-                      uint8_t* column_pattern, int64_t N, int64_t K) {
-  const int64_t column_width = (N + 7) / 8;
+void compress_columns(int threads, const U* values, const uint8_t* pattern, const uint8_t* column_mask,
+                      U* column_values, uint8_t* column_pattern, int64_t N, int64_t K) {
+  const int64_t column_width = pattern_width(N);
   for_blocks(threads, values, pattern, column_mask, N, K,
              [&](const auto& dense, int64_t n0, int64_t rows, int64_t k0, int64_t count) {
     for (int64_t c = 0; c < count; c++) {
@@ -206,7 +208,7 @@ void compress_columns(int threads, const U* values, const uint8_t* pattern, cons
 // The second pruning by magnitude: column_mask [N, ceil(K / 16)].  N is a multiple of 4.
 template <class U>
 void pick_columns(int threads, const U* values, const uint8_t* pattern, uint8_t* column_mask, int64_t N, int64_t K) {
-  const int64_t width = (K + 7) / 8;
+  const int64_t width = pattern_width(K);
   for_blocks(threads, values, pattern, nullptr, N, K,
              [&](const auto& dense, int64_t n0, int64_t rows, int64_t k0, int64_t count) {
     uint64_t picked[ROWS_IN] = {};  // bit c of row n

@@ -1,5 +1,6 @@
 // Both gradients for few tokens.  Their cost is that of reading or writing the weight, not of the multiplications, so
-// nothing is packed and no lists are made: weights are expanded, or activations closed up, eight at a time in registers.
+// nothing is packed and no lists are made: weights are expanded, or activations closed up, eight at a time in
+// registers.
 #pragma once
 
 #include <utility>
@@ -62,13 +63,13 @@ inline void add_rows(int64_t R, float* sums, int64_t stride, const float* g, int
   }
 }
 
-// w [depth][STRETCH] = rows [n0, n0 + depth) of W, columns [k0, k0 + STRETCH), zeros past K.  With a column mask, what it
-// drops is zero too.
+// w [depth][STRETCH] = rows [n0, n0 + depth) of W, columns [k0, k0 + STRETCH), zeros past K.  With a column mask, what
+// it drops is zero too.
 template <class T>
 inline void expand_tile(float* w, const T* values, const uint8_t* pattern, const uint8_t* column_mask, int64_t n0,
                         int depth, int64_t k0, int64_t K) {
   static_assert(STRETCH % 16 == 0);
-  const int64_t width = (K + 7) / 8;
+  const int64_t width = pattern_width(K);
   for (int n = 0; n < depth; n++, w += STRETCH) {
     const T* v = values + (n0 + n) * (K / 2) + k0 / 2;
     const uint8_t* p = pattern + (n0 + n) * width + k0 / 8;
@@ -101,12 +102,12 @@ inline void expand_tile(float* w, const T* values, const uint8_t* pattern, const
   }
 }
 
-// Rows of W that are expanded at a time, `most` or fewer: few tokens wait for memory, which hardware brings in time for a
-// few rows, and more tokens for the sums of a tile, which are loaded and stored once for all its rows.
+// Rows of W that are expanded at a time, `most` or fewer: few tokens wait for memory, which hardware brings in time for
+// a few rows, and more tokens for the sums of a tile, which are loaded and stored once for all its rows.
 inline int rows_at_once(int64_t M, int most) { return M <= 4 ? 8 : M <= 8 ? 16 : most; }
 
-// Asks for what a tile of `rows` rows from n0 on, columns from k on, of [k0, k1), will need some `bytes` of values later:
-// further on in the same rows, or at the start of the next ones.
+// Asks for what a tile of `rows` rows from n0 on, columns from k on, of [k0, k1), will need some `bytes` of values
+// later: further on in the same rows, or at the start of the next ones.
 template <class T>
 PREFETCHES inline void prefetch_tile(const T* values, const uint8_t* pattern, const uint8_t* column_mask, int64_t n0,
                                      int rows, int64_t k, int64_t k0, int64_t k1, int64_t stretch, int64_t bytes,
@@ -119,7 +120,7 @@ PREFETCHES inline void prefetch_tile(const T* values, const uint8_t* pattern, co
     const char* from = reinterpret_cast<const char*>(values + n * (K / 2) + column / 2);
     for (int64_t i = 0; i < each; i += line) __builtin_prefetch(from + i);
     if (column % 512 >= stretch) continue;
-    __builtin_prefetch(pattern + n * ((K + 7) / 8) + column / 8);
+    __builtin_prefetch(pattern + n * pattern_width(K) + column / 8);
     if (column_mask != nullptr) __builtin_prefetch(column_mask + n * mask_width(K) + column / 16);
   }
 }
@@ -138,7 +139,7 @@ inline void add_rows_directly(float* sums, int64_t stride, const float* g, const
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++) {
     v[r] = values + (n0 + r) * (K / 2);
-    p[r] = pattern + (n0 + r) * ((K + 7) / 8);
+    p[r] = pattern + (n0 + r) * pattern_width(K);
     also[r] = MASKED ? column_mask + (n0 + r) * mask_width(K) : nullptr;
     for (int m = 0; m < M; m++) factors[m][r] = g[m * N + n0 + r];
   }
@@ -245,7 +246,8 @@ inline Vec kept_of_step(const float* x, const uint8_t* p) {
   uint32_t bits;
   std::memcpy(&bits, p, sizeof bits);
   const __m512 low = _mm512_mask_compress_ps(_mm512_castsi512_ps(fresh_zero()), __mmask16(bits), _mm512_loadu_ps(x));
-  const __m512 high = _mm512_mask_compress_ps(_mm512_castsi512_ps(fresh_zero()), __mmask16(bits >> 16), _mm512_loadu_ps(x + 16));
+  const __m512 zero = _mm512_castsi512_ps(fresh_zero());
+  const __m512 high = _mm512_mask_compress_ps(zero, __mmask16(bits >> 16), _mm512_loadu_ps(x + 16));
   return (Vec)_mm512_insertf32x8(low, _mm512_castps512_ps256(high), 1);
 }
 #else
@@ -295,7 +297,7 @@ int grad_weight_few(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* pat
   const float* g = float_rows(shared_a, grad, M, N);
   const float* rows = float_rows(shared_b, x, M, K);
   if (g == nullptr || rows == nullptr) return 1;
-  const int64_t size = block_size(N, threads, 1 << 20, 16), width = (K + 7) / 8;
+  const int64_t size = block_size(N, threads, 1 << 20, 16), width = pattern_width(K);
   parallel(threads, ceil_div(N, size), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * size; n < std::min(N, end * size); n++)
       row_of[M - 1](dv + n * (K / 2), g + n, N, rows, pattern + n * width, accumulate, K);

@@ -1,13 +1,13 @@
-// Both gradients for few tokens with bfloat16 instructions (AVX512_BF16, VBMI2): vdpbf16ps multiplies pairs of neighbours of
-// the sum and adds up, twice as many multiplications an instruction as in float.
+// Both gradients for few tokens with bfloat16 instructions (AVX512_BF16, VBMI2): vdpbf16ps multiplies pairs of
+// neighbours of the sum and adds up, twice as many multiplications an instruction as in float.
 //
 // The input gradient expands the weight to pairs of neighbouring rows:
 //
 //   sums [M][64 columns] += dot2(gradient words [M][PAIR_DEPTH / 2], expanded [PAIR_DEPTH / 2][64 columns])
 //
-// Every zero is multiplied too, but nothing is made that a panel of tokens would have to pay off, as the slots of pairs.h.
-// Interleaving two rows of 32 columns leaves their columns in the order 0-3, 8-11, .. and 4-7, 12-15, ..: the sums are in
-// that order until they are stored.
+// Zeros are multiplied too, but no slot lists must be amortised over many tokens (unlike pairs.h).
+// Interleaving two rows of 32 columns leaves their columns in the order 0-3, 8-11, .. and 4-7, 12-15, ..: the sums are
+// in that order until they are stored.
 //
 // The weight gradient picks, by one two-source permutation, the 16 kept of 32 columns of two tokens:
 //
@@ -30,7 +30,7 @@ constexpr int64_t FEW_PAIR_COLUMNS = 8;     // likewise, double-pruned
 template <bool WHOLE>
 inline void expand_pairs(uint32_t* to, const BFloat16* values, const uint8_t* pattern, const uint8_t* column_mask,
                          int64_t n0, int depth, int64_t k0, int64_t K) {
-  const int64_t width = (K + 7) / 8, columns = std::min<int64_t>(64, K - k0);
+  const int64_t width = pattern_width(K), columns = std::min<int64_t>(64, K - k0);
   auto row = [&](int n, int half) {
     if (!WHOLE && (n >= depth || 32 * half >= columns)) return _mm512_setzero_si512();
     const uint8_t* p = pattern + (n0 + n) * width + k0 / 8 + 4 * half;
@@ -95,7 +95,7 @@ inline void gradient_words(uint32_t* to, Matrix<BFloat16> a, int64_t m, int64_t 
   for (int half = 0; half < 2; half++, to += 16) {
     const int there = std::clamp(depth - 32 * half, 0, 32);
     if (a.columns == 1) {
-      const __mmask32 mask = there == 32 ? ~__mmask32(0) : (__mmask32(1) << there) - 1;
+      const __mmask32 mask = first_lanes(there);
       _mm512_store_si512(to, _mm512_maskz_loadu_epi16(mask, a.at(m, n0 + 32 * half)));
     } else {
       alignas(64) BFloat16 row[32] = {};
@@ -112,12 +112,12 @@ inline int grad_input_pairs(int threads, Matrix<BFloat16> a, const BFloat16* val
   float* sums = shared_a.floats(M * padded);  // [M, K rounded up to 64]
   if (sums == nullptr) return 1;
   const int64_t tiles = ceil_div(M, 6);
-  bool failed = false;
+  Failure failed;
   parallel(threads, ceil_div(padded, size), [&](int64_t begin, int64_t end) {
     const int64_t k0 = begin * size, k1 = std::min(padded, end * size);
     float* memory = own.floats(M * (PAIR_DEPTH / 2));
     if (memory == nullptr) {
-      failed = true;
+      failed.note();
       return;
     }
     uint32_t* words = reinterpret_cast<uint32_t*>(memory);  // [M][PAIR_DEPTH / 2]
@@ -135,8 +135,8 @@ inline int grad_input_pairs(int threads, Matrix<BFloat16> a, const BFloat16* val
           expand_pairs<false>(expanded, values, pattern, column_mask, n0, depth, k, K);
         for (int64_t t = 0; t < tiles; t++) {
           const int64_t m = M * t / tiles;  // as many tokens in each tile
-          add_pairs_of[M * (t + 1) / tiles - m - 1](sums + m * padded + k, padded, words + m * (PAIR_DEPTH / 2), expanded,
-                                                    (depth + 1) / 2);
+          const AddPairs add = add_pairs_of[M * (t + 1) / tiles - m - 1];
+          add(sums + m * padded + k, padded, words + m * (PAIR_DEPTH / 2), expanded, (depth + 1) / 2);
         }
       }
     }
@@ -149,7 +149,7 @@ inline int grad_input_pairs(int threads, Matrix<BFloat16> a, const BFloat16* val
         const float* from = sums + m * padded + k;
         const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(from + 16), _mm512_load_ps(from));
         const int64_t there = std::min<int64_t>(32, K - k);
-        const __mmask32 mask = there == 32 ? ~__mmask32(0) : (__mmask32(1) << there) - 1;
+        const __mmask32 mask = first_lanes(there);
         _mm512_mask_storeu_epi16(dx + m * K + k, mask, _mm512_permutexvar_epi16(in_order, rounded));
       }
   });
@@ -179,7 +179,7 @@ struct OuterPairs {
 
   // R rows of dV from n on, a stretch of columns; P pairs of tokens.  Words of X are loaded once for all R.
   template <int P, int R> void rows(int64_t n, int64_t stretch) const {
-    const int64_t k0 = stretch * OUTER_COLUMNS, columns = std::min(OUTER_COLUMNS, K - k0), width = (K + 7) / 8;
+    const int64_t k0 = stretch * OUTER_COLUMNS, columns = std::min(OUTER_COLUMNS, K - k0), width = pattern_width(K);
     __m512bh factors[R][P];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -267,8 +267,8 @@ inline void token_words(uint32_t* words, Matrix<BFloat16> a, int64_t m, int64_t 
 }
 
 // dV [N, K / 2] = dY^T X at the kept positions.
-inline int grad_weight_pairs(int threads, Matrix<BFloat16> grad, Matrix<BFloat16> x, const uint8_t* pattern, BFloat16* dv,
-                             bool accumulate, int64_t M, int64_t N, int64_t K) {
+inline int grad_weight_pairs(int threads, Matrix<BFloat16> grad, Matrix<BFloat16> x, const uint8_t* pattern,
+                             BFloat16* dv, bool accumulate, int64_t M, int64_t N, int64_t K) {
   using Rows = void (OuterPairs::*)(int64_t, int64_t) const;
   static constexpr auto rows_of = []<int... p>(std::integer_sequence<int, p...>) {
     return std::array<Rows, FEW_PAIR_OUTER / 2>{&OuterPairs::all<p + 1>...};

@@ -1,5 +1,5 @@
-// The forward product for few tokens (M <= FEW): memory-bound, so each weight is read once, in order, and expanded in registers.
-// Lanes run along K.
+// The forward product for few tokens (M <= FEW): memory-bound, so each weight is read once, in order, and expanded in
+// registers.  Lanes run along K.
 #pragma once
 
 #include "parallel.h"
@@ -103,7 +103,8 @@ inline void dot_row(Lane (&totals)[M], const typename DotStep<T>::Input* x, cons
   Lane s[M][CHAINS] = {};
   for (; k + CHAINS * STEP <= whole; k += CHAINS * STEP) {
     __builtin_prefetch(reinterpret_cast<const char*>(v + k / 2) + PREFETCH);
-    if (CHAINS * STEP / 2 * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const char*>(v + k / 2) + PREFETCH + 64);
+    if (CHAINS * STEP / 2 * sizeof(T) > 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(v + k / 2) + PREFETCH + 64);
 #pragma GCC unroll 4
     for (int c = 0; c < CHAINS; c++) {
       const auto w = Step::weights(v + (k + c * STEP) / 2, p + (k + c * STEP) / 8);
@@ -125,7 +126,7 @@ template <class T, int M>
 void dot_rows(float (*sums)[8], const typename DotStep<T>::Input* x, const T* values, const uint8_t* pattern, int rows,
               int64_t K) {
   Vec lanes[M][8];
-  const int64_t width = (K + 7) / 8, whole = K / DotStep<T>::COLUMNS * DotStep<T>::COLUMNS;
+  const int64_t width = pattern_width(K), whole = K / DotStep<T>::COLUMNS * DotStep<T>::COLUMNS;
   for (int r = 0; r < 8; r++) {
     const int64_t row = std::min(r, rows - 1);
     Lane totals[M];
@@ -144,7 +145,7 @@ void dot_rows(float (*sums)[8], const typename DotStep<T>::Input* x, const T* va
 // No permutation by table: the four activations that count are collected instead.
 template <class T, int M>
 void dot_rows(float (*sums)[8], const float* x, const T* values, const uint8_t* pattern, int rows, int64_t K) {
-  const int64_t width = (K + 7) / 8, whole = K / 8 * 8;
+  const int64_t width = pattern_width(K), whole = K / 8 * 8;
   for (int r = 0; r < rows; r++) {
     const T* v = values + r * (K / 2);
     const uint8_t* p = pattern + r * width;
@@ -186,7 +187,7 @@ int forward_few(int threads, Matrix<T> a, const T* values, const uint8_t* patter
                                               dot_rows<T, 5>, dot_rows<T, 6>, dot_rows<T, 7>, dot_rows<T, 8>};
   const auto* x = input_rows<typename DotStep<T>::Input>(shared_a, a, M, K);
   if (x == nullptr) return 1;
-  const int64_t size = block_size(N, threads, 1 << 20, 16), width = (K + 7) / 8;
+  const int64_t size = block_size(N, threads, 1 << 20, 16), width = pattern_width(K);
   parallel(threads, ceil_div(N, size), [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(N, end * size);
     for (int64_t n = begin * size; n < last; n += 8) {

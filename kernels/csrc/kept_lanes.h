@@ -1,7 +1,7 @@
 // dV = dY^T X at the kept positions, with AVX-512: lanes run along the rows of W.
 //
-// A row of W keeps 8 of every 16 columns.  For 16 rows, the e-th kept column of each is one index vector, which does not
-// depend on the token: a permutation picks the activation that each row wants, and the product with 16 neighbouring
+// A row of W keeps 8 of every 16 columns.  For 16 rows, the e-th kept column of each is one index vector, which does
+// not depend on the token: a permutation picks the activation that each row wants, and the product with 16 neighbouring
 // numbers of dY is added to 16 sums in a register.
 //
 //   sums [e][16 rows] += dY[m, n .. n + 16) * permute(X[m, k .. k + 16), index [e][16 rows])     e < 8, for every m
@@ -98,13 +98,14 @@ inline void kept_indices(__m512i (&index)[8], __m256i bits) {
   }
 }
 
-// values [16 rows][8], `stride` apart, = or += sums [8][16 rows]; rows from `count` on and values from `kept` on are left
-// alone.
+// values [16 rows][8], `stride` apart, = or += sums [8][16 rows]; rows from `count` on and values from `kept` on are
+// left alone.
 template <class T>
 inline void store_rows(T* to, int64_t stride, const __m512 (&s)[8], int count, int kept, bool add) {
   for (int half = 0; half < 2; half++) {
     Vec8 r[8];
-    for (int e = 0; e < 8; e++) r[e] = (Vec8)(half == 0 ? _mm512_castps512_ps256(s[e]) : _mm512_extractf32x8_ps(s[e], 1));
+    for (int e = 0; e < 8; e++)
+      r[e] = (Vec8)(half == 0 ? _mm512_castps512_ps256(s[e]) : _mm512_extractf32x8_ps(s[e], 1));
     transpose8(r);
     for (int i = 0; i < 8 && half * 8 + i < count; i++) {
       T* row = to + (half * 8 + i) * stride;
@@ -159,7 +160,7 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
   constexpr int64_t SPAN_TOKENS = STEPS * W::TERMS;
   // Sums over several spans of tokens need float.
   const bool in_place = std::is_same_v<T, float> || M <= SPAN_TOKENS;
-  const int64_t kept = K / 2, width = (K + 7) / 8, strips = ceil_div(K, STRIP);
+  const int64_t kept = K / 2, width = pattern_width(K), strips = ceil_div(K, STRIP);
   const int64_t packed_rows = std::min(ROWS_PACKED, ceil_div(N, 16) * 16);
   const int64_t most_steps = std::min(STEPS, ceil_div(std::max<int64_t>(1, M), W::TERMS));
   uint32_t* grads = reinterpret_cast<uint32_t*>(shared_a.floats(packed_rows * most_steps));
@@ -167,7 +168,7 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
   if (grads == nullptr || (!in_place && scratch == nullptr)) return 1;
   // Blocks of 16 columns whose values fill a cache line.
   const int64_t line_blocks = 8 / int64_t(in_place ? sizeof(T) : sizeof(float));
-  bool failed = false;
+  Failure failed;
 
   for (int64_t n0 = 0; n0 < N; n0 += ROWS_PACKED) {
     const int64_t rows = std::min(ROWS_PACKED, N - n0), lines = ceil_div(rows, 16);
@@ -181,17 +182,19 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
       });
       parallel(threads, strips, [&](int64_t begin, int64_t end) {
         const bool streamed = whole_lines(dv, kept * sizeof(T));
-        // What a strip gives for 16 rows: from here whole cache lines go to dV, where rows may share few places in a cache.
+        // What a strip gives for 16 rows: from here whole cache lines go to dV, where rows may share few places in a
+        // cache.
         alignas(64) T stage[16 * STRIP / 2];
         uint32_t* panels = reinterpret_cast<uint32_t*>(own.floats(STRIP * most_steps));  // [STRIP / 16][steps][16]
         if (panels == nullptr) {
-          failed = true;
+          failed.note();
           return;
         }
         for (int64_t k0 = begin * STRIP; k0 < std::min(K, end * STRIP); k0 += STRIP) {
           const int64_t blocks = std::min(STRIP / 16, ceil_div(K - k0, 16));
           for (int64_t t = 0; t < blocks; t++)
-            pack_words(panels + t * steps * 16, x, m0, tokens, k0 + 16 * t, int(std::min<int64_t>(16, K - k0 - 16 * t)));
+            pack_words(panels + t * steps * 16, x, m0, tokens, k0 + 16 * t,
+                       int(std::min<int64_t>(16, K - k0 - 16 * t)));
           for (int64_t l = 0; l < lines; l++) {
             const int count = int(std::min<int64_t>(16, rows - l * 16));
             const Bits bits(pattern + (n0 + l * 16) * width + k0 / 8, width, count, width - k0 / 8);
@@ -233,9 +236,11 @@ int grad_weight_lanes(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
             T* to = dv + (n0 + l * 16) * kept + k0 / 2;
             const int64_t there = std::min(STRIP, K - k0) / 2;
             if (there == STRIP / 2 && streamed)
-              for (int r = 0; r < count; r++) stream_lines(to + r * kept, stage + r * (STRIP / 2), sizeof(T) * (STRIP / 2));
+              for (int r = 0; r < count; r++)
+                stream_lines(to + r * kept, stage + r * (STRIP / 2), sizeof(T) * (STRIP / 2));
             else if (there == STRIP / 2)
-              for (int r = 0; r < count; r++) std::memcpy(to + r * kept, stage + r * (STRIP / 2), sizeof(T) * (STRIP / 2));
+              for (int r = 0; r < count; r++)
+                std::memcpy(to + r * kept, stage + r * (STRIP / 2), sizeof(T) * (STRIP / 2));
             else
               for (int r = 0; r < count; r++) std::memcpy(to + r * kept, stage + r * (STRIP / 2), sizeof(T) * there);
           }

@@ -1,13 +1,13 @@
-// The weight gradient for tens of tokens with AVX2, where kept_lanes.h is not there: packing X for weight_gradient.h would
-// not pay off.
+// The weight gradient for tens of tokens with AVX2, where kept_lanes.h is not there: packing X for weight_gradient.h
+// would not pay off.
 //
-// Lanes are eight rows of W.  Each keeps two of four neighbouring columns; where, is the same for all tokens, so that two
-// index vectors serve a whole sum:
+// Lanes are eight rows of W.  Each keeps two of four neighbouring columns; where, is the same for all tokens, so that
+// two index vectors serve a whole sum:
 //
 //   sums [row] += dY[m, row] * permute(X[m, four columns], index [row])
 //
-// for the first kept column of every row, and for the second.  The permutation stays within 128 bits, which costs no more
-// than a multiplication.  A strip of 16 columns has eight such sums.
+// for the first kept column of every row, and for the second.  The permutation stays within 128 bits, which costs no
+// more than a multiplication.  A strip of 16 columns has eight such sums.
 //
 //   grads    dY [ceil(N / 8)][M][8]        shared by the threads, zeros past N
 //   inputs   X  [ceil(K / 16)][M][16]      likewise, zeros past K
@@ -35,8 +35,8 @@ inline void pack_panel(float* to, Matrix<T> a, int64_t M, int64_t j0, int64_t wi
   }
 }
 
-// index[2 q] and index[2 q + 1]: where eight rows, of which lanes have the bits of 16 columns, keep the first and the second
-// of the four columns of group q.
+// index[2 q] and index[2 q + 1]: where eight rows, of which lanes have the bits of 16 columns, keep the first and the
+// second of the four columns of group q.
 inline void quad_indices(__m256i (&index)[8], __m256i rows) {
   const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 0, 2, 0, 1, 0));
   const __m256i second = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 1, 0, 2, 2, 1, 0, 3, 3, 1, 3, 2, 2, 1));
@@ -65,7 +65,7 @@ inline void quad_sums(Vec8 (&sums)[8], const float* grads, const float* inputs, 
 
 // Metadata of 32 columns from k on for the eight rows from n on, a lane each; zeros past N and K.
 inline __m256i rows_of_bits(const uint8_t* pattern, int64_t n, int64_t k, int64_t N, int64_t K) {
-  const int64_t width = (K + 7) / 8, bytes = std::min<int64_t>(4, width - k / 8);
+  const int64_t width = pattern_width(K), bytes = std::min<int64_t>(4, width - k / 8);
   const uint8_t* p = pattern + n * width + k / 8;
   alignas(32) uint32_t bits[8] = {};
   if (n + 8 <= N && bytes == 4)
@@ -77,8 +77,8 @@ inline __m256i rows_of_bits(const uint8_t* pattern, int64_t n, int64_t k, int64_
 
 // dV [N, K / 2] = dY^T X at the kept positions, or += with `accumulate`.  Threads share out rows.
 template <class T>
-int grad_weight_quads(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* pattern, T* dv, bool accumulate, int64_t M,
-                      int64_t N, int64_t K) {
+int grad_weight_quads(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* pattern, T* dv, bool accumulate,
+                      int64_t M, int64_t N, int64_t K) {
   const int64_t blocks = ceil_div(N, 8), strips = ceil_div(K, 16);
   float* grads = shared_a.floats(blocks * M * 8);
   float* inputs = shared_b.floats(strips * M * 16);
@@ -107,7 +107,8 @@ int grad_weight_quads(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* p
             if (count == 8)
               store8(to, accumulate ? load8(to) + sums[r] : sums[r]);
             else
-              for (int64_t i = 0; i < count; i++) to[i] = from_float<T>(accumulate ? to_float(to[i]) + sums[r][i] : sums[r][i]);
+              for (int64_t i = 0; i < count; i++)
+                to[i] = from_float<T>(accumulate ? to_float(to[i]) + sums[r][i] : sums[r][i]);
         }
       }
   });

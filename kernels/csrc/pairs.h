@@ -8,10 +8,10 @@
 // The permutation (vpermw) picks from a register, so A is not transposed and half of the multiplications of a dense
 // product are never issued.  A forward product has one slot for each group of four columns: 8 a block.
 //
-// An input gradient has as many slots as its fullest column needs.  In blocks of their own that would be 10.6 on average,
-// 8 if it is double-pruned.  But its blocks overlap by half, so that every number of the reduction is in two of them (all
-// but the first 16): what a column has too many of in one half it may take earlier, while other columns fill the slots.
-// What is left is 8.9, or 6.9.
+// An input gradient has as many slots as its fullest column needs.  In blocks of their own that would be 10.6 on
+// average, 8 if it is double-pruned.  But its blocks overlap by half, so that every number of the reduction is in two
+// of them (all but the first 16): what a column has too many of in one half it may take earlier, while other columns
+// fill the slots.  What is left is 8.9, or 6.9.
 //
 //   LANE_ROWS   rows of A at once: as many sums and as many blocks of A in registers
 //   lists       [blocks of the reduction][slots](index [16], weights [16]) for 16 outputs, made once for a panel of A
@@ -29,8 +29,8 @@ constexpr int64_t PANEL_BYTES = 4 << 20;    // of the packed panel, about: every
 constexpr int64_t GROUPED = 768;            // tokens up to which a double-pruned gradient takes GroupSlots
 constexpr int64_t LISTS_BYTES = 512 << 10;  // of the outputs that share a pass over the panel: part of the L2 cache
 
-// Slots of 16 outputs: those of block b are slots[starts[b]] to slots[starts[b + 1]].  Where blocks overlap, 2 b is block
-// b and 2 b + 1 is the second half of it with the first half of the next.
+// Slots of 16 outputs: those of block b are slots[starts[b]] to slots[starts[b + 1]].  Where blocks overlap, 2 b is
+// block b and 2 b + 1 is the second half of it with the first half of the next.
 struct SlotLists {
   Slot* slots;
   int32_t* starts;
@@ -94,7 +94,7 @@ inline void pack_blocks(BFloat16* to, Matrix<BFloat16> a, int64_t i0, int rows, 
     for (int r = 0; r < rows; r++, to += LANE_BLOCK) {
       const int count = int(std::min(LANE_BLOCK, columns - j0));
       if (a.columns == 1) {
-        const __mmask32 there = count == 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
+        const __mmask32 there = first_lanes(count);
         _mm512_store_si512(to, _mm512_maskz_loadu_epi16(there, a.at(i0 + r, j0)));
       } else {
         for (int j = 0; j < LANE_BLOCK; j++) to[j] = j < count ? *a.at(i0 + r, j0 + j) : BFloat16{0};
@@ -102,8 +102,8 @@ inline void pack_blocks(BFloat16* to, Matrix<BFloat16> a, int64_t i0, int rows, 
     }
 }
 
-// The product; arguments as in product() (product.h).  `fill(work, slots, starts, o0, count, blocks)` makes the slots of outputs
-// [o0, o0 + count), in so many blocks of the reduction, and says how many there are.
+// The product; arguments as in product() (product.h).  `fill(work, slots, starts, o0, count, blocks)` makes the slots
+// of outputs [o0, o0 + count), in so many blocks of the reduction, and says how many there are.
 template <class Fill>
 int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, Matrix<BFloat16> extra,
                  const BFloat16* extra_weights, int64_t extra_size, const BFloat16* bias, BFloat16* y, int64_t outputs,
@@ -124,7 +124,7 @@ int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, 
   const int64_t lanes = ceil_div(outputs, 16);
   const int64_t most_lanes = std::clamp<int64_t>(LISTS_BYTES / (list_floats * int64_t(sizeof(float))), 1, 16);
   const int64_t group = block_size(lanes, threads, most_lanes, 1);
-  bool failed = false;
+  Failure failed;
 
   for (int64_t m0 = 0; m0 < M; m0 += panel_rows) {
     const int64_t rows = std::min(panel_rows, M - m0), tiles = ceil_div(rows, LANE_ROWS);
@@ -141,7 +141,7 @@ int pair_product(int threads, Matrix<BFloat16> a, int64_t M, int64_t reduction, 
     parallel(threads, ceil_div(lanes, group), [&](int64_t begin, int64_t end) {
       float* memory = own.floats(group * list_floats + fill.work_floats());
       if (memory == nullptr) {
-        failed = true;
+        failed.note();
         return;
       }
       auto work = fill.work(memory + group * list_floats);

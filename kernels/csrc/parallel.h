@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 
@@ -23,6 +24,16 @@ template <class Body> void parallel(int threads, int64_t count, const Body& body
   parallel_for(0, count, 1, [](int64_t begin, int64_t end, void* b) { (*static_cast<const Body*>(b))(begin, end); },
                const_cast<void*>(static_cast<const void*>(&body)));
 }
+
+// Whether some thread of a call had no memory.  Read after parallel() has returned, which waits for all threads.
+class Failure {
+ public:
+  void note() { failed_.store(true, std::memory_order_relaxed); }
+  explicit operator bool() const { return failed_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<bool> failed_ = false;
+};
 
 // Memory that is kept from call to call and grows only: a fresh allocation of megabytes would fault page by page.
 class Scratch {

@@ -51,6 +51,9 @@ struct Tables {
 };
 inline constexpr Tables tables{};
 
+// Bytes in a row of the metadata of K columns.
+inline int64_t pattern_width(int64_t K) { return (K + 7) / 8; }
+
 // Bytes in a row of a column mask.
 inline int64_t mask_width(int64_t K) { return (K / 2 + 7) / 8; }
 
@@ -157,7 +160,7 @@ inline Half8 set_bits(uint8_t byte) {
 
 // Groups without exactly two bits, and set bits past K.
 inline int64_t illegal_groups(const uint8_t* pattern, int64_t N, int64_t K) {
-  const int64_t width = (K + 7) / 8;
+  const int64_t width = pattern_width(K);
   int64_t wrong = 0;
   for (int64_t n = 0; n < N; n++)
     for (int64_t j = 0; j < width; j++) {

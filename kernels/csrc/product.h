@@ -72,8 +72,9 @@ struct Lists {
   int counts[BLOCK];
 };
 
-// Sums of R outputs over NV vectors of tokens, in registers.  They begin at zero and are added to those in memory, where
-// outputs are TILE apart, after a part of the reduction: a sum of partial sums rounds less than one from end to end.
+// Sums of R outputs over NV vectors of tokens, in registers.  They begin at zero and are added to those in memory,
+// where outputs are TILE apart, after a part of the reduction: a sum of partial sums rounds less than one from end to
+// end.
 template <int NV, int R> struct Sums {
   Vec s[R][NV] = {};
 
@@ -185,7 +186,7 @@ int product(int threads, Matrix<T> a, int64_t M, int64_t reduction, Matrix<T> ex
   if (panel == nullptr) return 1;
   const int64_t size = block_size(outputs, threads, BLOCK, 8), blocks = ceil_div(outputs, size);
   const int64_t strips = ceil_div(depth, CHUNK);
-  bool failed = false;
+  Failure failed;
 
   for (int64_t m0 = 0; m0 < M; m0 += panel_rows) {
     const int64_t rows = std::min(panel_rows, M - m0), tiles = ceil_div(rows, TILE);
@@ -205,7 +206,7 @@ int product(int threads, Matrix<T> a, int64_t M, int64_t reduction, Matrix<T> ex
     parallel(threads, blocks, [&](int64_t begin, int64_t end) {
       float* memory = own.floats(BLOCK * (panel_rows + CHUNK + CHUNK / 2));
       if (memory == nullptr) {
-        failed = true;
+        failed.note();
         return;
       }
       float* sums = memory + BLOCK * (CHUNK + CHUNK / 2);  // [tiles][size][TILE]
@@ -217,7 +218,9 @@ int product(int threads, Matrix<T> a, int64_t M, int64_t reduction, Matrix<T> ex
         for (int64_t t = 0; t < tiles; t++)
           for (int64_t o = 0; o < block; o++)
             std::fill_n(sums + (t * size + o) * TILE, TILE, bias != nullptr ? to_float(bias[o0 + o]) : 0.0f);
-        auto part = [&](int64_t t, int64_t r0) { return reinterpret_cast<const char*>(panel + (t * depth + r0) * TILE); };
+        auto part = [&](int64_t t, int64_t r0) {
+          return reinterpret_cast<const char*>(panel + (t * depth + r0) * TILE);
+        };
         auto add_chunk = [&](int64_t r0) {
           for (int64_t t = 0; t < tiles; t++) {
             const int count = int(std::min<int64_t>(TILE, rows - t * TILE));
@@ -263,7 +266,7 @@ template <class T> struct ForwardLists {
 
   void operator()(Lists& lists, int64_t o0, int64_t block, int64_t r0, int64_t r1) const {
     constexpr uint64_t EACH = 0x0001000100010001;
-    const int64_t width = (K + 7) / 8;
+    const int64_t width = pattern_width(K);
     const int bytes = int((r1 - r0) / 8), rest = int((r1 - r0) / 4 % 2);
     for (int64_t o = 0; o < block; o++) {
       const T* v = values + (o0 + o) * (K / 2) + r0 / 2;
@@ -293,8 +296,8 @@ template <class T> struct ForwardLists {
   }
 };
 
-// Lists of the input gradient: column o of W, rows [r0, r1).  With a column mask only the entries that it keeps too count:
-// W^{R,C}, double-pruned.
+// Lists of the input gradient: column o of W, rows [r0, r1).  With a column mask only the entries that it keeps too
+// count: W^{R,C}, double-pruned.
 template <class T> struct ColumnLists {
   const T* values;
   const uint8_t* pattern;
@@ -303,7 +306,7 @@ template <class T> struct ColumnLists {
 
   void operator()(Lists& lists, int64_t o0, int64_t block, int64_t r0, int64_t r1) const {
     static_assert(CHUNK == 64 && BLOCK == 64);
-    const int64_t width = (K + 7) / 8;
+    const int64_t width = pattern_width(K);
     const int bytes = int(ceil_div(block, 8)), rows = int(r1 - r0);
     // Bits of the mask from value o0 / 2 on, which may lie in the middle of a byte.
     const int shift = int(o0 / 2 % 8), mask_bytes = int(ceil_div(shift + block / 2, 8));
@@ -335,7 +338,8 @@ template <class T> struct ColumnLists {
       }
     }
     transpose_bits(kept);
-    for (int64_t o = 0; o < block; o += WIDTH) collect(lists, &dense[0][o], kept + o, o, std::min(WIDTH, block - o), rows);
+    for (int64_t o = 0; o < block; o += WIDTH)
+      collect(lists, &dense[0][o], kept + o, o, std::min(WIDTH, block - o), rows);
   }
 
  private:
@@ -356,8 +360,8 @@ template <class T> struct ColumnLists {
     return number;
   }
 
-  // Lists of outputs [o, o + outputs): the kept of columns dense [rows][64].  WIDTH entries are written at a time, those of
-  // them that are kept count.
+  // Lists of outputs [o, o + outputs): the kept of columns dense [rows][64].  WIDTH entries are written at a time,
+  // those of them that are kept count.
   static void collect(Lists& lists, const float* dense, const uint64_t* kept, int64_t o, int64_t outputs, int rows) {
     int counts[WIDTH] = {};
     for (int n = 0; n < rows; n += int(WIDTH)) {

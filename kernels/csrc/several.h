@@ -30,9 +30,10 @@ template <int NV> constexpr int rows_together() {
 
 // sums [R][NV vectors] += rows of W, columns [k, k1), times `tile`, which starts at column k.
 template <class T, int NV, int R>
-void add_rows_of(float* sums, const char* tile, const T* values, const uint8_t* pattern, int64_t k, int64_t k1, int64_t K) {
+void add_rows_of(float* sums, const char* tile, const T* values, const uint8_t* pattern, int64_t k, int64_t k1,
+                 int64_t K) {
   constexpr int LINE = NV * LANES * int(sizeof(float));  // bytes of the tile that a column has
-  const int64_t width = (K + 7) / 8;
+  const int64_t width = pattern_width(K);
   while (k < k1) {
     Sums<NV, R> in_flight;
     for (const int64_t end = std::min(k1, k + SUMMED); k + 8 <= end; k += 8, tile += 8 * LINE)
@@ -72,11 +73,12 @@ int forward_tile(int threads, Matrix<T> a, const T* values, const uint8_t* patte
   if (tile == nullptr) return 1;
   const int64_t stretch = STRETCH_BYTES / int64_t(LINE * sizeof(float)) / 64 * 64, stretches = ceil_div(K, stretch);
   parallel(threads, stretches, [&](int64_t begin, int64_t end) {
-    pack_transposed(tile + begin * stretch * LINE, LINE, LINE, a, 0, int(M), begin * stretch, std::min(K, end * stretch));
+    const int64_t k0 = begin * stretch;
+    pack_transposed(tile + k0 * LINE, LINE, LINE, a, 0, int(M), k0, std::min(K, end * stretch));
   });
   pack_transposed(tile + K * LINE, LINE, LINE, down, 0, int(M), 0, R);
   auto part = [&](int64_t column) { return reinterpret_cast<const char*>(tile + column * LINE); };
-  const int64_t size = block_size(N, threads, BLOCK, 8), width = (K + 7) / 8;
+  const int64_t size = block_size(N, threads, BLOCK, 8), width = pattern_width(K);
   parallel(threads, ceil_div(N, size), [&](int64_t begin, int64_t end) {
     alignas(64) float sums[BLOCK * TILE];
     for (int64_t n0 = begin * size; n0 < std::min(N, end * size); n0 += size) {

@@ -1,10 +1,11 @@
 // 2:4 kernels for CPUs behind a plain C interface: no PyTorch headers, so that it compiles in seconds.
 //
-// Letters: M tokens, N out_features, K in_features; W [N, K], 2:4 along K, stored as values [N, K / 2] and pattern
-// uint8 [N, ceil(K / 8)], and of W^{R,C} a column mask uint8 [N, ceil(K / 16)] (pattern.h).  Sizes and strides are in elements.  dtype: 0 float32, 1 bfloat16, 2 float16;
-// every product adds up in float32.  Each function returns 0, 1 if there is no memory, or 2 for an unknown dtype.
-// The metadata should be legal (slope_cpu_illegal_groups): with any other bytes the results mean nothing, but nothing out
-// of bounds is read or written.
+// Letters: M tokens, N out_features, K in_features.  W [N, K] is 2:4 along K and stored as values [N, K / 2] and
+// pattern uint8 [N, ceil(K / 8)]; W^{R,C} has a column mask uint8 [N, ceil(K / 16)] in addition (pattern.h).  Sizes and
+// strides are in elements.  dtype is 0 for float32, 1 for bfloat16 and 2 for float16; every product adds up in float32.
+// Each function returns 0, 1 if there is no memory, or 2 for an unknown dtype.  The metadata should be legal
+// (slope_cpu_illegal_groups): with any other bytes the results mean nothing, but nothing out of bounds is read or
+// written.
 #include <bit>
 #include <type_traits>
 
@@ -70,8 +71,9 @@ __attribute__((target("arch=x86-64")))
 #endif
 int slope_cpu_supported(void) {
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-  return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("bmi2") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq");
 #elif defined(__AVX512F__)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
@@ -194,11 +196,11 @@ EXPORT int slope_cpu_pick_columns(int dtype, int threads, const void* values, co
   });
 }
 
-// (W^{R,C})^T: column_values [K, N / 2], column_pattern uint8 [K, ceil(N / 8)], of what a column mask keeps, which may be
-// null, or else picked by magnitude.
+// (W^{R,C})^T: column_values [K, N / 2], column_pattern uint8 [K, ceil(N / 8)], of what a column mask keeps, which may
+// be null, or else picked by magnitude.
 EXPORT int slope_cpu_compress_columns(int dtype, int threads, const void* values, const uint8_t* pattern,
-                                      const uint8_t* column_mask, void* column_values, uint8_t* column_pattern, int64_t N,
-                                      int64_t K) {
+                                      const uint8_t* column_mask, void* column_values, uint8_t* column_pattern,
+                                      int64_t N, int64_t K) {
   return with_bits(dtype, [&](auto* type) {
     using U = std::remove_pointer_t<decltype(type)>;
     compress_columns(threads, static_cast<const U*>(values), pattern, column_mask, static_cast<U*>(column_values),

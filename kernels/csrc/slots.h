@@ -11,6 +11,9 @@ namespace slope {
 
 constexpr int64_t LANE_BLOCK = 32;
 
+// The first `count` of 32 lanes.
+inline __mmask32 first_lanes(int64_t count) { return __mmask32((uint64_t(1) << count) - 1); }
+
 struct Slot {
   alignas(64) uint32_t index[16];  // two 16-bit columns of the block
   uint32_t weights[16];            // two bfloat16
@@ -38,8 +41,8 @@ inline void transpose16x8(uint32_t* to, int64_t stride, const __m256i (&columns)
   }
 }
 
-// The first two that a nibble names, in order, in the halves of a word.  One with fewer bits names others besides: of a
-// column mask, whose weights there are zero.
+// The first two columns that a nibble names, in order, in the halves of a word.  A nibble with fewer than two bits
+// (after a column mask) also names other columns, whose weights are zero.
 alignas(64) inline constexpr std::array<uint32_t, 16> NAMED = {
     0x10000, 0x10000, 0x10000, 0x10000, 0x20000, 0x20000, 0x20001, 0x10000,
     0x30000, 0x30000, 0x30001, 0x10000, 0x30002, 0x20000, 0x20001, 0x10000};
@@ -68,7 +71,7 @@ struct ForwardSlots {
 
  private:
   int block(Slot* slots, int64_t o0, int64_t count, int64_t r0) const {
-    const int64_t width = (K + 7) / 8, columns = std::min(LANE_BLOCK, K - r0);
+    const int64_t width = pattern_width(K), columns = std::min(LANE_BLOCK, K - r0);
     const __m512i named = _mm512_load_si512(NAMED.data());
     alignas(64) uint32_t bits[16] = {};
     alignas(64) uint32_t pairs[16][8] = {};
@@ -111,8 +114,9 @@ alignas(64) inline constexpr std::array<uint16_t, 32> NUMBERS = [] {
   return numbers;
 }();
 
-// 64 columns of W or W^{R,C} from a multiple of 64 on, brought together, and the metadata of 256: in the weight, rows are far apart,
-// often a power of two, and the lines that one column wants would be lost from the cache before its neighbour wants them.
+// 64 columns of W or W^{R,C} from a multiple of 64 on, brought together, and the metadata of 256: in the weight, rows
+// are far apart, often a power of two, and the lines that one column wants would be lost from the cache before its
+// neighbour wants them.
 class Strip {
  public:
   static constexpr int64_t COLUMNS = 64, STRIPS = 4;  // columns of values; strips whose metadata comes at once
@@ -132,7 +136,7 @@ class Strip {
     at_ = o / COLUMNS;
     if (at_ == before) return;
     if (before < 0 || at_ / STRIPS != before / STRIPS) {
-      bring(bits_, pattern_, (K_ + 7) / 8);
+      bring(bits_, pattern_, pattern_width(K_));
       if (column_mask_ != nullptr) bring(masks_, column_mask_, mask_width(K_));
     }
     bring_values();
@@ -156,7 +160,7 @@ class Strip {
 
   void bring_values() {
     const int64_t there = std::min(COLUMNS, K_ - at_ * COLUMNS);
-    const __mmask32 mask = there == COLUMNS ? ~__mmask32(0) : (__mmask32(1) << there / 2) - 1;
+    const __mmask32 mask = first_lanes(there / 2);
     const BFloat16* v = values_ + at_ * (COLUMNS / 2);
     const uint32_t* also = column_mask_ != nullptr ? masks_ + at_ % STRIPS * rows_ : nullptr;
     for (int64_t n = 0; n < rows_; n++, v += K_ / 2) {
@@ -209,8 +213,8 @@ struct StripSlots {
   Strip work(float* memory) const { return Strip(memory, values, pattern, column_mask, N, K); }
 };
 
-// Slots of the double-pruned input gradient that cost little to make: one for each group of four rows, of which a column
-// keeps two at most, as in a forward product.  8 where ColumnSlots finds 6.9.
+// Slots of the double-pruned input gradient that cost little to make: one for each group of four rows, of which a
+// column keeps two at most, as in a forward product.  8 where ColumnSlots finds 6.9.
 struct GroupSlots : StripSlots {
   static constexpr int MOST = 8;
   static constexpr bool OVERLAP = false;
@@ -346,7 +350,8 @@ struct ColumnSlots : StripSlots {
         r[h + 2 * j + 1] = _mm512_unpackhi_epi64(u[j], u[4 + j]);
       }
     }
-    const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+    const __m512i odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
     for (int c = 0; c < 8; c++) {
       t[c] = _mm512_permutex2var_epi64(r[c], even, r[8 + c]);
       t[8 + c] = _mm512_permutex2var_epi64(r[c], odd, r[8 + c]);

@@ -1,5 +1,5 @@
-// Stores past the cache, for results that are written once and not read again soon: otherwise each line of them would be
-// read from memory only to be overwritten.
+// Stores past the cache, for results that are written once and not read again soon: otherwise each line of them would
+// be read from memory only to be overwritten.
 #pragma once
 
 #include "vector.h"

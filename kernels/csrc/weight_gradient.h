@@ -1,7 +1,7 @@
 // dV = dY^T X at the kept positions only, in the compressed layout: no dense [N, K] gradient anywhere.
 //
-// Lanes run along M.  For one row n and 16 columns, eight sums (the eight kept columns) stay in registers while dY[:, n]
-// is multiplied with eight rows of X^T; their lanes are then added up by one 8 x 8 transpose.
+// Lanes run along M.  For one row n and 16 columns, eight sums (the eight kept columns) stay in registers while dY[:,
+// n] is multiplied with eight rows of X^T; their lanes are then added up by one 8 x 8 transpose.
 //
 //   PART   tokens of a tile: 16 columns of X^T [16, PART] stay in L1
 //   SPAN   tokens packed at a time
@@ -54,7 +54,7 @@ template <class T>
 int grad_weight(int threads, Matrix<T> grad, Matrix<T> x, const uint8_t* pattern, T* dv, bool accumulate, int64_t M,
                 int64_t N, int64_t K) {
   constexpr bool direct = std::is_same_v<T, float>;  // sums over spans of M need float
-  const int64_t kept = K / 2, width = (K + 7) / 8, span = std::min(SPAN, ceil_div(M, PART) * PART);
+  const int64_t kept = K / 2, width = pattern_width(K), span = std::min(SPAN, ceil_div(M, PART) * PART);
   float* grads = shared_a.floats(std::max<int64_t>(1, span * std::min(N, ROWS_AT_A_TIME)));
   float* inputs = shared_b.floats(std::max<int64_t>(1, span * ceil_div(std::min(K, COLUMNS_AT_A_TIME), 16) * 16));
   float* scratch = direct ? reinterpret_cast<float*>(dv)

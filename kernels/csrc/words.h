@@ -1,5 +1,5 @@
-// What one lane of an AVX-512 multiplication takes: one float or, where the CPU multiplies bfloat16, two neighbours of the
-// sum in one 32-bit word.
+// What one lane of an AVX-512 multiplication takes: one float or, where the CPU multiplies bfloat16, two neighbours of
+// the sum in one 32-bit word.
 #pragma once
 
 #include <type_traits>

@@ -31,7 +31,6 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":
         executor = Executor("gluon_few_tokens")
         monkeypatch.setattr(few_tokens, "_kernels", lambda: executor)
-        few_self_test.passes.cache_clear()
 
 
 @both_dtypes
@@ -131,11 +130,9 @@ def test_the_self_test_notices_a_wrong_kernel(
     right = few_tokens.forward
     for fault in (lambda result: result.roll(1), torch.nan_to_num):
         monkeypatch.setattr(few_tokens, "forward", lambda *given, fault=fault: fault(right(*given)))
-        few_self_test.passes.cache_clear()
         caplog.clear()
         assert not few_self_test.passes(DEVICE, torch.float16, CASES[0][1], 1)
         assert str(CASES[0][1]) in caplog.text
-    few_self_test.passes.cache_clear()
 
 
 def test_the_self_test_meets_every_pattern_in_every_place_of_a_lane() -> None:

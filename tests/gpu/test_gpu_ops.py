@@ -87,7 +87,7 @@ def test_both_ways(N: int, dtype: torch.dtype) -> None:
 )
 def test_a_first_call_while_a_graph_is_captured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is tested then, and nothing that the capture makes is kept: the definition is recorded, and is right."""
-    monkeypatch.setattr(self_tests, "_ended", set())
+    monkeypatch.setattr(self_tests, "_results", {})
     metadata._kept_table.cache_clear()
     p = draw(Pattern(2, 4), Shape((10,), 20, 9), torch.bfloat16)
     columns = packed(kept(draw_columns(p.mask, p.nm), p.mask))
@@ -116,8 +116,7 @@ def test_a_first_call_leaves_nothing_in_the_memory_of_a_graph(monkeypatch: pytes
     p = draw(Pattern(2, 4), Shape((10,), 20, 9), torch.bfloat16)
     arguments = [t.cuda() for t in (p.x, p.values, p.pattern, p.bias)]
     ops.linear(*arguments, *p.ints)  # cuBLAS, which keeps its workspace, is there
-    monkeypatch.setattr(self_tests, "_ended", set())
-    gpu_self_test.passes.cache_clear()
+    monkeypatch.setattr(self_tests, "_results", {})
     metadata._kept_table.cache_clear()
     pool = torch.cuda.MemPool()
     with torch.cuda.use_mem_pool(pool):
@@ -151,8 +150,6 @@ def test_the_self_test_notices_a_wrong_kernel(
         with monkeypatch.context() as patch:
             right = products[name]
             patch.setattr(triton_products, name, lambda *given, right=right, fault=fault: fault(right(*given)))
-            gpu_self_test.passes.cache_clear()
             caplog.clear()
             assert not gpu_self_test.passes(torch.device(DEVICE), torch.float32)
             assert said in caplog.text
-    gpu_self_test.passes.cache_clear()

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import stat
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from slope_compile.kernels import _cpu_compiler, cpu_build
+from slope_compile.kernels import _cpu_compiler, cache_files, cpu_build
 from slope_compile.kernels.cpu_build import BuildError, Compiler
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the CPU kernels need g++ or clang++")
@@ -220,53 +219,6 @@ def test_a_compiler_that_hangs_is_given_up(
 # --- where ----------------------------------------------------------------------------------------------
 
 
-def test_the_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    assert cpu_build.cache_folder() == tmp_path / "home" / ".cache" / "slope_compile"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cpu_build.cache_folder() == tmp_path / "xdg" / "slope_compile"
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    assert cpu_build.cache_folder() == tmp_path / "inductor" / "slope_compile"
-
-
-@pytest.mark.slow
-def test_the_folder_that_inductor_names_by_itself_is_not_the_users_choice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Dynamo sets the variable when it is imported: what is looked for before and after is in one place."""
-    code = """
-import os
-from slope_compile.kernels import cpu_build, cpu_tuning
-before = cpu_build.cache_folder(), cpu_tuning.table_path("avx2", 2)
-import torch._dynamo
-from torch._inductor.runtime.cache_dir_utils import cache_dir
-assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == cache_dir()
-assert (cpu_build.cache_folder(), cpu_tuning.table_path("avx2", 2)) == before
-print(before[0])
-"""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(tmp_path / ".cache" / "slope_compile")
-
-
-def test_a_folder_does_not_depend_on_where_the_process_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "here")
-    assert cpu_build.cache_folder() == tmp_path / "here" / "slope_compile"
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user who is not in the password file
-    folder = cpu_build.cache_folder()
-    assert folder.is_absolute()
-    assert tmp_path not in folder.parents
-    assert not (tmp_path / "~").exists()
-
-
 def test_a_cache_that_cannot_be_written_is_replaced(
     source: Path, compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,13 +237,13 @@ def test_what_a_folder_has_is_used_though_it_cannot_be_written(
     wrapped, calls = counting(compiler, tmp_path)
     library = cpu_build.build("portable", wrapped, source)
     (cache / "tuned-portable.json").write_text("{}")
-    assert cpu_build.nothing_lasts() is None
+    assert cache_files.nothing_lasts() is None
 
     def refuse(**where: object) -> None:
         raise PermissionError("read-only file system")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    said = cpu_build.nothing_lasts()
+    said = cache_files.nothing_lasts()
     assert said is not None
     assert str(cache) in said
     copy = cpu_build.build("portable", wrapped, source)
@@ -299,14 +251,7 @@ def test_what_a_folder_has_is_used_though_it_cannot_be_written(
     assert copy.parent != cache
     assert answer(copy) == 24
     assert calls.read_text().count("called") == 1
-    assert (cpu_build.cache_folder() / "tuned-portable.json").read_text() == "{}"
-
-
-@pytest.mark.skipif(not hasattr(os, "ST_NOEXEC"), reason="this platform does not say how it is mounted")
-def test_a_cache_mounted_noexec_is_replaced(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cpu_build.cache_folder() == cache
-    monkeypatch.setattr("os.statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC))
-    assert cpu_build.cache_folder() != cache
+    assert (cache_files.cache_folder() / "tuned-portable.json").read_text() == "{}"
 
 
 # --- with what ------------------------------------------------------------------------------------------
@@ -379,6 +324,27 @@ def test_features_are_spelled_as_the_levels_need_them() -> None:
             break
     else:
         assert not features
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="replaces /proc/cpuinfo")
+def test_the_model_is_the_first_cpu_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On ARM Linux gives numbers for a name; elsewhere Python's own word has to do."""
+    described = {"model name": "Some CPU @ 2 GHz", "flags": "avx2 fma"}
+    monkeypatch.setattr(cpu_build, "_cpuinfo", lambda: described)
+    assert cpu_build.cpu_model() == "Some CPU @ 2 GHz"
+    assert cpu_build.cpu_features() == {"avx2", "fma"}
+    described = {"CPU implementer": "0x41", "CPU part": "0xd40"}
+    assert cpu_build.cpu_model() == "0x41 0xd40"
+    described = {}
+    monkeypatch.setattr("platform.processor", lambda: "another")
+    assert cpu_build.cpu_model() == "another"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/cpuinfo")
+def test_the_model_of_this_machine() -> None:
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    assert not names or cpu_build.cpu_model() == names[0]
 
 
 # --- forks ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,8 @@ ENVIRONMENT = {
 }
 
 
-def compile_with(compiler: Compiler, *arguments: str | Path) -> None:
-    command = [*compiler.command, "-std=c++20", "-g", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]
+def compile_with(compiler: Compiler, *arguments: str | Path, sanitizers: str = SANITIZERS) -> None:
+    command = [*compiler.command, "-std=c++20", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     result = subprocess.run(
         [*command, *map(str, arguments)], capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL
     )
@@ -96,6 +97,28 @@ def test_random_calls(level: str, driver: Path, compiler: Compiler, tmp_path: Pa
         status, output = fuzz(program, "--seed", str(SEED), *options)
         assert status == 0, output[-10_000:]
         assert f"{level}:" in output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the linker replaces aligned_alloc")
+def test_threads_without_memory_say_so_without_a_race(tmp_path: Path) -> None:
+    """Several threads of a call may note at the same time that they have no memory."""
+    compiler = cpu_build.find_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "nothing.cpp").write_text("int main() { return 0; }\n")
+    try:
+        compile_with(compiler, tmp_path / "nothing.cpp", "-o", tmp_path / "nothing", sanitizers="thread")
+    except AssertionError:
+        pytest.skip(f"{compiler} cannot link -fsanitize=thread")
+    kernels, program = tmp_path / "kernels.o", tmp_path / "no_memory"
+    compile_with(compiler, "-O1", *FLAGS[BEST], "-c", SOURCE, "-o", kernels, sanitizers="thread")
+    linked = ("-Wl,--wrap=aligned_alloc", "-pthread", "-o", program)
+    compile_with(compiler, "-O1", DRIVER.with_name("no_memory.cpp"), kernels, *linked, sanitizers="thread")
+    status, output = fuzz(program)
+    assert status == 0, output[-10_000:]
+    many = [line.partition(": ")[2].split() for line in output.splitlines() if "M 300" in line]
+    assert [statuses[:3] for statuses in many] == [["1"] * 3] * 3, output  # the weight gradient may need no memory
 
 
 # --- metadata -------------------------------------------------------------------------------------------

@@ -7,57 +7,16 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from problems import draw_mask, packed
+from problems import Operands
 from slope_compile.kernels import cpu_library, ops, reference
-from slope_compile.pattern import Pattern
 
-TWO_FOUR = Pattern(2, 4)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
-class Operands:
-    """Random ones for M tokens and a weight [N, K]."""
-
-    def __init__(self, M: int, N: int, K: int, dtype: torch.dtype = torch.float32) -> None:
-        self.x, self.grad = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
-        self.weight, self.bias = torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
-        self.pattern = packed(draw_mask(N, K, TWO_FOUR))
-        self.values = torch.randn(N, K // 2).to(dtype)
-        self.column_mask = packed(torch.rand(N, K // 2) < 0.8)
-        self.down, self.up = torch.randn(M, 3).to(dtype), torch.randn(N, 3).to(dtype)
-
-    def calls(self) -> dict[str, Callable[[], Tensor]]:
-        """Every operator."""
-        x, grad, values, pattern, mask = self.x, self.grad, self.values, self.pattern, self.column_mask
-        return {
-            "linear": lambda: ops.linear(x, values, pattern, self.bias, 2, 4, False, None, self.down, self.up),
-            "grad_input": lambda: ops.grad_input(grad, values, pattern, 2, 4),
-            "grad_input_columns": lambda: ops.grad_input_columns(grad, values, pattern, mask, 2, 4),
-            "grad_weight": lambda: ops.grad_weight(grad, x, pattern, 2, 4),
-            "compress": lambda: ops.compress(self.weight, pattern, 2, 4),
-            "expand": lambda: ops.expand(values, pattern, 2, 4),
-            "pick_columns": lambda: ops.pick_columns(values, pattern, 2, 4),
-            "compress_columns": lambda: ops.compress_columns(values, pattern, 2, 4, mask)[0],
-        }
-
-    def definitions(self) -> dict[str, Callable[[], Tensor]]:
-        x, grad, values, pattern, mask = self.x, self.grad, self.values, self.pattern, self.column_mask
-        return {
-            "linear": lambda: reference.forward(x, values, pattern, self.bias, 2, 4, self.down, self.up),
-            "grad_input": lambda: reference.grad_input(grad, values, pattern, 2, 4),
-            "grad_input_columns": lambda: reference.grad_input_columns(grad, values, pattern, mask, 2, 4),
-            "grad_weight": lambda: reference.grad_weight(grad, x, pattern, 2, 4),
-            "compress": lambda: reference.compress(self.weight, pattern, 2, 4),
-            "expand": lambda: reference.expand(values, pattern, 2, 4),
-            "pick_columns": lambda: reference.pick_columns(values, pattern, 2, 4),
-            "compress_columns": lambda: reference.compress_columns(values, pattern, 2, 4, mask)[0],
-        }
 
 
 @pytest.fixture
@@ -71,13 +30,13 @@ def restored_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("part", [(slice(3),), (slice(None), slice(2))], ids=["rows", "columns"])
-@pytest.mark.parametrize("name", Operands(1, 4, 4).calls())
+@pytest.mark.parametrize("name", Operands(1, 4, 4).calls(ops))
 def test_a_pattern_of_another_weight_is_an_error(name: str, part: tuple[slice, ...]) -> None:
     """The kernels check nothing: they would read past its end."""
     given = Operands(5, 16, 24)
     given.pattern = given.pattern[part]
     with pytest.raises(RuntimeError):
-        given.calls()[name]()
+        given.calls(ops)[name]()
 
 
 @pytest.mark.parametrize("part", [(slice(3),), (slice(None), slice(1))], ids=["rows", "columns"])
@@ -86,7 +45,7 @@ def test_a_column_mask_of_another_weight_is_an_error(name: str, part: tuple[slic
     given = Operands(5, 16, 24)
     given.column_mask = given.column_mask[part]
     with pytest.raises(RuntimeError):
-        given.calls()[name]()
+        given.calls(ops)[name]()
 
 
 @pytest.mark.parametrize("short", ["bias", "down", "up"])
@@ -94,13 +53,13 @@ def test_what_is_added_must_fit(short: str) -> None:
     given = Operands(5, 16, 24)
     setattr(given, short, getattr(given, short)[:2])
     with pytest.raises(RuntimeError):
-        given.calls()["linear"]()
+        given.calls(ops)["linear"]()
 
 
 def test_a_bias_for_every_token_is_added_as_the_definition_does() -> None:
     given = Operands(5, 16, 24)
     given.bias = torch.randn(5, 16)
-    torch.testing.assert_close(given.calls()["linear"](), given.definitions()["linear"]())
+    torch.testing.assert_close(given.calls(ops)["linear"](), given.definitions()["linear"]())
 
 
 # --- empty ----------------------------------------------------------------------------------------------
@@ -111,7 +70,7 @@ def test_a_bias_for_every_token_is_added_as_the_definition_does() -> None:
 def test_weights_without_rows_or_columns(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
     given = Operands(*sizes, dtype)
     definitions = given.definitions()
-    for name, call in given.calls().items():
+    for name, call in given.calls(ops).items():
         # In 16 bits the definition rounds the low-rank update by itself.
         torch.testing.assert_close(call(), definitions[name](), rtol=0.02, atol=0.02, msg=name)
 
@@ -137,12 +96,12 @@ def test_as_good_as_dense_whatever_the_number_of_tokens(M: int, dtype: torch.dty
             left = torch.cat([given.x, given.down, given.x.new_ones(M, 1)], 1)
             right = torch.cat([dense, given.up, given.bias.unsqueeze(1)], 1).t()
         exact = left.double() @ right.double()
-        error = (given.calls()[name]().double() - exact).norm()
+        error = (given.calls(ops)[name]().double() - exact).norm()
         assert error <= room * ((left @ right).double() - exact).norm(), name
     given = Operands(M, 70, 132, dtype)
     kept = reference.expand(torch.ones_like(given.values), given.pattern, 2, 4).bool()
     exact = given.grad.double().t() @ given.x.double()
-    error = reference.expand(given.calls()["grad_weight"](), given.pattern, 2, 4).double() - exact
+    error = reference.expand(given.calls(ops)["grad_weight"](), given.pattern, 2, 4).double() - exact
     dense_error = (given.grad.t() @ given.x).double() - exact
     assert error[kept].norm() <= room * dense_error[kept].norm(), "grad_weight"
 
@@ -160,11 +119,11 @@ def _moved(tensor: Tensor, by: int) -> Tensor:
 @pytest.mark.parametrize("M", [1, 7, 40, 300])
 def test_results_do_not_depend_on_where_operands_lie(M: int, dtype: torch.dtype) -> None:
     given = Operands(M, 68, 132, dtype)
-    expected = {name: call() for name, call in given.calls().items()}
+    expected = {name: call() for name, call in given.calls(ops).items()}
     for by in (1, 3, 8):
         for name, tensor in vars(given).items():
             setattr(given, name, _moved(tensor, by))
-        for name, call in given.calls().items():
+        for name, call in given.calls(ops).items():
             assert torch.equal(call(), expected[name]), (name, by)
 
 
@@ -180,7 +139,7 @@ def test_python_threads_at_once_while_the_number_of_threads_changes() -> None:
     sizes = ((1, 100, 260), (4, 132, 64), (40, 64, 132), (130, 36, 76), (17, 260, 64))
     problems = [Operands(*each, dtype) for each in sizes for dtype in dtypes]
     torch.set_num_threads(1)
-    expected = [{name: call() for name, call in problem.calls().items()} for problem in problems]
+    expected = [{name: call() for name, call in problem.calls(ops).items()} for problem in problems]
     wrong: list[tuple[str, int]] = []
 
     def work(seed: int) -> None:
@@ -188,7 +147,7 @@ def test_python_threads_at_once_while_the_number_of_threads_changes() -> None:
         for _ in range(15):
             torch.set_num_threads(draw.choice([1, 2, 3]))
             which = draw.randrange(len(problems))
-            for name, call in problems[which].calls().items():
+            for name, call in problems[which].calls(ops).items():
                 if not torch.equal(call(), expected[which][name]):
                     wrong.append((name, which))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from slope_compile.kernels import (
+    cpu_build,
     cpu_calls,
     cpu_library,
     cpu_ops,
@@ -18,6 +20,7 @@ from slope_compile.kernels import (
     cpu_rules,
     cpu_tuning,
     dense_copies,
+    measured,
     reference,
 )
 from slope_compile.kernels.cpu_library import CpuLibrary
@@ -29,7 +32,7 @@ from slope_compile.pattern import Pattern
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No table of this machine is read or written."""
-    monkeypatch.setattr("slope_compile.kernels.cpu_build.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("slope_compile.kernels.cache_files.cache_folder", lambda: tmp_path)
     cpu_tuning.load.cache_clear()
     yield
     cpu_tuning.load.cache_clear()
@@ -90,13 +93,35 @@ def test_the_nearest_weight_decides() -> None:
 
 
 def test_what_was_decided_is_remembered_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_tuning, "MOST_DECIDED", 3)
+    monkeypatch.setattr(measured, "MOST", 3)
     table = Table(1, (Entry("forward", "float32", 64, 768, 768, 0.5),))
     for _ in range(2):
         for M in range(10):
             assert table.sparse("forward", M, 768, 768, torch.float32) is False
             assert table.sparse("forward", M, 768, 768, torch.bfloat16) is None
-            assert len(table._found) <= 3
+            assert len(table._answers) <= 3
+
+
+def test_a_table_holds_for_the_kernels_that_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New kernels, or another model of CPU with the same features, are measured anew."""
+    entries = (Entry("forward", "float32", 64, 768, 768, 0.5),)
+    cpu_tuning.save(Table(torch.get_num_threads(), entries), "avx2")
+    assert not cpu_rules.sparse("forward", 64, 768, 768, torch.float32, "avx2")
+
+    def found() -> bool:
+        cpu_tuning.load.cache_clear()
+        return cpu_tuning.load("avx2", torch.get_num_threads()) is not None
+
+    assert found()
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_build, "cpu_model", lambda: "another CPU")
+        assert not found()
+    sources = shutil.copytree(cpu_build.SOURCE.parent, tmp_path / "csrc")
+    monkeypatch.setattr(cpu_build, "SOURCE", sources / cpu_build.SOURCE.name)
+    assert found(), "the same in another place"
+    header = sources / "product.h"
+    header.write_text(header.read_text() + "// changed\n")
+    assert not found()
 
 
 def test_another_number_of_threads_is_another_table() -> None:

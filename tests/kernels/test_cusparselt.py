@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fake_cusparselt import FAST, SLOW, TWO_FOUR, Misbehaving
 from problems import Shape, draw
-from slope_compile.kernels import _cusparselt, cpu_build, gpu_calls, reference
+from slope_compile.kernels import _cusparselt, cache_files, gpu_calls, reference
 from slope_compile.kernels._cusparselt import Algorithm, Packed
 
 DEVICE = torch.device("cuda", 0)
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Misbehaving]:
     fake = Misbehaving()
     monkeypatch.setattr(_cusparselt, "primitives", fake)
-    monkeypatch.setattr(cpu_build, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cache_files, "cache_folder", lambda: tmp_path)
     _cusparselt.in_place.cache_clear()
     _cusparselt.known.cache_clear()
     monkeypatch.setattr(_cusparselt, "_thread", _cusparselt._Thread())

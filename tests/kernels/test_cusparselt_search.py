@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fake_cusparselt
 from fake_cusparselt import DEADLY, FAST, SLOW, Misbehaving
-from slope_compile.kernels import _cusparselt, cpu_build, cusparselt_search, gpu_tuning
+from slope_compile.kernels import _cusparselt, cache_files, cusparselt_search, gpu_tuning
 from slope_compile.kernels._cusparselt import Algorithm, Product
 from slope_compile.kernels.cusparselt_search import Search
 
@@ -93,7 +93,7 @@ def children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Childr
     monkeypatch.setattr(fake, "product", product)
     monkeypatch.setattr(_cusparselt, "primitives", fake)
     monkeypatch.setattr(_cusparselt, "unfit", lambda *_: None)
-    monkeypatch.setattr(cpu_build, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cache_files, "cache_folder", lambda: tmp_path)
     _cusparselt.known.cache_clear()
     yield Children(tmp_path)
     _cusparselt.known.cache_clear()

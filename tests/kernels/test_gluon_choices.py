@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +16,7 @@ from slope_compile.kernels import (
     gluon_configs,
     gluon_products,
     gluon_self_test,
+    gpu_calls,
     gpu_ops,
     gpu_self_test,
     self_tests,
@@ -26,13 +26,6 @@ from slope_compile.pattern import Pattern
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BF16, FP16 = torch.bfloat16, torch.float16
-
-
-@pytest.fixture(autouse=True)
-def no_results_of_others() -> Iterator[None]:
-    gluon_self_test.passes.cache_clear()
-    yield
-    gluon_self_test.passes.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -63,23 +56,47 @@ def test_what_is_supported(
 def test_what_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(self_tests, "_ended", set())
-    asked: list[tuple[Config, bool, bool, int]] = []
+    monkeypatch.setattr(self_tests, "_results", {})
+    asked: list[tuple[Config, bool, bool, bool]] = []
 
-    def passes(device: torch.device, dtype: torch.dtype, config: Config, bias: bool, low_rank: bool, N: int) -> bool:
-        asked.append((config, bias, low_rank, N))
+    def passes(
+        device: torch.device, dtype: torch.dtype, config: Config, bias: bool, low_rank: bool, in_eights: bool
+    ) -> bool:
+        asked.append((config, bias, low_rank, in_eights))
         return config not in (MMA_SP[0], WGMMA_SP[0])
 
     monkeypatch.setattr(gluon_self_test, "passes", passes)
     assert gluon_choices.choices(1, 64, 64, 0, CUDA, BF16) == MMA_SP[1:4]
-    assert asked == [(config, True, False, 0) for config in MMA_SP[:4]]
+    assert asked == [(config, True, True, True) for config in MMA_SP[:4]]
     assert gluon_choices.choices(4096, 68, 64, 8, CUDA, FP16, bias=False) == (*MMA_SP[1:], *WGMMA_SP[1:])
-    assert asked[-1] == (WGMMA_SP[-1], False, True, 4)
+    assert asked[-1] == (WGMMA_SP[-1], False, True, False)
     assert gluon_choices.choices(4096, 64, 68, 0, CUDA, FP16) == MMA_SP[1:]
     assert gluon_choices.choices(64, 64, 64, 0, CUDA, FP16) == (*MMA_SP[1:], *WGMMA_SP[1:3])
     assert gluon_choices.choices(4096, 64, 64, 300, CUDA, FP16) == (*MMA_SP[1:], WGMMA_SP[1])
     assert gluon_choices.choices(4096, 64, 64, 0, CUDA, torch.float32) == ()
     assert gluon_choices.choices(4096, 64, 64, 0, CPU, BF16) == ()
+
+
+def test_products_that_are_tested_alike_are_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts for ``wgmma.sp`` is whether the outputs come in eights, and for ``mma.sp`` not even that."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(gluon_products, "processors", lambda device: 132)
+    monkeypatch.setattr(self_tests, "_results", {})
+    tested: list[tuple[object, ...]] = []
+
+    def passes(*case: object) -> bool:
+        tested.append(case)
+        return True
+
+    monkeypatch.setattr(gluon_self_test, "passes", passes)
+    for N in range(64, 80):
+        for R in (0, 8):
+            gluon_choices.choices(4096, N, 64, R, CUDA, BF16)
+            for config in (*MMA_SP, *WGMMA_SP):
+                way = "wgmma_sp" if isinstance(config, WgmmaSp) else "mma_sp"
+                assert gpu_calls.can(way, "forward", 4096, N, 64, BF16, CUDA, R, str(config))
+    assert len(tested) == len(set(tested)) == 2 * len(MMA_SP) + 8 * len(WGMMA_SP)
 
 
 def test_the_product_of_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +142,6 @@ def test_results_that_nobody_wrote_are_noticed(monkeypatch: pytest.MonkeyPatch) 
     executor = Executor("gluon_mma_sp")
     monkeypatch.setattr(gluon_products, "_kernels", lambda: executor)
     assert gluon_self_test.passes(CPU, BF16, MMA_SP[0])
-    gluon_self_test.passes.cache_clear()
     nothing = SimpleNamespace(forward=_Nothing(), add_up=_Nothing())
     monkeypatch.setattr(gluon_products, "_kernels", lambda: nothing)
     assert not gluon_self_test.passes(CPU, BF16, MMA_SP[0])
@@ -149,7 +165,7 @@ def places(rows: int, columns: int) -> set[tuple[int, int, int]]:
 
 
 def test_the_self_test_meets_every_pattern_in_every_lane_position() -> None:
-    sizes = (*gluon_self_test.MMA_SP_SIZES, *gluon_self_test._wgmma_sp_sizes(WGMMA_SP[0], True, 0))
+    sizes = (*gluon_self_test.MMA_SP_SIZES, *gluon_self_test._wgmma_sp_sizes(WGMMA_SP[0], True, True))
     for split in (False, True):
         seen = set().union(*(places(N, K) for _, N, K, _, splits in sizes if (splits > 1) == split))
         assert len(seen) == 16 * 16 * 6

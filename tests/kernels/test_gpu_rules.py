@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from problems import every_dtype
-from slope_compile.kernels import cpu_build, gpu_ops, gpu_rules, gpu_tuning
+from slope_compile.kernels import cache_files, gpu_ops, gpu_rules, gpu_tuning
 
 OPS = tuple(gpu_rules.SHARE)
 
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_build, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cache_files, "cache_folder", lambda: tmp_path)
     gpu_tuning.load.cache_clear()
 
 

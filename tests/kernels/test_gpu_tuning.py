@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slope_compile.kernels import (
     _cusparselt,
-    cpu_build,
+    cache_files,
     few_self_test,
     few_tokens,
     gluon_configs,
@@ -24,6 +24,7 @@ from slope_compile.kernels import (
     gpu_ops,
     gpu_rules,
     gpu_tuning,
+    measured,
     reference,
     self_tests,
 )
@@ -36,7 +37,7 @@ EVERY = gpu_rules.WAYS
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_build, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cache_files, "cache_folder", lambda: tmp_path)
     gpu_tuning.load.cache_clear()
 
 
@@ -84,14 +85,14 @@ def test_a_table_remembers_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         return search(self, *case)
 
     monkeypatch.setattr(Table, "_fastest", counted)
-    monkeypatch.setattr(gpu_tuning, "MOST", 4)
+    monkeypatch.setattr(measured, "MOST", 4)
     for _ in range(3):
         assert table.fastest("forward", 16, 4096, 4096, HALF, EVERY) == "mma_sp"
         assert table.fastest("grad_weight", 16, 4096, 4096, HALF, EVERY) is None
     assert len(searched) == 2
     for M in range(1, 20):
         table.fastest("forward", M, 4096, 4096, HALF, EVERY)
-        assert len(table._found) <= 4
+        assert len(table._answers) <= 4
     assert table == Table("a GPU", TABLE.entries)
     assert table.digest() == Table("a GPU", TABLE.entries).digest()
 
@@ -141,6 +142,22 @@ def test_other_versions_measure_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_tuning, "versions", lambda: other)
     gpu_tuning.load.cache_clear()
     assert gpu_tuning.load("a GPU") is None
+
+
+def test_other_kernels_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of one's own; the one of the package holds until the next version of the package."""
+    sources = gpu_tuning.sources()
+    names = {path.name for path in sources}
+    assert {"triton_kernels.py", "gluon_mma_sp.py", "gluon_wgmma_sp.py", "gluon_few_tokens.py"} < names
+    gpu_tuning.save(TABLE)
+    changed = tmp_path / sources[0].name
+    changed.write_text(sources[0].read_text() + "# changed\n")
+    monkeypatch.setattr(gpu_tuning, "sources", lambda: [changed, *sources[1:]])
+    gpu_tuning.load.cache_clear()
+    assert gpu_tuning.load("a GPU") is None
+    shipped = gpu_tuning.load("NVIDIA H200")
+    assert shipped is not None
+    assert shipped.gpu == "NVIDIA H200"
 
 
 @pytest.mark.parametrize("text", ["{", '{"format": 0}', '{"format": 1, "gpu": "a GPU", "entries": [{"op": 1}]}'])
@@ -236,7 +253,7 @@ def test_which_ways_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gluon_products, "processors", lambda device: 132)
     monkeypatch.setattr(gluon_self_test, "passes", lambda *case: right)
     monkeypatch.setattr(few_self_test, "passes", lambda *case: right)
-    monkeypatch.setattr(self_tests, "_ended", set())
+    monkeypatch.setattr(self_tests, "_results", {})
 
     def ways(op: str, M: int, dtype: torch.dtype = HALF) -> tuple[str, ...]:
         return gpu_calls.possible(op, M, 64, 64, dtype, torch.device("cuda", 0))
@@ -257,4 +274,5 @@ def test_which_ways_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = (8, 0)
     assert ways("forward", 8) == ("triton", "few", "mma_sp", "cusparselt", "expanded")
     right = False
+    self_tests._results.clear()
     assert ways("forward", 8) == ("triton", "cusparselt", "expanded")

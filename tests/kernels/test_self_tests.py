@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import threading
 import types
 from typing import Any
@@ -29,7 +28,7 @@ CASE = (CUDA, torch.float16)
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_tests, "_ended", set())
+    monkeypatch.setattr(self_tests, "_results", {})
     monkeypatch.setattr(self_tests, "_put_off", set())
 
 
@@ -51,7 +50,6 @@ class Test:
         self.begun, self.may_end = threading.Event(), threading.Event()
         self.may_end.set()
 
-        @functools.lru_cache
         def passes(*case: Any) -> bool:
             self.cases.append(case)
             self.begun.set()
@@ -75,6 +73,23 @@ def test_a_capture_tests_nothing(right: bool, stream: threading.local, caplog: p
     assert trusted(test.passes, *CASE) is right, "known by now"
     assert not trusted(test.passes, CUDA, torch.bfloat16), "another dtype is not"
     assert test.cases == [CASE]
+
+
+def test_results_are_never_forgotten(stream: threading.local) -> None:
+    """A case that is known is not tested again, however many others were in between: this may be in a capture."""
+    test = Test()
+    cases = [(CUDA, torch.float16, size) for size in range(3000)]
+    assert all(trusted(test.passes, *case) for case in cases)
+    stream.captured = True
+    assert all(trusted(test.passes, *case) for case in cases)
+    assert test.cases == cases
+
+
+def test_tests_of_different_kernels_are_told_apart(stream: threading.local) -> None:
+    right, wrong = Test(), Test(right=False)
+    assert trusted(right.passes, *CASE)
+    assert not trusted(wrong.passes, *CASE)
+    assert trusted(right.passes, *CASE)
 
 
 def test_threads_wait_for_a_test_and_captures_do_not(stream: threading.local) -> None:
