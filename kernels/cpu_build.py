@@ -26,7 +26,7 @@ from slope_compile.kernels._cpu_compiler import inductor_compilers
 from slope_compile.log import log
 
 ABI = 3
-"""Version of the C interface that the Python side speaks; see ``slope_cpu_abi``."""
+"""Version of the C interface that the Python side expects; see ``slope_cpu_abi``."""
 
 SOURCE = Path(__file__).parent / "csrc" / "slope_cpu.cpp"
 """The one translation unit; it includes the headers beside it."""
@@ -42,20 +42,20 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "portable": (),
 }
-"""Level -> what the compiler may use.  Named one by one: -march=native would tie the file to one machine."""
+"""Level -> flags for the instructions that the compiler may use; -march=native would tie the file to one machine."""
 
 FEATURES = {level: frozenset(flag.removeprefix("-m") for flag in flags) for level, flags in FLAGS.items()}
-"""Level -> what the CPU must have, spelled as in :func:`cpu_features`."""
+"""Level -> the features that the CPU must have, spelled as in :func:`cpu_features`."""
 
 COMMON_FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden")
 """Hidden symbols: two levels in one process must not share their inline variables."""
 
 COMPILE_SECONDS = 600
-"""When a compiler is given up."""
+"""The time after which a compiler is stopped."""
 
 
 class BuildError(Exception):
-    """A library could not be built.  ``details`` is what the compiler said."""
+    """A library could not be built.  ``details`` is the compiler's output."""
 
     def __init__(self, message: str, details: str = "") -> None:
         super().__init__(message)
@@ -63,20 +63,20 @@ class BuildError(Exception):
 
 
 class Compiler(NamedTuple):
-    """A compiler that answers."""
+    """A compiler that runs here."""
 
     command: tuple[str, ...]
     version: str
-    """All of ``--version``."""
+    """The whole output of ``--version``."""
 
     def __str__(self) -> str:
         return f"{' '.join(self.command)} ({self.version.splitlines()[0] if self.version else 'no version'})"
 
 
 def cpu_features() -> frozenset[str]:
-    """What the CPU says it can do, in lower case without separators (``avx512bf16``); empty where unknown.
+    """The features that the CPU reports, in lower case without separators (``avx512bf16``); empty where unknown.
 
-    A claim only: whether the operating system allows it too is checked by the library, in ``slope_cpu_supported``.
+    The library checks in ``slope_cpu_supported`` whether the operating system supports them too.
     """
     text = _sysctl("machdep.cpu.features", "machdep.cpu.leaf7_features") or _cpuinfo().get("flags", "")
     return frozenset(word.lower().replace("_", "").replace(".", "") for word in text.split())
@@ -101,7 +101,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _sysctl(*names: str) -> str:
-    """What macOS says of the CPU; empty on other systems."""
+    """Properties of the CPU as macOS gives them; empty on other systems."""
     if sys.platform != "darwin":
         return ""
     try:
@@ -112,12 +112,12 @@ def _sysctl(*names: str) -> str:
 
 
 def missing_features(level: str) -> frozenset[str]:
-    """What a level needs and this CPU does not claim to have."""
+    """The features that a level needs and this CPU does not report."""
     return FEATURES[level] - cpu_features()
 
 
 def find_compiler() -> Compiler | None:
-    """The compiler that Inductor would use, else $CXX, g++ or clang++; None if none of them answers."""
+    """The compiler that Inductor would use, else $CXX, g++ or clang++; None if none of them runs."""
     for name in dict.fromkeys([*inductor_compilers(), os.environ.get("CXX", ""), "g++", "clang++"]):
         if not name:
             continue
@@ -132,7 +132,7 @@ def find_compiler() -> Compiler | None:
 
 
 def _run(command: tuple[str, ...], timeout: float) -> subprocess.CompletedProcess[str]:
-    """The outcome of a command, its messages (and so the key) in no particular language."""
+    """The outcome of a command.  Its messages are in no particular language, so that the key depends on none."""
     return subprocess.run(
         command,
         env=os.environ | {"LC_ALL": "C"},
@@ -151,7 +151,7 @@ def source_files(source: Path = SOURCE) -> list[Path]:
 
 
 def cache_key(level: str, compiler: Compiler, source: Path = SOURCE) -> str:
-    """A name for the library of this level: another name for everything that could make it another library."""
+    """The name of this level's library, which changes with everything that could change the library."""
     parts = (
         str(ABI),
         source.name,
@@ -191,7 +191,7 @@ def _digest_file(library: Path) -> Path:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a cached library is there with all its bytes; loading a truncated one could end the process."""
+    """Whether a cached library exists with all its bytes; loading a truncated one could end the process."""
     try:
         expected = _digest_file(library).read_text(encoding="ascii")
         return hashlib.sha256(library.read_bytes()).hexdigest() == expected
@@ -204,7 +204,7 @@ def _work_prefix(library: Path) -> str:
 
 
 def _sweep(library: Path) -> None:
-    """Remove what a process left that ended while compiling."""
+    """Remove the files of a process that ended while compiling."""
     for abandoned in library.parent.glob(f"{_work_prefix(library)}*"):
         shutil.rmtree(abandoned, ignore_errors=True)
 
@@ -233,9 +233,9 @@ _lock_files: set[int] = set()
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Alone among processes; yields whether that is so.
+    """Hold a lock among processes; yields whether it could be taken.
 
-    Where locks do not work (some network file systems) two processes may compile the same: no harm done.
+    Where locks do not work (some network file systems) two processes may compile the same library, which is harmless.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     _lock_files.add(descriptor)
@@ -263,14 +263,14 @@ def _lock(descriptor: int) -> bool:
 
 
 def _unlock(descriptor: int) -> None:
-    """Said explicitly: a child forked meanwhile has the file open too, so that closing it would not unlock it."""
+    """Unlock explicitly: a child forked meanwhile has the file open too, so that closing it would not unlock it."""
     import fcntl
 
     fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _forget_locks() -> None:
-    """In a forked child: the locks are the parent's, and must be free when that ends."""
+    """Close the lock files in a forked child: the locks are the parent's and must be free when it ends."""
     for descriptor in _lock_files:
         os.close(descriptor)
     _lock_files.clear()

@@ -1,6 +1,7 @@
-"""The compiled CPU kernels of this process: which level runs here, loaded once and checked before use.
+"""The compiled CPU kernels of this process, loaded once and checked before use.
 
-``SLOPE_COMPILE_CPU`` chooses: unset, the best level that works; ``0``, none; a level's name, that one or none.
+``SLOPE_COMPILE_CPU`` chooses the level of instruction sets.  If it is unset, the best level that works is taken; ``0``
+turns the kernels off; a level's name takes that level or none.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ class LibraryError(Exception):
 
 
 class CpuLibrary:
-    """The C functions, ready to call with numbers and addresses; see ``csrc/slope_cpu.cpp`` for what they take.
+    """The C functions, called with numbers and addresses; ``csrc/slope_cpu.cpp`` describes their arguments.
 
-    They check nothing.  A status other than 0 means: 1 no memory, 2 unknown dtype.
+    They check nothing.  A status other than 0 is an error: 1 for no memory, 2 for an unknown dtype.
     """
 
     forward: Function
@@ -74,10 +75,10 @@ class CpuLibrary:
     path: Path
 
     def __init__(self, path: Path) -> None:
-        """Load a file; none of its kernels has run yet.
+        """Load a file, without running any of its kernels.
 
         Raises:
-            LibraryError: it cannot be loaded, speaks another version of the interface, or is not for this CPU.
+            LibraryError: it cannot be loaded, has another version of the interface, or is not for this CPU.
         """
         try:
             handle = ctypes.CDLL(str(path))
@@ -112,7 +113,7 @@ def _torch_parallel_for() -> int | None:
 
 
 class _Loader:
-    """What this process knows about its library."""
+    """The state of loading the library in this process."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -126,8 +127,9 @@ class _Loader:
     def begin(self, requested: str | None) -> threading.Thread:
         """The thread that finds the library, started by the first call, and again after one that failed.
 
-        A thread of its own, since what the caller's has switched on is switched off there: autocast, a default device,
-        fake tensors, a counter of FLOPs, a transformation of ``torch.func``.  The self-test would fail among them.
+        The library is found in a thread of its own so that the caller's thread-local modes do not apply: autocast, a
+        default device, fake tensors, a counter of FLOPs, a transformation of ``torch.func``.  The self-test would fail
+        in these modes.
         """
         with self.lock:
             if self.thread is None or not (self.done or self.thread.is_alive()):
@@ -151,16 +153,17 @@ class _Loader:
             return self_test(library)
 
     def leave(self) -> None:
-        """Wait for a test that runs, and let none begin.
+        """Wait for a test that is running, and let no other begin.
 
-        The thread is a daemon, so that a compiler holds up nobody who leaves.  But such a thread is ended where it
-        comes back into Python after the interpreter has gone, and in PyTorch's C++ that is ``std::terminate``.
+        The thread is a daemon, so that a running compiler does not delay the end of the process.  But a daemon that
+        returns to Python after the interpreter has ended is itself ended, and inside PyTorch's C++ code that calls
+        ``std::terminate``.
         """
         with self.testing:
             self.leaving = True
 
     def found(self) -> CpuLibrary | None:
-        """What the thread ended with."""
+        """The library that the thread found, or None; raises if the thread failed."""
         if not self.done and self.failure is not None:
             raise self.failure
         return self.library
@@ -192,7 +195,7 @@ def start_loading() -> None:
 
 
 def _start_afresh() -> None:
-    """In a forked child: the thread that was loading, and would have released the lock, exists in the parent only."""
+    """Begin anew in a forked child: the thread that was loading and holds the lock exists in the parent only."""
     global _loader
     if not _loader.done:
         _loader = _Loader()

@@ -1,10 +1,10 @@
-"""The operators on CPU tensors: our C++ kernels where they win, PyTorch's dense ones where those do.
+"""The operators on CPU tensors: the C++ kernels where they are faster, PyTorch's dense products elsewhere.
 
-Registered for the CPU over the definitions in ``reference``.  A call goes to the definition when the pattern is not
-2:4, the dtype is not one of the kernels', or no library could be built; the values agree to rounding in every case.
-So does a call whose operands do not fit together, which is an error there: the kernels check nothing.
-Where there is no library, or copies were measured to be faster, the forward product reads a dense copy, which
-``dense_copies`` keeps while the weight is constant.
+They are registered for the CPU over the definitions in ``reference``.  A call goes to the definition when the pattern
+is not 2:4, the dtype is not one of the kernels', or no library could be built; the values agree to rounding in every
+case.  A call whose operands do not fit together also goes there, and is an error (``operands``).  Where there is no
+library, or copies were measured to be faster, the forward product reads a dense copy, which ``dense_copies`` keeps
+while the weight is constant.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from slope_compile.kernels.cpu_library import CpuLibrary
 from slope_compile.kernels.operands import tokens
 
 ONCE_RECOMPUTED = 2
-"""Forward products of a weight in training before its gradients, at most: no copy is made for those."""
+"""The most forward products of a weight in training before its gradients; no copy is made for so few."""
 
 
 def library_for(keep: int, group: int, *tensors: Tensor | None) -> CpuLibrary | None:
-    """The library if its kernels apply to a call: 2:4, one dtype that they know."""
+    """The library if its kernels apply to a call (2:4, one supported dtype), else None."""
     if keep != 2 or group != 4:
         return None
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
@@ -47,7 +47,7 @@ def expand(
     column_age: Tensor | None = None,
     interval: int = 0,
 ) -> Tensor:
-    """See :func:`reference.expand`; the last four arguments speak to the compiler only."""
+    """See :func:`reference.expand`; the last four arguments are for the compiler only."""
     library = library_for(keep, group, values)
     if library is None or not operands.weight_fits(values, pattern):
         return reference.expand(values, pattern, keep, group)

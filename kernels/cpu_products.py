@@ -207,7 +207,7 @@ def compress_columns(
 
 
 def check(status: int, name: str, M: int, N: int, K: int) -> None:
-    """Raise what a kernel's status says.
+    """Raise the error for a kernel's status.
 
     Raises:
         MemoryError: the kernel found no memory for its working space.

@@ -1,8 +1,8 @@
-"""When the 2:4 kernels are used on a CPU, when a dense product with the expanded weight is, and when one with a copy.
+"""The choice on a CPU between a 2:4 kernel, a dense product with the expanded weight, and one with a dense copy.
 
-A machine on which ``slope-compile tune`` has run goes by what was measured there.  Elsewhere a rule decides, which
-comes from interleaved measurements on an AVX2 and an AVX-512 machine: a 2:4 kernel is better than expanding in all but
-the cases named here, if only because expanding a large weight allocates as much memory at every call.
+On a machine where ``slope-compile tune`` has run, its measurements decide.  Elsewhere a rule decides that was found by
+interleaved measurements on an AVX2 and an AVX-512 machine: a 2:4 kernel is better than expanding in all but the cases
+named here, if only because expanding a large weight allocates as much memory at every call.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from slope_compile.kernels import cpu_tuning
 
 OUTER, PACKED = 8, 32
-"""Weight gradients on the portable level: up to the one, sums of outer products; from the other on, tiles.  In between
-neither wins."""
+"""Portable weight gradients use outer products for M <= OUTER and tiles for M >= PACKED; otherwise the dense
+product."""
 
 
 def sparse(op: str, M: int, N: int, K: int, dtype: torch.dtype, isa: str) -> bool:
@@ -36,7 +36,9 @@ def sparse(op: str, M: int, N: int, K: int, dtype: torch.dtype, isa: str) -> boo
 
 
 def copied(M: int, N: int, K: int, dtype: torch.dtype, isa: str) -> bool:
-    """Whether a forward product reads a copy of the dense weight, if ``dense_copies`` has one: on a machine that was
-    tuned with copies, where they are faster than both other ways.  Nobody gets one without having asked."""
+    """Whether a forward product reads a copy of the dense weight, if ``dense_copies`` has one.
+
+    It does where the machine was tuned with ``--copies`` and a copy was faster than both other ways.
+    """
     table = cpu_tuning.load(isa, torch.get_num_threads())
     return table is not None and table.copied("forward", M, N, K, dtype)

@@ -34,16 +34,16 @@ SHAPES = ((768, 768), (3072, 768), (768, 3072), (4096, 4096))
 
 ROUNDS = 7
 SLOW_SECONDS = 0.5
-"""A product that takes longer is measured once and not with more tokens: the winner will not change any more."""
+"""A product that takes longer is measured once, and not with more tokens: the faster way would remain the same."""
 
 MARGIN = 0.97
-"""The kernel also wins a near tie: its alternative needs memory for the expanded weight."""
+"""The kernel also wins a near tie, because the expanded weight needs memory."""
 
 CACHES = 64 << 20
-"""Bytes that are written before every timed product, more than caches hold: in a model weights come from memory."""
+"""Bytes written before every timed product, more than the caches hold: in a model, weights come from memory."""
 
 COPY_MARGIN = 0.95
-"""What is kept for good has to gain more."""
+"""A copy stays in memory and must therefore gain more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +67,14 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What was measured with one number of threads."""
+    """The measurements with one number of threads."""
 
     threads: int
     entries: tuple[Entry, ...]
     _answers: Memo = dataclasses.field(default_factory=Memo, compare=False, repr=False)
 
     def sparse(self, op: str, M: int, N: int, K: int, dtype: torch.dtype) -> bool | None:
-        """Whether the kernel won at the nearest sizes (by their ratios); None if nothing like it is there."""
+        """Whether the kernel won at the nearest sizes (by their ratios); None if there are none."""
         nearest = self._nearest(op, M, N, K, dtype)
         return None if nearest is None else nearest.speedup >= MARGIN
 
@@ -118,8 +118,11 @@ def load(isa: str, threads: int) -> Table | None:
 
 
 def measure(library: CpuLibrary, copies: bool = False) -> Iterator[Entry]:
-    """Measure every case with the current number of threads; some minutes.  With ``copies``, the forward product also
-    against one with a dense weight."""
+    """Measure every case with the current number of threads, which takes some minutes.
+
+    Args:
+        copies: measure the forward product against one with a dense weight too.
+    """
     other = torch.zeros(CACHES, dtype=torch.uint8, device="cpu")
     for name, dtype in DTYPES.items():
         for N, K in SHAPES:

@@ -1,4 +1,4 @@
-"""The products on a GPU as compiled code calls them: into a buffer that is given, in a way that is named.
+"""The products on a GPU as compiled code calls them: into a given buffer and by a named way.
 
 | way | what runs |
 |---|---|
@@ -8,11 +8,12 @@
 | ``cusparselt`` | NVIDIA's library, through PyTorch, on an operand packed for the call, where tuning verified it |
 | ``expanded`` | PyTorch's dense product with the weight expanded in a scratch buffer |
 
-``way=None`` has ``gpu_rules`` decide at each call, when the number of tokens is known: graphs with symbolic sizes run
-one piece of code for all ranges of token counts.  Activations are matrices: x ``[M, K]``, grad ``[M, N]``.  ``tile``
-names a configuration of a Gluon kernel, for which the autotuner measures each; without, the default one.  Scratch
-comes from PyTorch's caching allocator and nothing is read back, so that CUDA graphs can hold these calls; what may only
-happen outside of a capture (self-tests) has then happened in the warm-up, or the way is left out.
+With ``way=None``, ``gpu_rules`` decides at each call, when the number of tokens is known: graphs with symbolic sizes
+run one piece of code for all ranges of token counts.  Activations are matrices: x ``[M, K]``, grad ``[M, N]``.
+``tile`` names a configuration of a Gluon kernel, so that the autotuner can measure each; if it is empty, the default
+one is used.  Operands that do not fit together go to the definition, as in the operators (``operands``).  Scratch
+memory comes from PyTorch's caching allocator and nothing is read back, so that CUDA graphs can hold these calls.
+Self-tests must run outside of a capture, in the warm-up; a way that was not tested before a capture is not used in it.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def can(
 def tiles(
     way: str, op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, R: int = 0
 ) -> tuple[str, ...]:
-    """Names of the configurations with which a way can, for something to measure; none: it has but one."""
+    """Names of the configurations by which a way can compute a product; empty if the way has only one."""
     outputs, inputs = (N, K) if op == "forward" else (K, N)
     if way == "few":
         names = [str(config) for config in few_tokens.configurations(M, inputs)]
@@ -102,12 +103,12 @@ def _gluon_config(way: str, M: int, N: int, K: int, device: torch.device, tile: 
 
 
 def possible(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, R: int = 0) -> tuple[str, ...]:
-    """All the ways that can, for something to measure."""
+    """All the ways that can compute a product."""
     return tuple(way for way in gpu_rules.WAYS if can(way, op, M, N, K, dtype, device, R))
 
 
 def chosen(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, R: int = 0) -> str:
-    """The way that the rules take, among those that can; only those that the rules want are tested."""
+    """The way that the rules choose among those that can compute a product; only the ways they choose are tested."""
     gpu = gpu_ops.name(device)
     left: tuple[str, ...] = gpu_rules.WAYS
     while True:
@@ -185,7 +186,7 @@ def _linear(
 
 
 def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, *, out: Tensor, way: str | None = None) -> Tensor:
-    """``out [M, K] = dY W``, exact: no way on sparse tensor cores, the sum runs along N and the pattern along K."""
+    """``out [M, K] = dY W``, exact.  Its sum runs along N and the pattern along K: no way on sparse tensor cores."""
     if not gpu_ops.usable(2, 4, grad, values, pattern) or not operands.grad_input_fits(grad, values, pattern):
         return out.copy_(reference.grad_input(grad, values, pattern, 2, 4))
     way = way or _way("grad_input", grad, values.shape[0], values.shape[1] * 2)
@@ -211,7 +212,7 @@ def grad_input_columns(
     way = way or _way("grad_input_columns", grad, values.shape[0], values.shape[1] * 2)
     if way == "triton":
         return triton_products.grad_input(grad, values, pattern, column_mask, out=out)
-    if way == "expanded" or values.shape[0] % 4:  # of other numbers of rows there are no groups
+    if way == "expanded" or values.shape[0] % 4:  # groups of four rows need N in fours
         return _dense(grad, triton_products.expand(values, pattern, column_mask), None, out)
     column_values, column_pattern = triton_products.compress_columns(values, pattern, column_mask)  # of the transpose
     return _sparse_operand(way, grad, column_values, column_pattern, None, out, tile=tile)
@@ -252,7 +253,7 @@ def _sparse_operand(
     low_rank: tuple[Tensor, Tensor] | None = None,
     tile: str = "",
 ) -> Tensor:
-    """``x W^T + bias`` by a library or kernel that multiplies on sparse tensor cores; expanded where it cannot."""
+    """``x W^T + bias`` by a way that reads compressed weights, or with the expanded weight where that way cannot."""
     M, N, K = x.shape[0], values.shape[0], values.shape[1] * 2
     R = 0 if low_rank is None else low_rank[1].shape[1]
     if not can(way, "forward", M, N, K, x.dtype, x.device, R, tile):

@@ -44,13 +44,13 @@ SHAPES = (
 """(N, K)"""
 
 RELATIVES = {"nvidia-h200": ("H200", "H100", "H800", "GH200")}
-"""A table that comes with the package -> words in the names of the GPUs that go by it.
+"""A table that comes with the package -> words in the names of the GPUs that use it.
 
-In the H200's, a way "expanded" of up to 256 tokens is the sum of its two parts, which were measured.
+In the H200's table, the time of "expanded" for up to 256 tokens is the sum of the measured times of its two parts.
 """
 
 MARGIN = 0.97
-"""A way that keeps the weight compressed also wins a near tie: the expanded one needs memory."""
+"""A way that keeps the weight compressed also wins a near tie, because the expanded weight needs memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Entry:
     N: int
     K: int
     seconds: dict[str, float]
-    """Way -> median time; ways that are not possible or were wrong are not there."""
+    """Way -> median time in seconds, without the ways that cannot compute the product or were wrong."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -72,7 +72,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What was measured on one GPU."""
+    """The measurements of one GPU."""
 
     gpu: str
     entries: tuple[Entry, ...]
@@ -81,9 +81,9 @@ class Table:
     def fastest(
         self, op: str, M: int, N: int, K: int, dtype: torch.dtype, among: Iterable[str]
     ) -> str | None:
-        """The fastest way at the nearest entry, out of those in ``among``; None if nothing like it was measured.
+        """The fastest way out of ``among`` at the nearest entry; None if the product or the dtype was not measured.
 
-        It is asked at every call whose token count the compiler did not know, and so remembers its answers.
+        Compiled code with a symbolic token count asks at every call, so answers are remembered.
         """
         return self._answers.ask(self._fastest, op, M, N, K, dtype, tuple(among))
 
@@ -107,7 +107,7 @@ class Table:
 
 
 def versions() -> dict[str, str]:
-    """What a measurement depends on beside the GPU."""
+    """The software versions that a measurement depends on."""
     lt = torch.backends.cusparselt
     try:
         triton = importlib.metadata.version("triton")
@@ -181,7 +181,7 @@ def measure(
     shapes: Iterable[tuple[int, int]] = SHAPES,
     dtypes: Mapping[str, torch.dtype] = DTYPES,
 ) -> Iterator[Entry]:
-    """Measure every case; a way whose result is wrong is left out, and the log says so.
+    """Measure every case; a way with a wrong result is logged and left out.
 
     Args:
         ways, run: see ``gpu_calls.possible`` and the calls there.
@@ -215,7 +215,7 @@ class Problem(measured.Problem):
         self.x, self.grad = self.numbers(M, self.K), self.numbers(M, self.N)
 
     def arguments(self, op: str) -> tuple[Tensor, ...]:
-        """Of the product, as ``gpu_calls`` takes them."""
+        """The arguments of a product, in the order of ``gpu_calls``."""
         weight = (self.values, self.pattern)
         return {
             "forward": (self.x, *weight),
@@ -225,7 +225,7 @@ class Problem(measured.Problem):
         }[op]
 
     def size(self, op: str) -> tuple[int, int]:
-        """Of the result."""
+        """The shape of a product's result."""
         M = self.x.shape[0]
         return {"forward": (M, self.N), "grad_weight": (self.N, self.K // 2)}.get(op, (M, self.K))
 
@@ -240,8 +240,7 @@ class Problem(measured.Problem):
 def gpu_seconds(call: Callable[[], Any], rounds: int = 9) -> float:
     """Median time of a call by CUDA events, after a warm-up, the L2 cache flushed before each.
 
-    The call is replayed from a CUDA graph where it can be recorded: what the host takes to launch its kernels, or to
-    prepare them, is not part of it.
+    The call is replayed from a CUDA graph where it can be recorded, so that the time of the host is not included.
     """
     call()
     torch.cuda.synchronize()

@@ -1,13 +1,12 @@
 """Launches of Triton and Gluon kernels with little work on the host.
 
-Triton looks a launch up anew each time: it binds the arguments by name, works out what of them it compiles in, and
-turns that into a text; some 20 to 50 microseconds, more than many a product takes on a GPU.  :class:`Launcher`
-remembers which compiled kernel a launch led to under all that Triton may look at (values of numbers, dtypes and
-alignment of tensors, constants, the device) and calls that one; what follows is Triton's own launch of a compiled
-kernel, hooks included.
+Triton looks a launch up anew each time: it binds the arguments by name, finds their properties on which it specialises,
+and turns these into a text.  This takes some 20 to 50 microseconds, more than many products take on a GPU.
+:class:`Launcher` remembers the compiled kernel for each combination of these properties (values of numbers, dtypes and
+alignment of tensors, constants, the device) and calls it by Triton's own launch of a compiled kernel, including hooks.
 
-Everything else goes the usual way: the first launch of each kind, Triton's interpreter, and what the tests put in the
-place of a kernel.
+Other launches are left to Triton: the first launch of each kind, those in its interpreter, and those of the stand-ins
+for kernels in tests.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ import torch
 from torch import Tensor
 
 MOST = 4096
-"""Kinds of launches that a kernel remembers; token counts that never repeat must not fill the memory."""
+"""The most kinds of launches that a kernel remembers; token counts that never repeat must not fill the memory."""
 
 
 class Kernels:
-    """The kernels of a module, by name, each with its :class:`Launcher`; other names are what they are there."""
+    """The kernels of a module, by name, each with its :class:`Launcher`; other names give the module's own objects."""
 
     def __init__(self, module: types.ModuleType) -> None:
         self._module = module
@@ -80,16 +79,16 @@ def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def _device(arguments: tuple[Any, ...]) -> int | None:
-    """The current one, where a launch has tensors on a GPU."""
+    """The current device if a launch has tensors on a GPU, else None."""
     on_gpu = any(isinstance(argument, Tensor) and argument.is_cuda for argument in arguments)
     return torch.cuda.current_device() if on_gpu else None
 
 
 def _kind(argument: Any) -> Any:
-    """All that Triton may compile in of an argument."""
+    """The properties of an argument on which Triton may specialise."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
     if isinstance(argument, int):
         return argument
-    # A descriptor of tiles: of those the shape of a tile, its layout and the dtype.
+    # A descriptor of tiles: Triton specialises on the shape and the layout of a tile and on the dtype.
     return tuple(argument.block_shape), argument.layout, argument.base.dtype
