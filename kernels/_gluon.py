@@ -9,6 +9,8 @@ Importing this module imports Triton.
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
@@ -31,8 +33,13 @@ def tiles(words: Tensor, rows: int, columns: int) -> TensorDescriptor:
     In shared memory, a row of a tile is as long as the swizzle: 64 or 128 bytes.  ``words`` begins at a multiple of 16
     bytes, and so do its rows.
     """
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=4 * columns, element_bitwidth=32, rank=2)
-    return TensorDescriptor.from_tensor(words, [rows, columns], layout)
+    return TensorDescriptor.from_tensor(words, [rows, columns], _layout(columns))
+
+
+@functools.cache
+def _layout(columns: int) -> gl.NVMMASharedLayout:
+    """Each launch makes tiles, and making a layout takes longer than the rest of that."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=4 * columns, element_bitwidth=32, rank=2)
 
 
 def assembler(arch: int) -> str:

@@ -9,12 +9,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tempfile
 from pathlib import Path
 
+from slope_compile.kernels import cache_files
 from slope_compile.kernels.gluon_configs import WgmmaSp
+from slope_compile.log import log
 
 _DEFINITION = re.compile(r"(?:mov|cvt|cvta)\S*\s+(%\w+), (\w+|%\w+);")
 _SUM = re.compile(r"(?:add|or)\.\w+\s+(%\w+), (%\w+), (\d+);")
@@ -44,7 +47,7 @@ def problems(ptx: str, config: WgmmaSp, messages: str) -> list[str]:
     """The reasons why a build must not be used; empty if it may be.
 
     Args:
-        messages: the output of ptxas, see :func:`assemble`.
+        messages: the output of ptxas, see :func:`messages`.
     """
     x, v = config.BM * 128, config.BN * 64
     expected = [at for i in range(config.stages) for at in (i * x, config.stages * x + i * v)]
@@ -57,6 +60,28 @@ def problems(ptx: str, config: WgmmaSp, messages: str) -> list[str]:
     if serialized:
         found.append(f"ptxas serializes wgmma ({', '.join(sorted(set(serialized)))})")
     return found
+
+
+def messages(ptx: str, assembler: str, arch: str) -> str:
+    """The output of ptxas for a kernel as in :func:`assemble`, from a file if an earlier process has asked already.
+
+    Triton's own cache holds the machine code and not what ptxas reported.
+    """
+    found = Path(assembler).stat()
+    identity = (arch, assembler, str(found.st_size), str(found.st_mtime_ns))
+    path = cache_files.cache_folder() / f"ptxas-{cache_files.key(ptx, *identity)}.json"
+    try:
+        return str(json.loads(path.read_text()))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        log.debug("%s cannot be read (%s); ptxas runs again", path, error)
+    said = assemble(ptx, assembler, arch)
+    try:
+        cache_files.write(path, json.dumps(said))
+    except OSError as error:
+        log.debug("%s cannot be written (%s); the next process runs ptxas again", path, error)
+    return said
 
 
 def assemble(ptx: str, assembler: str, arch: str) -> str:

@@ -186,9 +186,10 @@ def wgmma_sp(
     }  # fmt: skip
     options = {"MT": config.MT, "WN": config.WN, "NT": config.NT, "STAGES": config.stages, "num_warps": config.warps}
     with device_of(x):
-        if _on_gpu(x):
-            _check_build(x.device, config, arguments, flags | options)
-        kernels.forward[(-(-M // config.BM) * -(-N // config.BN), splits)](*arguments, **flags, **options)
+        grid = (-(-M // config.BM) * -(-N // config.BN), splits)
+        check = functools.partial(_check_build, x.device, config, arguments, flags | options)
+        launch = kernels.forward.checked(grid, check) if _on_gpu(x) else kernels.forward[grid]
+        launch(*arguments, **flags, **options)
         if splits > 1:
             _add_up(parts, bias, y)
     return y
@@ -219,8 +220,9 @@ def _check_build(
         ptx = built.asm["ptx"]
         from slope_compile.kernels._gluon import assembler
 
-        messages = gluon_builds.assemble(ptx, assembler(90), "sm_90a")
-        _build_problems[key] = gluon_builds.problems(ptx, config, messages)
+        _build_problems[key] = gluon_builds.problems(
+            ptx, config, gluon_builds.messages(ptx, assembler(90), "sm_90a")
+        )
     found = _build_problems[key]
     if found:
         raise RuntimeError(f"{config} must not be used as this compiler builds it: {'; '.join(found)}")

@@ -225,7 +225,7 @@ def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, *, out: Tensor, way: s
     way = way or _way("grad_weight", x, grad.shape[1], x.shape[1])
     if way == "triton":
         return triton_products.grad_weight(grad, x, pattern, out=out)
-    return out.copy_(triton_products.compress(grad.t() @ x, pattern))
+    return triton_products.compress(grad.t() @ x, pattern, out=out)
 
 
 def _way(op: str, rows: Tensor, N: int, K: int, R: int = 0) -> str:

@@ -48,12 +48,19 @@ class Launcher:
         self._known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return functools.partial(self._launch, grid)
+        return functools.partial(self._launch, grid, None)
 
-    def _launch(self, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    def checked(self, grid: tuple[int, ...], check: Callable[[], None]) -> Callable[..., None]:
+        """Like ``launcher[grid]``, with ``check`` called before the first launch of each kind; it may raise."""
+        return functools.partial(self._launch, grid, check)
+
+    def _launch(
+        self, grid: tuple[int, ...], check: Callable[[], None] | None, *arguments: Any, **options: Any
+    ) -> None:
         """On the current device and stream.
 
         Args:
+            check: called where the kind of launch is not remembered.
             arguments: in the order of the kernel's parameters, constants apart: tensors, numbers, descriptors of tiles.
             options: the constants, which are the last parameters, and Triton's options.
         """
@@ -63,6 +70,8 @@ class Launcher:
             compiled, constants = known
             compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
             return
+        if check is not None:
+            check()
         compiled = self.kernel[grid](*arguments, **options)
         if key[0] is not None and hasattr(compiled, "packed_metadata"):
             if len(self._known) >= MOST:

@@ -169,10 +169,16 @@ def expand(values: Tensor, pattern: Tensor, column_mask: Tensor | None = None, c
     return dense
 
 
-def compress(weight: Tensor, pattern: Tensor, config: Config | None = None) -> Tensor:
-    """Values ``[N, K / 2]`` of a dense ``[N, K]`` in any layout."""
+def compress(
+    weight: Tensor, pattern: Tensor, config: Config | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Values ``[N, K / 2]`` of a dense ``[N, K]`` in any layout.
+
+    Args:
+        out: a contiguous tensor for the result, with its shape and dtype.
+    """
     N, K = weight.shape
-    values = weight.new_empty(N, K // 2)
+    values = weight.new_empty(N, K // 2) if out is None else out
     if N * K == 0:
         return values
     config = config or triton_configs.default("compress", 0, weight.dtype)

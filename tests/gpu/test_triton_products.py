@@ -213,6 +213,7 @@ def test_results_go_where_they_are_asked_for(dtype: torch.dtype) -> None:
         (triton_products.forward, (x, values, pattern), (2, 9, 20)),
         (triton_products.grad_input, (grad, values, pattern), (2, 9, 36)),
         (triton_products.grad_weight, (grad, x, pattern), (20, 18)),
+        (triton_products.compress, (on_device(p.weight), pattern), (20, 18)),
     ]
     for product, arguments, size in calls:
         out = torch.full(size, math.nan, dtype=dtype, device=DEVICE)

@@ -6,6 +6,7 @@ A part of all builds; ``python tests/gluon_offline.py`` looks at each.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from gluon_offline import Build, Result, builds, compile_offline
-from slope_compile.kernels import gluon_builds, gluon_products
+from slope_compile.kernels import cache_files, gluon_builds, gluon_products
 from slope_compile.kernels.gluon_configs import MMA_SP, WGMMA_SP
+from slope_compile.kernels.launching import Launcher
 from triton_offline import SHARED_MEMORY
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -156,6 +158,29 @@ def test_what_ptxas_says_is_read() -> None:
     assert any("serializes" in problem for problem in gluon_builds.problems("", WGMMA_SP[0], said))
 
 
+def test_ptxas_runs_once_for_a_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another process reads what it said; another kernel or another ptxas is another file."""
+    monkeypatch.setattr(cache_files, "cache_folder", lambda: tmp_path)
+    assembled: list[str] = []
+
+    def assemble(ptx: str, assembler: str, arch: str) -> str:
+        assembled.append(ptx)
+        return f"said of {ptx}"
+
+    monkeypatch.setattr(gluon_builds, "assemble", assemble)
+    ptxas = tmp_path / "ptxas"
+    ptxas.write_text("one")
+    for _ in range(2):
+        assert gluon_builds.messages("first", str(ptxas), "sm_90a") == "said of first"
+        assert gluon_builds.messages("second", str(ptxas), "sm_90a") == "said of second"
+    assert assembled == ["first", "second"]
+    ptxas.write_text("another")
+    assert gluon_builds.messages("first", str(ptxas), "sm_90a") == "said of first"
+    next(path for path in tmp_path.iterdir() if "said of second" in path.read_text()).write_text("half")
+    assert gluon_builds.messages("second", str(ptxas), "sm_90a") == "said of second"
+    assert assembled == ["first", "second", "first", "second"]
+
+
 class _Stop(Exception):
     pass
 
@@ -181,7 +206,8 @@ class _Kernels(SimpleNamespace):
     def __init__(self) -> None:
         from slope_compile.kernels import gluon_wgmma_sp
 
-        super().__init__(tiles=gluon_wgmma_sp.tiles, forward=self, warmup=gluon_wgmma_sp.forward.warmup)
+        super().__init__(tiles=gluon_wgmma_sp.tiles, warmup=gluon_wgmma_sp.forward.warmup)
+        self.forward = Launcher(self)
 
     def __getitem__(self, grid: tuple[int, ...]) -> object:
         raise _Stop
@@ -210,7 +236,7 @@ def test_a_build_is_checked_before_its_launch(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(_Stop):
         _launch()
     monkeypatch.setattr(gluon_products, "_build_problems", {})
-    monkeypatch.setattr(gluon_builds, "assemble", lambda *args: "C7513: wgmma serialized")
+    monkeypatch.setattr(gluon_builds, "messages", lambda *args: "C7513: wgmma serialized")
     for _ in range(2):  # also the second time, from memory
         with pytest.raises(RuntimeError, match=r"wgmma_sp_64x128_w4 must not be used .*C7513"):
             _launch()
