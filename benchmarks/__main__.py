@@ -24,7 +24,7 @@ _INTERRUPTED = 130
 _FLAGS = (("layers", 0), ("optimizer", "fused"), ("case_seconds", None), ("device", ""))
 """Flags of ``run`` that decide what is measured, with their defaults."""
 _AHEAD = 60.0
-"""Most seconds for kernels that are compiled before a suite; of a run with a deadline, a third of its time."""
+"""Time limit in seconds for compiling kernels before a suite; in a run with a deadline, at most a third of its time."""
 _RESULTS = records.ROOT / "benchmarks" / "results"
 
 
@@ -123,7 +123,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
 
 
 def _deadlines(given: argparse.Namespace) -> list[float]:
-    """Minutes from the start after which each suite ends; what one leaves over is the next one's."""
+    """Minutes from the start after which each suite ends; time that a suite leaves over goes to the next."""
     minutes: list[float] = given.minutes
     if len(minutes) not in (1, len(given.suite)):
         raise ValueError(f"--minutes: expected one number, or one for each of {len(given.suite)} suites")
@@ -132,7 +132,7 @@ def _deadlines(given: argparse.Namespace) -> list[float]:
 
 
 def _start_anew(given: argparse.Namespace, begun: float) -> None:
-    """Replace this process, whose GPU answers no more, by one that goes on without the cases that failed."""
+    """Replace this process, which can no longer use its GPU, by one that continues without the failed cases."""
     words = [*given.words, "--no-retry"]
     if given.minutes:
         spent = (time.monotonic() - begun) / 60

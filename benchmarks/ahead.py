@@ -1,6 +1,6 @@
-"""Kernels compiled by several processes before a suite that times them, which would wait for one compiler at a time.
+"""Several processes compile the kernels of a suite before it runs; the suite itself would compile one at a time.
 
-The processes test and call each way once; what they compile, the run finds in Triton's cache on disk.
+The processes test and call each way once.  The run then finds the compiled kernels in Triton's cache on disk.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.gpu_kernels import LOW_RANK
 from benchmarks.products import Problem
 
 WAYS = ("wgmma_sp", "mma_sp", "few", "triton")
-"""Those with kernels of their own, the slowest to compile first."""
+"""Ways that have kernels of this library, the slowest to compile first."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 _CASE = re.compile(r"kernels/(?P<N>\d+)x(?P<K>\d+)/m(?P<M>\d+)/(?P<dtype>\w+)/")
 
@@ -53,8 +53,10 @@ def tasks(cases: Iterable[Case], most: int = 24) -> list[Task]:
 
 
 def compile_(todo: Sequence[Task], device: torch.device, jobs: int, seconds: float) -> list[str]:
-    """Compile in so many processes, for so many seconds at most; return what went wrong, which nobody needs to mind:
-    the run meets it again."""
+    """Compile in so many processes, for so many seconds at most; return the errors.
+
+    They may be ignored, because the run meets them again.
+    """
     ends, wrong = time.monotonic() + seconds, []
     if not todo:
         return []

@@ -1,4 +1,4 @@
-"""What the library sets out to reach on a GPU, beside what was measured; and beside what others have published."""
+"""The library's performance goals on a GPU beside the measurements, and results that others have published."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def table(records: Sequence[Record], form: str = "simple") -> str:
 
 
 def published(records: Sequence[Record], form: str = "simple") -> str:
-    """Per model, what the method's authors published, on their GPU, and what was measured here."""
+    """Per model, the figures that the method's authors published, on their GPU, and those measured here."""
     entries: list[dict[str, Any]] = json.loads(PUBLISHED.read_text(encoding="utf-8"))["models"]
     rows = []
     for model in dict.fromkeys(entry["model"] for entry in entries):

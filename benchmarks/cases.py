@@ -1,4 +1,4 @@
-"""What there is to measure: cases, what they yield, and the suites they belong to."""
+"""The measurements: cases, their results, and the suites that they belong to."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Options:
     autotune: bool = False
     """Whether blocks and layers are compiled with Inductor's max_autotune, on both sides."""
     tiles: bool = False
-    """Whether every tile of every kernel takes part, and what takes long to set up: products through max-autotune."""
+    """Whether to include every tile of every kernel, and products through max-autotune, which take long to set up."""
     tiny: bool = False
     """Sizes that run in seconds: for tests of the cases themselves."""
 
@@ -47,9 +47,9 @@ class Measurement:
 
     name: str
     seconds: dict[str, Summary]
-    """Per call, by contender."""
+    """Seconds per call, by contender."""
     speedup: dict[str, dict[str, Summary]]
-    """``speedup[contender][baseline]``: how many times faster, of ratios within rounds."""
+    """``speedup[contender][baseline]``: how many times faster, from the ratios within rounds."""
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Shapes, dtype, and whatever else was measured: bytes, tokens per call, errors."""
 
@@ -72,8 +72,8 @@ class Run:
 
         Args:
             contenders: by name.
-            calls: for calls so short that the host could not launch them fast enough: how many of them a graph holds
-                where there are graphs (so many that each copy of a weight is read in turn).  0 = launched one by one.
+            calls: number of calls in a CUDA graph, where there are graphs, for calls so short that the host could not
+                launch them fast enough; chosen so that each copy of a weight is read in turn.  0 = launched one by one.
         """
         if calls and self.replays:
             return replay.measure(contenders, calls, self.plan, self.watch)

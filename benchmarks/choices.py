@@ -1,7 +1,7 @@
-"""Every way that there is to compute a layer's products on a GPU: the library's own choices, each in turn.
+"""Every way in which the library can compute a layer's products on a GPU.
 
-The library's operators pick one of them by rule; here each is called by name, so that a table can say which one should
-have been picked, and a wrong or missing one can be told from a slow one.
+The library's operators pick one of the ways by rule.  Here each is called by name, so that tables can show which one
+should have been picked, and whether a way is slow, wrong or missing.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Choice:
     product: str
     name: str
     truth: str
-    """Which of :meth:`Problem.truths` it computes."""
+    """The product in :meth:`Problem.truths` that it computes."""
     make: Callable[[], Contender]
-    """Raises where it does not exist here."""
+    """The call; raises if the way does not exist on this device."""
 
 
 def rank(N: int, K: int, share: float) -> int:
@@ -94,7 +94,7 @@ def _ways(problem: Problem, low_rank_share: float) -> Iterator[Choice]:
 def ways_of(
     op: str, problem: Problem, low_rank_share: float, among: Sequence[str] = gpu_rules.WAYS
 ) -> Iterator[Choice]:
-    """Those of one of ``OPS``, out of some ways."""
+    """The ways out of ``among`` that compute ``op``, one of ``OPS``."""
     x, grad, dtype = problem.x, problem.grad, DTYPES[problem.dtype]
     M, N, K = problem.M, problem.N, problem.K
     y, dx, dv = x.new_empty(M, N), grad.new_empty(M, K), grad.new_empty(N, K // 2)
@@ -129,8 +129,8 @@ def ways_of(
 
 
 def autotuned(problem: Problem) -> Iterator[Choice]:
-    """The operators as ``torch.compile`` users of the backend have them with ``max_autotune``: measured when compiled,
-    dense among the choices."""
+    """The operators as the backend compiles them with ``max_autotune``, which measures the choices, dense ones among
+    them, at compilation."""
     x, grad = problem.x, problem.grad
 
     def compiled(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -20,9 +20,9 @@ from benchmarks.cases import Options
 
 DENSE, SPARSE, ADAPTERS = "dense", "slope", "slope_adapters"
 CONFIG = slope.SlopeConfig(first_dense=False, heads_dense=False, mask="magnitude")
-"""All linears: what is measured is blocks, which have neither a first linear of a model nor a head.  Masks by
-magnitude, which of random weights are random too, are picked on the device; random ones are drawn on the CPU, and for
-large models that takes minutes."""
+"""All linears are sparse, because blocks have neither a model's first linear nor its head.  Masks are picked by
+magnitude, which is fast on the device and random for random weights.  Random masks would be drawn on the CPU, which
+takes minutes for large models."""
 
 
 @dataclasses.dataclass(frozen=True)

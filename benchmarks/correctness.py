@@ -1,9 +1,9 @@
 """Suite correctness: every product in every way that there is on the device, and compiled models, against float64.
 
-It comes before any timing.  The yardstick is PyTorch's dense product of the same dtype, on the device, on the same
-numbers: a way passes when its error is at most 1.1 times the dense one's; in float32, where the order of sums shows,
-also when it is what sums in sequence give.  Inputs are fresh random numbers; outputs are checked to be finite, and what
-is checked is what runs, not its interpreted form.
+It runs before any timing.  The yardstick is PyTorch's dense product in the same dtype, on the device, with the same
+numbers.  A way passes if its error is at most 1.1 times the dense one's.  In float32, where the order of sums matters,
+it also passes with the error of sums in sequence.  Inputs are fresh random numbers, and outputs are checked to be
+finite.  The kernels are checked as they run on the device, not in an interpreter.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ TINY = ((5, 76, 140), (1, 64, 64))
 LOW_RANK = 0.0156
 """Rank of the adapters, as a share of the layer's smaller side."""
 WAYS = {"rule": None, "kernel": "triton", "dense": "expanded"}
-"""How an operator is made to choose: by its rule, always a 2:4 kernel, never one."""
+"""How an operator chooses: by its rule, always a 2:4 kernel, or never one."""
 
 FACTOR = {torch.bfloat16: 1.1, torch.float16: 1.1, torch.float32: 2.0}
-"""Largest error, as a multiple of the dense product's: of the whole result (root of the sum of squares), and of the
-worst single entry with one rounding on top, since a dense entry may happen to be exact.  In 16 bits it is the rounding
-of the result, the same for all.  In float32 it is that of the sums, whose order differs: cuBLAS adds up many short ones
-and is several times better than one long one, which passes by ``tolerances.in_sequence``."""
+"""Largest error as a multiple of the dense product's error, for the whole result (root of the sum of squares) and for
+the worst single entry.  The latter may have one rounding more, since a dense entry may happen to be exact.  In 16 bits
+the error is the rounding of the result, the same for all.  In float32 it depends on the order of sums: cuBLAS adds up
+many short sums and is several times better than one long sum, which passes by ``tolerances.in_sequence``."""
 
 Truth = tuple[Tensor, Tensor, Tensor, int]
 """The product in float64, the sum of the magnitudes that were added up, the dense product in the dtype itself, and how
@@ -56,8 +56,8 @@ many terms an entry is the sum of, pruned ones included."""
 
 
 def cases(options: Options) -> list[Case]:
-    """What tells most first: the telling shapes in 16 bits and four compiled models, float32, all other models, the
-    test-suite's own tests, the other shapes."""
+    """All cases, the most informative first: the typical shapes in 16 bits and four compiled models, float32, all other
+    models, the test suite's own tests, the other shapes."""
     # What takes long here takes one core: a compiler.  Several such processes share the others (``--jobs``).
     threads = options.threads[0] if options.threads else 1
 
@@ -80,10 +80,10 @@ def cases(options: Options) -> list[Case]:
 
 @contextlib.contextmanager
 def forced(way: str | None) -> Iterator[None]:
-    """The rules say ``way`` to every call that can go that way, and "expanded" to others; None: what they always say.
+    """Make the rules choose ``way`` for every call that supports it and "expanded" for others; None changes nothing.
 
-    A way is one of ``gpu_rules.WAYS``.  On a CPU, and for operators outside of compiled code, each but "expanded" means
-    the 2:4 kernel.
+    A way is one of ``gpu_rules.WAYS``.  On a CPU, and for operators outside compiled code, every way but "expanded"
+    means the 2:4 kernel.
     """
 
     def rule(op: str, M: int, N: int, K: int, dtype: torch.dtype, gpu: str, among: tuple[str, ...] = ()) -> str:

@@ -2,10 +2,10 @@
 
 Written for a GPU.  It runs on a CPU too, where only ``--tiny`` makes sense: that is how its code is tested.
 
-The order of the cases is that of what they tell: a run that is cut off has the shapes of width 4096 in bfloat16, from
-the 16384 tokens of a training step to the one of decoding, before anything else.  The contenders are the library's
-operators, each way that compiled code may take, and the peers: few enough that a minute or two are enough for these.
-With ``--tiles`` all tiles that an autotuner has to choose from are measured, and what max_autotune makes of it.
+The most informative cases come first: a run that is cut off has the shapes of width 4096 in bfloat16, from the 16384
+tokens of a training step to the single token of decoding.  The contenders are the library's operators, each way that
+compiled code may take, and the peers; they take a minute or two.  With ``--tiles`` all tiles of an autotuner are
+measured too, and products compiled with max_autotune.
 """
 
 from __future__ import annotations

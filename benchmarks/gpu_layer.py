@@ -1,8 +1,8 @@
-"""Suite layer: the linears of published blocks, without what lies between them, as ``torch.compile`` users have them.
+"""Suite layer: the linears of published blocks alone, compiled with ``torch.compile``.
 
 A module calls every linear of a block on an activation of its own; dense, SLoPe and SLoPe with adapters are compiled
 alike.  ``forward`` is inference (few tokens: decoding), ``train`` a forward and a backward pass without an optimizer.
-So many blocks' worth of linears take part that a cache does not hold them.
+The linears come from so many blocks that no cache holds them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""One launch of each GPU kernel at a telling size, for a profiler that reads the hardware's counters:
+"""One launch of each GPU kernel at a typical size, for a profiler that reads the hardware's counters:
 
     ncu --clock-control none -k regex:"forward|grad_weight|nvjet|gemm" --set full python -m benchmarks.launches
 
-Each is launched once before, so that nothing is compiled under the profiler where Triton's cache is warm; ``--seconds``
-repeats each for so long instead, to see clocks and power beside it (``nvidia-smi --query-gpu=clocks.sm,power.draw
---format=csv -lms 100``).
+Each kernel is launched once beforehand.  With a warm Triton cache, nothing is then compiled under the profiler.
+``--seconds`` instead repeats each kernel for that long, to watch clocks and power at the same time
+(``nvidia-smi --query-gpu=clocks.sm,power.draw --format=csv -lms 100``).
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ from benchmarks.contestants import CONFIG, step
 from tolerances import in_sequence
 
 FACTOR = 1.25
-"""Largest error of all gradients together, as a multiple of the dense model's.  Some dozen products in a row: their
-errors vary from one order of summation to the next by more than a single product's.  In float32, where that is all
-there is, sums in sequence pass too."""
+"""Largest error of all gradients together, as a multiple of the dense model's.  It is larger than for a single product,
+because a step is a chain of some dozen products, whose errors vary more with the order of summation.  In float32, where
+that order is the only difference, sums in sequence pass too."""
 
 SIZES = {
     "gpt": blocks.Size(width=256, mlp=1024, heads=4, layers=2, vocabulary=64),
@@ -135,7 +135,7 @@ def _sums_in_sequence(size: blocks.Size, tokens: int) -> float:
 def _step(
     model: nn.Module, x: Tensor, grad: Tensor, dtype: torch.dtype, device: Any, **compiled: Any
 ) -> dict[str, dict[str, Tensor]]:
-    """Output and gradients, of the input first, in float64 on the CPU; compiled if it is said how."""
+    """Output and gradients, the input's first, in float64 on the CPU; compiled if options are given."""
     twin = copy.deepcopy(model).to(dtype).to(device)
     inputs = x.detach().clone().to(dtype).to(device).requires_grad_()
     run: Any = torch.compile(twin, **compiled) if compiled else twin

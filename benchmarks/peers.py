@@ -22,12 +22,12 @@ from slope_compile.kernels import _cusparselt, ops
 def choices(problem: Problem) -> Iterator[Choice]:
     """Forward with the 2:4 weight, and the double-pruned input gradient with its transposed copy.
 
-    ``cusparselt_packed`` is the library's own call of cuSPARSELt, by the fastest algorithm that was found right, on an
-    operand that stays packed: what a program can have that spends the memory for a second copy of its weights.
+    ``cusparselt_packed`` is this library's call of cuSPARSELt with the fastest verified algorithm, on an operand that
+    stays packed.  It shows the speed available to a program that has memory for a second copy of its weights.
 
-    PyTorch's tensors take the algorithm with the id 0, whether it is right or not.  In float16, where some of them end
-    in an illegal instruction and with it the whole run, they take part where that one was verified: see
-    ``choices.verify``.
+    PyTorch's tensors always use the algorithm with id 0, whether it is right or not.  In float16 some algorithms end in
+    an illegal instruction, which ends the whole run, so there they take part only if id 0 was verified (see
+    ``choices.verify``).
     """
     if problem.device.type != "cuda":
         return

@@ -1,4 +1,4 @@
-"""The profiler instead of the stopwatch: which kernels each contender of a case spends its time in, as a note."""
+"""Profiles of cases instead of timings: a note on which kernels each contender spends its time in."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Profiler(Run):
-    """A :class:`Run` that looks where the time goes; what it returns as samples is the profiled time."""
+    """A :class:`Run` that profiles its contenders; its samples are the profiled times."""
 
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     found: dict[str, list[Kernel]] = dataclasses.field(default_factory=dict)

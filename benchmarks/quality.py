@@ -28,7 +28,7 @@ from training import Settings
 
 SEEDS = (0, 1, 2)
 WARM = 3
-"""Steps that no time is taken of: what is loaded or compiled, is so in these."""
+"""Steps that are not timed, because loading and compilation happen in them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ def finished(records: Sequence[Record], failed: bool = False) -> set[str]:
 
 
 def without_paths(text: str) -> str:
-    """Replace what would tell about somebody's machine: folders, and the user's name in them."""
+    """Replace private details of a machine: folders, and the user's name in them."""
     places = {
         str(ROOT): ".",
         sysconfig.get_path("purelib"): "<packages>",

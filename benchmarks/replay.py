@@ -1,10 +1,10 @@
-"""Calls recorded in CUDA graphs and replayed: short kernels, timed without what the host takes to launch them.
+"""Calls recorded in CUDA graphs and replayed, to time short kernels without the host's launch overhead.
 
 A product of few tokens takes some microseconds on a GPU; Python, the dispatcher and the launch take more than that.
-Inside a compiled model with CUDA graphs, or behind longer kernels, that time does not show; launched one by one it
-would be all that is measured.  So each contender's calls are recorded once, as many as there are copies of the weight,
-and a sample is a number of replays.  What cannot be recorded (a call that synchronises, say) is launched one by one,
-and the result says so.
+Inside a compiled model with CUDA graphs, or behind longer kernels, that overhead is hidden; launched one by one, calls
+would measure nothing else.  So each contender's calls are recorded once, as many as there are copies of the weight,
+and a sample is a number of replays.  Calls that cannot be recorded (because they synchronise, for example) are launched
+one by one, and the result records that.
 """
 
 from __future__ import annotations

@@ -66,11 +66,11 @@ class Job:
 
 
 class BrokenDevice(Exception):
-    """The GPU answers no more in this process: after an illegal access, every later call fails as well."""
+    """This process can no longer use the GPU: after an illegal access, every later call fails as well."""
 
 
 class _OutOfTime(BaseException):
-    """The allowance is spent.  Not an Exception: a case that catches those must not go on."""
+    """The time for the run is used up.  Not an Exception, so that a case that catches exceptions still ends."""
 
 
 def execute(job: Job, cases: Sequence[Case], now: Callable[[], float] = time.monotonic) -> Outcome:
@@ -161,7 +161,7 @@ def _run(job: Job, case: Case, left: float | None) -> list[records.Record]:
 
 
 def _compiled_or_error() -> contextlib.AbstractContextManager[None]:
-    """What was compiled too often for Dynamo's taste would go on eagerly, and be timed as if it were compiled."""
+    """Code that Dynamo recompiles too often would run eagerly, and be timed as if it were compiled."""
     patched: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
     return patched
 

@@ -1,4 +1,4 @@
-"""The cases of a suite that times nothing, shared out among processes, which wait for a compiler of one core each.
+"""The cases of a suite without timings, shared out among processes, each of which compiles on one core.
 
 The processes are the same command, each with every n-th case, and write to the same results.
 """

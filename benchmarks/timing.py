@@ -19,8 +19,8 @@ from typing import Protocol
 import torch
 
 Contender = Callable[[int], object]
-"""What is timed.  The argument counts calls of *all* contenders: a contender that picks its weights by it, modulo the
-number of copies, reads what nobody has touched for that many calls."""
+"""A function to time.  Its argument counts calls of *all* contenders.  A contender that picks its weight by it, modulo
+the number of copies, reads a weight that was not touched for that many calls."""
 
 
 class TimingError(Exception):

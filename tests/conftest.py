@@ -19,8 +19,8 @@ cores are shared that costs some ten milliseconds each time."""
 
 
 RISKY = "cusparselt"
-"""In the names of GPU tests that call what others have built, an algorithm of which may end in an illegal instruction.
-After that the GPU answers no more to the process: these tests come last."""
+"""GPU tests with this in their names call a foreign library, some of whose algorithms end in an illegal instruction.
+After that the process cannot use the GPU any more, so these tests run last."""
 
 _broke_the_gpu: list[str] = []
 """The test after which it did not answer."""

@@ -1,8 +1,8 @@
-"""Stand-ins for PyTorch's primitives of cuSPARSELt, on the CPU, as misbehaved as the real ones.
+"""CPU fakes of PyTorch's cuSPARSELt primitives, with the same pitfalls as the real ones.
 
-A packed operand is its weight's values and then its pattern, in memory whose form tells nothing; the dense operand is
-read as the transpose of a contiguous matrix, whatever its strides say.  As a script, it is the process that tries
-algorithms, with these in the place of a GPU.
+A packed operand holds its weight's values followed by its pattern, reshaped to N rows.  The dense operand is read as
+the transpose of a contiguous matrix, whatever its strides are.  Run as a script, this module is the process that tries
+algorithms, with the fakes in place of a GPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A GPU that is not there, for what Triton does on the host: kernels are compiled for sm_90, and launches are noted.
+"""A fake GPU for the host side of Triton: kernels are compiled for sm_90, and launches are only recorded.
 
-``python tests/fake_gpu.py`` launches each kind of kernel on tensors of the CPU and prints what was launched the first
-time, in Triton's way, and the second, from what :class:`Launcher` remembers.  In a process of its own, since Triton has
-one driver.
+``python tests/fake_gpu.py`` launches each kind of kernel on CPU tensors twice and prints both launches: the first
+goes through Triton, the second through the cache of :class:`Launcher`.  It runs in its own process, because Triton has
+one driver per process.
 """
 
 from __future__ import annotations

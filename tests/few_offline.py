@@ -1,8 +1,8 @@
-"""The Gluon kernel for few tokens compiled to machine code for a GPU that is not there, and what that says.
+"""The Gluon kernel for few tokens compiled to machine code without a GPU, and checks of the machine code.
 
-``python tests/few_offline.py [80 90 ...]`` compiles every configuration for every architecture (or those that are
-named), in both dtypes, with rows that begin at 16 bytes and without, prints a line for each, and fails if one is not
-acceptable.  The suite compiles a part.
+``python tests/few_offline.py [80 90 ...]`` compiles every configuration for the named architectures (all by default),
+in both dtypes, with and without rows that begin at multiples of 16 bytes.  It prints a line for each and fails if one
+is not acceptable.  The suite compiles a part.
 """
 
 from __future__ import annotations

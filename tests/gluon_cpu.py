@@ -1,22 +1,21 @@
 """Runs Gluon kernels on CPU tensors from their unmodified source, one program after the other, without Triton.
 
-What a GPU would do differently from run to run is done at its worst here, as an exception (:class:`Hazard`):
+Code whose result on a GPU may differ from run to run raises an exception here (:class:`Hazard`).  The rules:
 
-- An asynchronous copy is not there before ``wait_group`` *and* a barrier, or before its mbarrier was waited for in the
-  right phase: until then it may be under way, or other threads may not see it.
-- A stage of shared memory that was read since the last barrier, or that asynchronous instructions read which were not
-  waited for, must not be copied to: another warp may still read it.
+- The data of an asynchronous copy must not be read before ``wait_group`` *and* a barrier, or before a wait on its
+  mbarrier in the right phase.  Until then the copy may be in flight, or other threads may not see it.
+- A stage of shared memory must not be copied to if it was read since the last barrier, or if asynchronous instructions
+  that read it were not waited for: another warp may still read it.
 - The result of asynchronous instructions must not be used before they were waited for.
-- An mbarrier must have been made, fenced and passed by all threads before it is used, expect what is copied, and not
-  wait for what will not come.
-- Where a conversion of layouts goes through shared memory, nothing may be under way.
-- A load or store outside a tensor that no mask keeps.
+- An mbarrier must be initialized, fenced and followed by a barrier of all threads before it is used.  It must expect
+  the bytes that are copied, and not wait for bytes that never come.
+- When a layout conversion goes through shared memory, no copy or instruction may be in flight.
+- A load or store must not lie outside a tensor, unless a mask excludes it.
 
-Tensors are computed as a whole; layouts matter in inline assembly only, which is computed from the registers of each
+Tensors are computed as a whole.  Layouts matter in inline assembly only, which is computed from the registers of each
 lane, by the fragments and descriptors in the PTX manual (``gluon_ptx``).
 
-Not covered: races through ordinary loads and stores, and what the compiler makes of the kernel
-(``gluon_offline`` looks at that).
+Not covered: races through ordinary loads and stores, and the compiler's output (see ``gluon_offline``).
 """
 
 from __future__ import annotations
@@ -46,7 +45,8 @@ class Executor:
     """A module of Gluon kernels; ``executor.kernel[grid](*args, **options)`` launches one, as in Triton."""
 
     def __init__(self, module: str, mutations: tuple[tuple[str, str], ...] = ()) -> None:
-        """``module``: "gluon_mma_sp", say.  ``mutations``: (text, replacement) of the source, or of what it imports."""
+        """``module``: its name, such as "gluon_mma_sp".  ``mutations``: (text, replacement) pairs, each applied once to
+        the source of the module or of a module that it imports."""
         self.program = Program((0, 0))
         self.mutations = list(mutations)
         self.modules: dict[str, types.SimpleNamespace] = {}
@@ -85,7 +85,7 @@ class Executor:
         return types.SimpleNamespace(gluon=gluon, language=self._language())
 
     def _names(self) -> types.SimpleNamespace:
-        """``_gluon``; a program is replaced by the next one, hence the lambdas."""
+        """The module ``_gluon``.  Its lambdas look up ``self.program`` at each call: each program replaces it."""
         return types.SimpleNamespace(
             copy_async=lambda *a, **k: self.program.copy(*a, **k),
             commit_copies=lambda: self.program.commit(),

@@ -1,4 +1,4 @@
-"""Shared memory of a Gluon kernel that runs on the CPU (``gluon_cpu``): copies and barriers at their worst."""
+"""Shared memory of a Gluon kernel that runs on the CPU (``gluon_cpu``), with checks of its copies and barriers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from gluon_values import Hazard, Pointer, Value, as_value, load
 
 @dataclasses.dataclass(eq=False)
 class Stage:
-    """One part of shared memory that is copied to and read as a whole."""
+    """A part of shared memory that is copied to and read as a whole."""
 
     data: Tensor | None = None
-    """What all threads see; None: nothing, or not what they should."""
+    """The contents that all threads see; None if there are none, or threads may see different ones."""
     filling: bool = False
-    """A copy to it is under way."""
+    """Whether a copy to it is in flight."""
     being_read: bool = False
     """By some thread since the last barrier."""
     readers: int = 0
-    """Groups of asynchronous instructions under way that read it."""
+    """Number of groups of asynchronous instructions in flight that read it."""
 
     def fill(self) -> None:
         if self.being_read or self.readers:
@@ -152,7 +152,7 @@ class MbarrierArray:
 
 
 class Program:
-    """What one program has under way."""
+    """The copies and instructions that one program has in flight."""
 
     def __init__(self, ids: tuple[int, int]) -> None:
         self.ids = ids

@@ -1,8 +1,8 @@
-"""The Gluon kernels compiled to machine code for a GPU that is not there, and what the machine code says.
+"""The Gluon kernels compiled to machine code without a GPU, and checks of the machine code.
 
-``python tests/gluon_offline.py [80 90 ...]`` compiles every configuration for every architecture (or those that are
-named), in both dtypes, in every way that a launch may ask for, prints a line for each, and fails if one is not
-acceptable (some ten minutes).  The suite compiles a part.
+``python tests/gluon_offline.py [80 90 ...]`` compiles every configuration for the named architectures (all by default),
+in both dtypes and with every combination of flags that a launch may use.  It prints a line for each and fails if one is
+not acceptable (some ten minutes).  The suite compiles a part.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Build:
     dtype: torch.dtype
     arch: int
     aligned: bool
-    """``mma.sp``: sizes and strides are multiples of 16; else nothing is known of them, and the pattern is read by the
+    """``mma.sp``: sizes and strides are multiples of 16; otherwise they are arbitrary, and the pattern is read by the
     byte (or ``halves``).  ``wgmma.sp``: N is a multiple of 8."""
     split: bool = False
     ones: bool = False
-    """M, N and the number of blocks are 1, which Triton compiles in as constants; ``mma.sp`` only."""
+    """M, N and the number of blocks are 1, and Triton makes them compile-time constants; ``mma.sp`` only."""
     low_rank: bool = False
     bias: bool = True
     halves: bool = False
@@ -73,30 +73,30 @@ class Build:
 @dataclasses.dataclass(frozen=True)
 class Result:
     spills: int
-    """Loads and stores of local memory, where registers go that do not fit."""
+    """Loads and stores of local memory, to which registers are spilled."""
     registers: int
     shared: int
     sparse: int
-    """Instructions of the sparse tensor core, of the right dtype."""
+    """Instructions of the sparse tensor core with the right dtype."""
     dense: int
-    """Of any other tensor core."""
+    """All other tensor-core instructions."""
     copies: int
-    """Asynchronous copies in the PTX: ``cp.async``, or of the TMA."""
+    """Asynchronous copies in the PTX: ``cp.async`` and TMA."""
     unfilled: int
-    """``cp.async`` that name no source size: masked, they would leave shared memory as it was."""
+    """``cp.async`` without a source size: where masked, they would leave shared memory unchanged."""
     narrow: int
-    """``cp.async`` that are shorter than 16 bytes."""
+    """``cp.async`` of less than 16 bytes."""
     ldmatrix: int
     """``ldmatrix`` instructions of four matrices in the machine code."""
     in_flight: int
-    """Waits for groups of ``wgmma`` that leave one under way."""
+    """Waits for groups of ``wgmma`` that leave one in flight."""
     loop: int
     """Instructions of the main loop, for the report."""
     build: tuple[str, ...] = ()
-    """What ``gluon_builds`` finds."""
+    """Problems that ``gluon_builds`` reports."""
 
     def problems(self, build: Build) -> list[str]:
-        """What makes the kernel unacceptable."""
+        """Reasons why the kernel is unacceptable; empty if it is acceptable."""
         found = list(self.build)
         c = build.config
         if self.spills:
@@ -117,17 +117,17 @@ class Result:
             found.append(f"{self.dense} dense instructions")
         if not self.copies or self.unfilled:
             found.append(f"{self.unfilled} of {self.copies} copies fill nothing in")
-        # Those of the pattern are: one before the loop, unrolled or not, and one in it.
+        # Copies of the pattern are short: there is one before the loop, unrolled or not, and one in the loop.
         if build.aligned and self.narrow not in ((2, c.stages) if build.piece == 8 else (0,)):
             found.append(f"{self.narrow} of {self.copies} copies are short")
-        # For both steps of a block: A takes two for 16 rows, B two for 8 tokens.
+        # Both steps of a block together need two for every 16 rows of A and two for every 8 tokens of B.
         if self.ldmatrix != 2 * (c.MT + c.NT):
             found.append(f"{self.ldmatrix} ldmatrix")
         return found
 
     def _of_wgmma_sp(self, build: Build, c: WgmmaSp) -> list[str]:
         found = []
-        # Two blocks of two steps; the low-rank update takes four.
+        # The loop holds two blocks of two steps each; the low-rank update has four steps.
         if self.sparse != 4 * c.MT:
             found.append(f"{self.sparse} sparse instructions")
         if self.dense != 4 * c.MT * build.low_rank:
@@ -197,7 +197,7 @@ def compile_offline(build: Build) -> Result:
 
 
 def _signature(build: Build) -> tuple[Any, dict[str, str], dict[tuple[int, ...], list[Any]]]:
-    """The kernel, the types of its arguments, and what is known to be a multiple of 16."""
+    """The kernel, the types of its arguments, and the arguments that are multiples of 16."""
     from slope_compile.kernels import gluon_mma_sp, gluon_wgmma_sp
 
     c = build.config

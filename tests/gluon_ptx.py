@@ -1,7 +1,7 @@
-"""The tensor-core instructions in the assembly of Gluon kernels, computed by the PTX manual (``gluon_cpu``).
+"""The tensor-core instructions in the assembly of Gluon kernels, computed as in the PTX manual, for ``gluon_cpu``.
 
-The text is what is computed: operands are looked up by their numbers in the registers of each lane, and the address
-of an operand in shared memory is decoded from its descriptor.
+The text of the assembly is interpreted: operands are looked up by number in the registers of each lane, and the
+address of an operand in shared memory is decoded from its descriptor.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def mma_sp(a: Tensor, b: Tensor, e: Tensor, c: Tensor, selector: int, dtype: tor
     Args:
         a: int32 ``[instructions, 32 lanes, 4]``, two 16-bit elements each; b: likewise.
         e: int32 ``[instructions, 32]``; c: float32 ``[instructions, 32, 4]``.
-        selector: whose metadata counts: 0 for lanes 0 and 1 of each four, 1 for lanes 2 and 3.
+        selector: the lanes that supply the metadata: 0 for lanes 0 and 1 of each four, 1 for lanes 2 and 3.
 
     Returns:
         float32 ``[instructions, 32, 4]``.
@@ -103,7 +103,7 @@ def mma(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Registers:
-    """Operands of an assembly block by number, int32 or float32 ``[packs, 32]`` each: first results, then inputs."""
+    """Operands of an assembly block by number, each int32 or float32 ``[packs, 32]``: first results, then inputs."""
 
     def __init__(self, layout: LinearLayout, pack: int, constraints: str, args: list[Value]) -> None:
         self.where = layout.registers()
@@ -114,13 +114,13 @@ class Registers:
         self.results = torch.full((warps * count // pack, lanes, pack), torch.nan)
 
     def _held(self, tensor: Tensor) -> Tensor:
-        """``[packs, 32, pack]``: each ``pack`` registers in a row of a lane belong to one block."""
+        """``[packs, 32, pack]``: every ``pack`` consecutive registers of a lane belong to one block."""
         warps, packs, lanes, pack = self.shape
         held = tensor.flatten()[self.where].view(warps, lanes, packs, pack)
         return held.transpose(1, 2).reshape(-1, lanes, pack)
 
     def start(self, sums: Value) -> None:
-        """The results are tied to an input."""
+        """Whether the results are tied to an input."""
         self.results = self._held(sums.data).clone()
 
     def read(self, text: str) -> Tensor:
@@ -158,7 +158,7 @@ _NUMBER = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def single(text: str, registers: Registers) -> None:
-    """One instruction that is done when the next one starts."""
+    """Compute one instruction that finishes before the next one starts."""
     sparse, dense = _SPARSE.fullmatch(text), _DENSE.fullmatch(text)
     if sparse:
         kind, d, a, b, c, e, selector = sparse.groups()
@@ -172,7 +172,7 @@ def single(text: str, registers: Registers) -> None:
 
 
 def group(text: str, registers: Registers, program: Program, sums: Value) -> Value:
-    """A block of ``wgmma``: what it issues is computed when it is waited for."""
+    """Run a block of ``wgmma``; the instructions that it issues are computed when they are waited for."""
     scalars = {"at": 0, "low": 0, "high": 0}
     work: list[Callable[[], None]] = []
     stages: list[Stage] = []
@@ -228,7 +228,7 @@ def group(text: str, registers: Registers, program: Program, sums: Value) -> Val
 def _multiplication(
     match: re.Match[str], registers: Registers, program: Program, stages: list[Stage], low: int, high: int
 ) -> Callable[[], None]:
-    """What one ``wgmma`` will do: 16 rows in each warp, eight tokens after eight."""
+    """The function that computes one ``wgmma``: 16 rows in each warp, eight tokens at a time."""
     sparse, tokens, depth, kind, d, a, e, selector = match.groups()
     assert bool(sparse) == bool(e), match[0]
     assert int(depth) == (32 if sparse else 16), match[0]

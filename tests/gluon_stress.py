@@ -1,10 +1,10 @@
-"""The Gluon kernels under stress on a GPU: every configuration, again and again, with results that must not differ.
+"""Stress test of the Gluon kernels on a GPU: every configuration runs many times, and its results must not differ.
 
-``python tests/gluon_stress.py`` runs them as they are and then, where NVIDIA's ``compute-sanitizer`` is on the path,
-under its tools: racecheck for the rings in shared memory, memcheck for what lies outside of tensors, synccheck for
-barriers.  Where it is not, the script says so; what it could not check is no success.
+``python tests/gluon_stress.py`` runs the kernels directly.  If NVIDIA's ``compute-sanitizer`` is on the path, it then
+runs them under its tools: racecheck for the rings in shared memory, memcheck for accesses outside tensors, synccheck
+for barriers.  If it is not, the script reports that these checks are missing.
 
-Exit status: 0, all is well and all was checked; 1, something is wrong; 2, something could not be checked.
+Exit status: 0 if everything was checked and is right, 1 if something is wrong, 2 if something could not be checked.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def sizes(config: Config) -> tuple[int, int, int, int]:
-    """M, N, K and R: several tiles, all of them partial, each stage several times, a rest of two blocks."""
+    """M, N, K and R: several tiles, partial ones among them; every stage is used often, with a rest of blocks."""
     return 2 * config.BM + 3, 2 * config.BN + 24, 64 * (3 * config.stages // 2 * 2 + 1), 72
 
 
 def runs(device: torch.device, capability: tuple[int, int]) -> Iterator[tuple[str, Callable[[], Tensor], Tensor]]:
-    """Name, product and truth, of whole numbers small enough that the rounded sum is one number."""
+    """Name, product and expected result; the inputs are whole numbers so small that only one result is right."""
     for config in CONFIGS:
         kernel = "wgmma_sp" if isinstance(config, WgmmaSp) else "mma_sp"
         for dtype in DTYPES:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Hazard(Exception):
-    """Something that is right on a GPU only by chance."""
+    """The kernel does something that is right on a GPU only by chance."""
 
 
 class Value:
@@ -122,7 +122,7 @@ class Pointer:
     __radd__ = __add__
 
     def checked(self, mask: Any) -> tuple[Tensor, Tensor]:
-        """Offsets and mask, broadcast; what is not masked lies inside."""
+        """Offsets and mask, broadcast; raises if an unmasked offset lies outside the tensor."""
         inside = torch.tensor(True) if mask is None else as_value(mask).data
         offset, inside = torch.broadcast_tensors(self.offset.data, inside)
         wrong = inside & ((offset < 0) | (offset >= self.base.numel()))

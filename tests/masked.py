@@ -192,9 +192,9 @@ def is_exactly(nm: Pattern, mask: Tensor) -> bool:
 
 
 def assert_same_gradients(model: nn.Module, reference: nn.Module) -> None:
-    """Every gradient of a dense or prepared model is that of its :func:`masked_copy`, compressed where it is.
+    """Every gradient of a dense or prepared model equals that of its :func:`masked_copy`, in the parameter's form.
 
-    A parameter that takes no part has no gradient in either.
+    A parameter that is not used has no gradient in either.
     """
     names = dict(model.named_parameters())
     compared = set()

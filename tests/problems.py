@@ -123,12 +123,12 @@ def column_mask(weight: Tensor, nm: Pattern) -> Tensor:
 
 
 def packed_columns(weight: Tensor, mask: Tensor, nm: Pattern) -> Tensor:
-    """The column mask of ``weight [N, K]`` as it is stored: a bit for each value, the entries where ``mask``."""
+    """The column mask of ``weight [N, K]`` in its stored form: one bit for each value, the entries kept by ``mask``."""
     return packed(kept(column_mask(weight, nm), mask))
 
 
 def draw_columns(mask: Tensor, nm: Pattern) -> Tensor:
-    """Any legal second pruning of what ``mask [N, K]`` keeps, not that of the magnitudes: bool ``[N, K]``."""
+    """A random legal second pruning of the entries kept by ``mask [N, K]``, not by magnitude: bool ``[N, K]``."""
     N, K = mask.shape
     return draw_mask(K, N, nm).t() & mask
 

@@ -117,7 +117,7 @@ class Recording(list[Compilation]):
 
     @property
     def reasons(self) -> dict[str, slope.Reason]:
-        """Why, for each linear that was left dense."""
+        """The reason for each linear that was left dense."""
         return {d.weight: d.reason for one in self for d in one.report.dense}
 
 

@@ -270,7 +270,7 @@ def test_frozen_layers_get_no_gradient(way: str) -> None:
 
 @every_way
 def test_no_dense_product_but_those_of_the_dense_layers(way: str) -> None:
-    """Counted while it runs, backward included: what a sparse operator does inside is its own business."""
+    """Counted while it runs, backward included; what sparse operators do internally is not counted."""
     _, run = compiled_way(way, toy(torch.float32))
     ids = token_ids()
     step(run, ids)

@@ -98,7 +98,7 @@ def test_what_raises_does_not_pass() -> None:
 
 
 def test_sums_in_sequence_pass_in_float32_and_wrong_ones_do_not() -> None:
-    """What a kernel may do is to add up one term after the other; a term it leaves out, or factors rounded to fewer
+    """A kernel may add up one term after the other; a term that it leaves out, or factors rounded to fewer
     bits, are far from that."""
     a, b = torch.randn(24, 2048), torch.randn(24, 2048)
     exact, scale = (a.double() * b.double()).sum(1), (a.double() * b.double()).abs().sum(1)

@@ -62,7 +62,7 @@ def known_limits(monkeypatch: pytest.MonkeyPatch) -> limits.Limits:
 
 
 class Graphs:
-    """Stands in for CUDA graphs: what is called during a capture is noted and called again at a replay."""
+    """Stands in for CUDA graphs: calls during a capture are recorded and made again at a replay."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.capturing: list[int] | None = None

@@ -1,4 +1,4 @@
-"""Stored column masks of W^{R,C}: when they are picked again, and that backward uses them as they are in between."""
+"""Stored column masks of W^{R,C}: when they are picked again, and that backward uses the stored mask in between."""
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ def test_refresh_by_hand() -> None:
 
 @pytest.mark.parametrize("source", ["graph_module", "exported"])
 def test_refresh_of_a_transformed_graph(source: str) -> None:
-    """Nobody counts steps there: the mask stays until it is refreshed by hand."""
+    """Steps are not counted there, so the mask stays until it is refreshed by hand."""
     dense, config = net(), slope.SlopeConfig(column_refresh=3)
     if source == "exported":
         module = slope.transform(exported(dense, batch()), config).module()

@@ -1,4 +1,4 @@
-"""With another default device, what is made on the way lies beside the weights or, where it has to, on the CPU.
+"""With another default device, new tensors are created on the weights' device or, where necessary, on the CPU.
 
 The meta device stands for any: nothing there has numbers.
 """

@@ -1,4 +1,4 @@
-"""The options of the backend: what is ours, what is Inductor's, and what the message of a bad one says."""
+"""The options of the backend: its own, Inductor's, and the error messages for bad ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prepared layers that Dynamo leaves to Python say so; those of eager runs, and those in graphs, do not."""
+"""Prepared layers that Dynamo leaves to Python give a warning; layers in eager runs and in graphs do not."""
 
 from __future__ import annotations
 

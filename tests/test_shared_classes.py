@@ -1,4 +1,4 @@
-"""Prepared layers that are alike share a class, and what is done to one does not reach the others."""
+"""Prepared layers that are alike share a class, and changes to one layer do not affect the others."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def test_print_shows_pattern_and_backward_of_sparse_layers() -> None:
 
 
 def test_print_says_why_a_conv1d_is_dense() -> None:
-    """Hugging Face's class has a ``__repr__`` of its own, which knows no ``extra_repr``."""
+    """Hugging Face's class has a ``__repr__`` of its own, which ignores ``extra_repr``."""
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
     Conv1D = pytorch_utils.Conv1D
     names = ("first", "up", "normed", "down", "head")

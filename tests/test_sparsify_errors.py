@@ -33,7 +33,7 @@ def prepared() -> Net:
 
 
 def on_meta(paths: list[str]) -> Net:
-    """A net of which these modules' weights have no numbers."""
+    """A net in which the weights of these modules are on the meta device."""
     model = net()
     for path in paths:
         module = model.get_submodule(path)

@@ -1,7 +1,7 @@
 """Training runs of many steps: ways A and B against dense layers times a mask, written out by hand.
 
-One step that is right says little about two hundred: masks must stay, moments must belong to their weights, column
-patterns must be picked when the configuration says so and at no other time.
+One right step does not guarantee two hundred: masks must stay, moments must belong to their weights, and column
+patterns must be picked when the configuration asks for it and at no other time.
 """
 
 from __future__ import annotations

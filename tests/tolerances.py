@@ -1,8 +1,8 @@
 """How far a result may be from the truth, as data with reasons.
 
-The truth is computed in float64 from the *same, already rounded* inputs, so input rounding is nobody's
-error.  What is left is the rounding of one accumulation and of the result.  Nothing here is a guess about a
-kernel: the yardstick is the dense product of PyTorch in the same dtype on the same numbers.
+The truth is computed in float64 from the *same, already rounded* inputs, so that the rounding of inputs does not
+count.  The remaining error is the rounding of one accumulation and of the result.  The bounds are not guesses about a
+kernel: the yardstick is PyTorch's dense product in the same dtype on the same numbers.
 
 Errors are componentwise: the error of an entry is measured against ``scale = |A| |B|`` at that entry, the sum
 of the magnitudes that were added up there.  An entry that is small beside the rest of the matrix is judged as

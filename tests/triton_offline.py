@@ -1,7 +1,7 @@
-"""Triton kernels compiled to machine code for a GPU that is not there, and what the machine code says.
+"""Triton kernels compiled to machine code without a GPU, and checks of the machine code.
 
-``python tests/triton_offline.py [80 90 ...]`` compiles every configuration for every architecture (or those that are
-named), in every dtype, with and without aligned sizes, prints a line for each, and fails if one is not acceptable
+``python tests/triton_offline.py [80 90 ...]`` compiles every configuration for the named architectures (all by
+default), in every dtype, with and without aligned sizes.  It prints a line for each and fails if one is not acceptable
 (some ten minutes).  The suite compiles a part.
 """
 

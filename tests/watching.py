@@ -1,4 +1,4 @@
-"""What a call leaves behind, and whether it waits for a device."""
+"""Checks of which tensors a call leaves behind and whether it waits for a device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Watch(TorchDispatchMode):
-    """Remembers every new storage, and refuses what reads from the device."""
+    """Records every new storage, and raises when an operator reads from the device."""
 
     READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "allclose")
 

@@ -1,4 +1,4 @@
-"""The search for cuSPARSELt's algorithms on a GPU: it knows something of each product, and this process still works."""
+"""The search for cuSPARSELt's algorithms on a GPU: it has a result for each product, and this process still works."""
 
 from __future__ import annotations
 

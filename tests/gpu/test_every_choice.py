@@ -93,7 +93,7 @@ class Case:
         return cls(mask, columns, (whole(N, K) * mask).to(dtype), whole(M, K).to(dtype), whole(M, N).to(dtype))
 
     def unusual(self, op: str, subnormal: bool = True) -> Case:
-        """The same with zeros, subnormal numbers and what is not finite: of the sums that each is in, all are exact."""
+        """The same case with zeros, subnormal, infinite and NaN entries; every sum that contains one is still exact."""
         x, grad = self.x.clone(), self.grad.clone()
         tiny = torch.finfo(x.dtype).smallest_normal / 8 if subnormal else 1.0
         if op == "grad_weight":
@@ -124,7 +124,7 @@ class Case:
         return tuple(t.to(DEVICE) for t in found)
 
     def check(self, op: str, result: Tensor) -> None:
-        """Against float64, of what is kept alone: what is pruned is no number here, not even a zero."""
+        """Compare with float64 sums of the kept entries only: pruned entries are left out, not counted as zeros."""
         result, dtype = result.cpu(), self.weight.dtype
         assert result.dtype is dtype
         if op == "grad_weight":

@@ -1,4 +1,4 @@
-"""Loading the CPU kernels: the ladder, what is said on the way down, the self-test, threads and forks."""
+"""Loading the CPU kernels: the ladder of levels, the messages on the way down, the self-test, threads and forks."""
 
 from __future__ import annotations
 

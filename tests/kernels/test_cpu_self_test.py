@@ -21,7 +21,7 @@ def library() -> CpuLibrary:
 
 
 class Result:
-    """Where a function's arguments say that its result is."""
+    """The result of a function, found through its arguments."""
 
     def __init__(self, position: int, numbers: Callable[[int, int, int], int], is_bytes: bool = False) -> None:
         self.position, self.numbers, self.is_bytes = position, numbers, is_bytes

@@ -66,7 +66,7 @@ def test_another_library_or_gpu_knows_nothing(fake: Misbehaving, tmp_path: Path)
 def test_without_a_verified_algorithm_the_library_is_not_called(
     fake: Misbehaving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither where nobody searched, nor for other token counts of the same weight, nor where none is right."""
+    """Not without a search, nor for other token counts of the same weight, nor if no algorithm is right."""
 
     def called(*_: object) -> Tensor:
         raise AssertionError("called with what nobody verified")
@@ -110,7 +110,7 @@ def test_a_broken_file_is_reported(fake: Misbehaving, text: str, caplog: pytest.
 @both_dtypes
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided", "broadcast"])
 def test_any_layout_of_the_activations(fake: Misbehaving, layout: str, dtype: torch.dtype) -> None:
-    """The primitive reads a matrix that is not contiguous wrongly and says nothing."""
+    """The primitive silently misreads a matrix that is not contiguous."""
     _cusparselt.store(CPU, (dtype, 32, 48, 64), [Algorithm(FAST)])
     p = draw(TWO_FOUR, Shape((32,), 48, 16, layout), dtype)
     packed = _cusparselt.pack(p.values, p.pattern)

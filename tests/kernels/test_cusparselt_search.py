@@ -1,4 +1,4 @@
-"""Searching for cuSPARSELt's algorithms survives them: with children that do as they are told, and one that is real."""
+"""The search for cuSPARSELt's algorithms survives bad ones: with scripted children, and with one real child."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the compiler makes of the Gluon kernels: machine code for GPUs that are not there, and the guards of a build.
+"""The compiler's output for the Gluon kernels, checked without a GPU, and the guards of a build.
 
-A part of all builds; ``python tests/gluon_offline.py`` looks at each.
+Only a part of all builds is compiled here; ``python tests/gluon_offline.py`` compiles each.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Results of more than 2^31 entries: the last program of a launch writes to their end and nowhere before.
 
-On the executor of ``gluon_cpu``, whose integers wrap as a GPU's do.  What is that large is a file with holes.
+They run on the executor of ``gluon_cpu``, whose integers wrap as on a GPU.  The large tensors are sparse files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The ``mma.sp`` kernel on the executor of ``gluon_cpu``: that mistakes in it are noticed.
+"""The ``mma.sp`` kernel on the executor of ``gluon_cpu``: mistakes in the kernel must be noticed.
 
-Its results are checked in ``tests/gpu/test_gluon_products.py``, here as there.
+``tests/gpu/test_gluon_products.py`` checks its results, with a GPU and without.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def error(executor: Executor, monkeypatch: pytest.MonkeyPatch, groups: int = 80,
 
 
 BY_THE_BYTE = 81
-"""Groups of a pattern whose rows do not begin at words, and which each thread reads for itself."""
+"""Groups of a pattern whose rows do not begin at words; each thread loads its own bits."""
 
 
 @pytest.mark.parametrize("groups", [80, BY_THE_BYTE])

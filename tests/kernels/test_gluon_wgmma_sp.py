@@ -1,6 +1,6 @@
-"""The ``wgmma.sp`` kernel on the executor of ``gluon_cpu``: that mistakes in it are noticed.
+"""The ``wgmma.sp`` kernel on the executor of ``gluon_cpu``: mistakes in the kernel must be noticed.
 
-Its results are checked in ``tests/gpu/test_gluon_products.py``, here as there.
+``tests/gpu/test_gluon_products.py`` checks its results, with a GPU and without.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SMALL = WgmmaSp(2, 4, 8, 3)
 
 
 STAGED = 128
-"""Groups of a pattern that comes through shared memory; of 124, threads load it."""
+"""Groups of a pattern that goes through shared memory.  With 124 groups each thread loads its own bits."""
 
 
 def error(executor: Executor, monkeypatch: pytest.MonkeyPatch, M: int = 9, groups: int = 124, splits: int = 1) -> float:

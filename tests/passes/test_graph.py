@@ -150,7 +150,7 @@ def test_attribute() -> None:
 
 
 def test_emit_takes_the_dtype_of_what_it_replaces() -> None:
-    """Under autocast the result of a product is not of its operands' dtype, and the fake evaluation does not know."""
+    """Under autocast a product's result does not have its operands' dtype, and fake evaluation ignores autocast."""
 
     class Autocast(nn.Module):
         def __init__(self) -> None:
