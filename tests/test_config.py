@@ -271,6 +271,17 @@ def test_what_is_stored_for_the_columns(backward: Any, refresh: Any, stores: boo
     assert layer.interval == interval
 
 
+@pytest.mark.parametrize(
+    ("backward", "N", "double", "stores"),
+    [("double_pruned", 8, True, True), ("double_pruned", 6, False, False), ("exact", 8, False, False)],
+)
+def test_which_weights_are_double_pruned(backward: Any, N: int, double: bool, stores: bool) -> None:
+    layer = SlopeConfig(backward=backward).layer("a")
+    assert layer.double_prunes(N) is double
+    assert layer.stores_columns_for(N) is stores
+    assert not SlopeConfig(backward=backward, column_refresh="backward").layer("a").stores_columns_for(N)
+
+
 def test_expressions_that_match_nothing_are_found() -> None:
     config = SlopeConfig(
         include=(".*", "typo"), exclude=("h.0.up", "h.9.*"), overrides=(Override(path="h.1.*"), Override(path="nope"))

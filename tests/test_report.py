@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from slope_compile.report import Decision, Reason, Report
+from slope_compile.config import SlopeConfig
+from slope_compile.report import Decision, Reason, Report, decision_about
 
 
 def report(*patterns: str) -> Report:
@@ -30,3 +31,11 @@ def test_patterns_without_kernels_are_named(patterns: tuple[str, ...]) -> None:
     others = sorted({p for p in patterns if p not in ("", "2:4")})
     assert last.startswith(f"{', '.join(others)}: kernels exist for 2:4 alone")
     assert "no time" in last
+
+
+def test_pattern_and_backward_are_those_of_a_sparse_layer() -> None:
+    settings = SlopeConfig(pattern="1:2").layer("a")
+    sparse = decision_about("a", (6, 8), settings, Reason.SELECTED, node="linear")
+    assert sparse == Decision("a", True, Reason.SELECTED, (6, 8), "1:2", "double_pruned", "linear")
+    assert decision_about("a", (7, 8), settings, Reason.SELECTED).backward == "exact"
+    assert decision_about("a", (6, 8), settings, Reason.HEAD) == Decision("a", False, Reason.HEAD, (6, 8))

@@ -6,8 +6,21 @@ The paths are those of real model code; where a rule once misjudged one, the cas
 from __future__ import annotations
 
 import pytest
+import torch
 
-from slope_compile.rules import HEAD_NAMES, first_linears, holds_experts, in_block, is_head, is_router, layer_path
+from slope_compile.config import SlopeConfig
+from slope_compile.dtypes import DTYPES
+from slope_compile.report import Reason
+from slope_compile.rules import (
+    HEAD_NAMES,
+    first_linears,
+    fits,
+    holds_experts,
+    in_block,
+    is_head,
+    is_router,
+    layer_path,
+)
 
 NO_EMBEDDING: frozenset[int] = frozenset()
 GPT2_MEDIUM = frozenset({50257, 1024})
@@ -135,3 +148,21 @@ def test_a_weight_goes_by_its_module_and_any_other_parameter_by_its_own_name(par
 )
 def test_tensors_of_several_experts(name: str, shape: tuple[int, ...], experts: bool) -> None:
     assert holds_experts(name, shape) is experts
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "reason", "detail"),
+    [
+        *((dtype, (8, 8), Reason.SELECTED, "") for dtype in DTYPES),
+        (torch.complex64, (8, 8), Reason.DTYPE, "torch.complex64"),
+        (torch.float32, (8, 6), Reason.SHAPE, "K = 6 is not a positive multiple of 4"),
+        (torch.float32, (8, 0), Reason.SHAPE, "K = 0 is not a positive multiple of 4"),
+        (torch.float32, (6, 8), Reason.SELECTED, "exact backward, as N = 6 is not a multiple of 4"),
+    ],
+)
+def test_dtype_and_shape(dtype: torch.dtype, shape: tuple[int, int], reason: Reason, detail: str) -> None:
+    assert fits(dtype, shape, SlopeConfig().layer("a")) == (reason, detail)
+
+
+def test_the_exact_backward_has_nothing_to_explain() -> None:
+    assert fits(torch.float32, (6, 8), SlopeConfig(backward="exact").layer("a")) == (Reason.SELECTED, "")

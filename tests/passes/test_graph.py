@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +19,7 @@ from slope_compile.passes.graph import (
     attribute,
     emit,
     erase_unused,
+    give_value,
     is_transpose,
     recompile,
     regions,
@@ -318,3 +320,17 @@ def test_erase_unused_removes_weight_expressions_only() -> None:
     assert not nodes(graph_module, ops.expand)
     assert [n.target for n in root.graph.nodes if n.op == "call_method"] == ["add_"], "in-place calls stay"
     assert len([n for n in root.graph.nodes if n.op == "placeholder"]) == 3, "inputs of the root stay"
+
+
+@pytest.mark.parametrize("key", ["example_value", "val"])
+def test_a_new_node_gets_a_fake_value_like_another(key: str) -> None:
+    graph = Graph()
+    like, new, plain = (graph.placeholder(name) for name in ("like", "new", "plain"))
+    mode = FakeTensorMode()
+    like.meta[key] = mode.from_tensor(torch.randn(2, 3))
+    give_value(new, torch.ones(4, 5, dtype=torch.uint8), like)
+    assert new.meta.keys() == {key}
+    assert new.meta[key].fake_mode is mode
+    assert (new.meta[key].shape, new.meta[key].dtype) == ((4, 5), torch.uint8)
+    give_value(like, torch.ones(1), plain)
+    assert like.meta[key].shape == (2, 3)
