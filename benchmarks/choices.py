@@ -21,6 +21,8 @@ from benchmarks.timing import Contender
 from slope_compile.kernels import (
     cusparselt_search,
     gluon_choices,
+    gluon_configs,
+    gluon_products,
     gpu_calls,
     gpu_ops,
     gpu_rules,
@@ -212,6 +214,14 @@ def _expanded_grad_input(grad: Tensor) -> Callable[[Weight], object]:
     return lambda w: torch.mm(grad, ops.expand(w.values, w.pattern, *KEEP_GROUP))
 
 
+def _gluon_product(config: gluon_configs.Config) -> Callable[..., Tensor]:
+    """The product of a configuration: of x, values, pattern, bias and (T, B)."""
+    kernel: Callable[..., Tensor] = gluon_products.wgmma_sp
+    if isinstance(config, gluon_configs.MmaSp):
+        kernel = gluon_products.mma_sp
+    return functools.partial(kernel, config=config)
+
+
 def _gluon(problem: Problem, share: float | None = None) -> Iterator[Choice]:
     """The kernels on the sparse tensor cores that passed their test here; with an adapter for a ``share``."""
     x = problem.x
@@ -219,9 +229,9 @@ def _gluon(problem: Problem, share: float | None = None) -> Iterator[Choice]:
     R = 0 if factors is None else factors[1].shape[1]
     sizes = (problem.M, problem.N, problem.K, R)
     for config in gluon_choices.choices(*sizes, problem.device, DTYPES[problem.dtype], bias=False):
-        product = gluon_choices.product(config)
+        product = _gluon_product(config)
 
-        def forward(w: Weight, product: gluon_choices.Product = product) -> object:
+        def forward(w: Weight, product: Callable[..., Tensor] = product) -> object:
             low_rank = None if factors is None else (x @ factors[0].t(), factors[1])
             return product(x, w.values, w.pattern, None, low_rank)
 
@@ -235,9 +245,9 @@ def _gluon_double_pruned(problem: Problem) -> Iterator[Choice]:
     # dX [M, K] = dY [M, N] times the transposed weight [K, N]: K is what comes out.
     sizes = (problem.M, problem.K, problem.N, 0)
     for config in gluon_choices.choices(*sizes, problem.device, DTYPES[problem.dtype], bias=False):
-        product = gluon_choices.product(config)
+        product = _gluon_product(config)
 
-        def double_pruned(w: Weight, product: gluon_choices.Product = product) -> object:
+        def double_pruned(w: Weight, product: Callable[..., Tensor] = product) -> object:
             values, pattern = ops.compress_columns(w.values, w.pattern, *KEEP_GROUP, w.column_mask)
             return product(grad, values, pattern, None, None)
 

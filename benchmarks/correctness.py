@@ -91,8 +91,8 @@ def forced(way: str | None) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         if way is not None:
-            for rules in (gpu_rules, cpu_rules):
-                stack.enter_context(mock.patch.object(rules, "sparse", return_value=way != "expanded"))
+            for rules, name in ((gpu_rules, "takes_triton"), (cpu_rules, "sparse")):
+                stack.enter_context(mock.patch.object(rules, name, return_value=way != "expanded"))
             stack.enter_context(mock.patch.object(gpu_rules, "way", rule))
             # What was compiled under one rule must not be found in a cache under another.
             stack.enter_context(mock.patch.object(gpu_rules, "fingerprint", return_value=f"forced {way}"))

@@ -38,9 +38,9 @@ def _of(problem: Problem) -> Iterator[tuple[str, Callable[[], object]]]:
     x, grad, weight = problem.x, problem.grad, problem.weights[0]
     values, pattern = weight.values, weight.pattern
     yield "dense", lambda: x @ weight.dense.t()
-    if gluon_products.supports("wgmma_sp", capability, torch.bfloat16, M, N, K):
+    if gluon_products.unsupported("wgmma_sp", capability, torch.bfloat16, M, N, K) is None:
         yield "wgmma_sp", lambda: gluon_products.wgmma_sp(x, values, pattern)
-    if gluon_products.supports("mma_sp", capability, torch.bfloat16, M, N, K):
+    if gluon_products.unsupported("mma_sp", capability, torch.bfloat16, M, N, K) is None:
         yield "mma_sp", lambda: gluon_products.mma_sp(x, values, pattern)
     yield "triton", lambda: triton_products.forward(x, values, pattern)
     if M > few_tokens.MOST:

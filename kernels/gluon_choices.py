@@ -6,18 +6,12 @@ Nothing uses them automatically.  The first call for a device compiles the kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import assert_never
-
 import torch
-from torch import Tensor
 
-from slope_compile.kernels import gluon_configs, gluon_products, gluon_self_test
-from slope_compile.kernels.gluon_configs import Config, MmaSp, WgmmaSp
+from slope_compile.kernels import gluon_configs, gluon_self_test
+from slope_compile.kernels.gluon_configs import Config
 from slope_compile.kernels.gluon_products import unsupported
 from slope_compile.kernels.self_tests import trusted
-
-Product = Callable[[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None], Tensor]
 
 
 def choices(
@@ -39,16 +33,3 @@ def choices(
         fitting += [c for c in gluon_configs.WGMMA_SP if 2 * M >= c.BM and c.largest_rank >= R]
     cases = (gluon_self_test.case(config, bias, R > 0, N) for config in fitting)
     return tuple(case[0] for case in cases if trusted(gluon_self_test.passes, device, dtype, *case))
-
-
-def product(config: Config) -> Product:
-    """The product with a configuration, as a function of x, values, pattern, bias and (T, B)."""
-    if isinstance(config, MmaSp):
-        return lambda x, values, pattern, bias, low_rank: gluon_products.mma_sp(
-            x, values, pattern, bias, low_rank, config
-        )
-    if isinstance(config, WgmmaSp):
-        return lambda x, values, pattern, bias, low_rank: gluon_products.wgmma_sp(
-            x, values, pattern, bias, low_rank, config
-        )
-    assert_never(config)

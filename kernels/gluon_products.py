@@ -67,11 +67,6 @@ def unsupported(
     return None if largest >= R else f"a rank of {R} is above {largest}"
 
 
-def supports(kernel: str, capability: tuple[int, int], dtype: torch.dtype, M: int, N: int, K: int, R: int = 0) -> bool:
-    """Whether a kernel can compute a product, see :func:`unsupported`."""
-    return unsupported(kernel, capability, dtype, M, N, K, R) is None
-
-
 def mma_sp(
     x: Tensor,
     values: Tensor,

@@ -24,7 +24,7 @@ OLDEST = (8, 0)
 
 @functools.lru_cache(maxsize=16)
 def missing(device: torch.device) -> str | None:
-    """What the Triton kernels lack on a device; None: nothing."""
+    """Why the Triton kernels cannot run on a device; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.version.hip is not None:
@@ -35,7 +35,7 @@ def missing(device: torch.device) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def available(device: torch.device) -> bool:
-    """Whether Triton kernels can run on a device; the log says why not."""
+    """Whether Triton kernels can run on a device; if not, the reason is logged."""
     lacking = missing(device)
     if lacking is not None:
         log.warning("no Triton kernels on %s: %s; the plain PyTorch definitions are used", device, lacking)
@@ -44,20 +44,20 @@ def available(device: torch.device) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def name(device: torch.device) -> str:
-    """Of a GPU, by which measurements are kept."""
+    """The GPU's name, under which measurements are stored."""
     return torch.cuda.get_device_name(device)
 
 
 def ready(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels can be compiled into a graph: they exist for the device and are right there."""
+    """Whether the kernels can be compiled into a graph: they run on the device and passed their test there."""
     return device.type == "cuda" and available(device) and trusted(gpu_self_test.passes, device, dtype)
 
 
 def usable(keep: int, group: int, *tensors: Tensor | None) -> bool:
-    """Whether the kernels apply to a call: 2:4, one dtype and device that they know, and they passed their test.
+    """Whether the kernels apply to a call: 2:4, one supported dtype and device, and a passed test.
 
     Args:
-        tensors: what is multiplied, and the patterns, which are uint8.
+        tensors: the operands, and their patterns and column masks in uint8.
     """
     if keep != 2 or group != 4:
         return False
@@ -65,13 +65,13 @@ def usable(keep: int, group: int, *tensors: Tensor | None) -> bool:
     device, dtype = given[0].device, given[0].dtype
     if dtype not in triton_products.DTYPES or any(t.dtype not in (dtype, torch.uint8) for t in given):
         return False
-    if any(t.device != device for t in given):  # which the definition says in PyTorch's words
+    if any(t.device != device for t in given):  # the definition raises PyTorch's error
         return False
     return available(device) and trusted(gpu_self_test.passes, device, dtype)
 
 
-def _sparse(op: str, x: Tensor, N: int, K: int) -> bool:
-    return gpu_rules.sparse(op, tokens(x), N, K, x.dtype, name(x.device))
+def _takes_triton(op: str, x: Tensor, N: int, K: int) -> bool:
+    return gpu_rules.takes_triton(op, tokens(x), N, K, x.dtype, name(x.device))
 
 
 def expand(
@@ -84,7 +84,7 @@ def expand(
     column_age: Tensor | None = None,
     interval: int = 0,
 ) -> Tensor:
-    """See :func:`reference.expand`; the last four arguments speak to the compiler only."""
+    """See :func:`reference.expand`; the last four arguments are for the compiler only."""
     if not usable(keep, group, values, pattern) or not operands.weight_fits(values, pattern):
         return reference.expand(values, pattern, keep, group)
     return triton_products.expand(values, pattern)
@@ -108,7 +108,7 @@ def linear(
     if not usable(keep, group, x, values, pattern, bias, down, up) or not fits:
         return reference.forward(x, values, pattern, bias, keep, group, down, up)
     low_rank = None if down is None or up is None else (down, up)
-    if _sparse("forward", x, N, K):
+    if _takes_triton("forward", x, N, K):
         return triton_products.forward(x, values, pattern, bias, low_rank=low_rank)
     return reference.forward_dense(x, triton_products.expand(values, pattern), bias, down, up)
 
@@ -118,7 +118,7 @@ def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, keep: int, group: 
     N, K = values.shape[0], values.shape[1] * 2
     if not usable(keep, group, grad, values, pattern) or not operands.grad_input_fits(grad, values, pattern):
         return reference.grad_input(grad, values, pattern, keep, group)
-    if _sparse("grad_input", grad, N, K):
+    if _takes_triton("grad_input", grad, N, K):
         return triton_products.grad_input(grad, values, pattern)
     return torch.matmul(grad, triton_products.expand(values, pattern)).contiguous()
 
@@ -131,7 +131,7 @@ def grad_input_columns(
     fits = operands.grad_input_fits(grad, values, pattern, column_mask)
     if not usable(keep, group, grad, values, pattern, column_mask) or not fits:
         return reference.grad_input_columns(grad, values, pattern, column_mask, keep, group)
-    if _sparse("grad_input_columns", grad, N, K):
+    if _takes_triton("grad_input_columns", grad, N, K):
         return triton_products.grad_input(grad, values, pattern, column_mask)
     return torch.matmul(grad, triton_products.expand(values, pattern, column_mask)).contiguous()
 
@@ -141,7 +141,7 @@ def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, keep: int, group: int)
     N, K = grad.shape[-1], x.shape[-1]
     if not usable(keep, group, grad, x, pattern) or not operands.grad_weight_fits(grad, x, pattern):
         return reference.grad_weight(grad, x, pattern, keep, group)
-    if _sparse("grad_weight", x, N, K):
+    if _takes_triton("grad_weight", x, N, K):
         return triton_products.grad_weight(grad, x, pattern)
     dense = grad.reshape(-1, N).t() @ x.reshape(-1, K)
     return triton_products.compress(dense, pattern)

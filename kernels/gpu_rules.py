@@ -1,13 +1,14 @@
-"""Which way a product takes on a GPU, see ``gpu_calls`` for the ways.
+"""The choice of a product's way on a GPU; ``gpu_calls`` lists the ways.
 
 A table that ``slope-compile tune`` measured on this GPU decides where there is one (``gpu_tuning``).  Elsewhere a
 roofline does, between the Triton kernel and PyTorch's dense product with the expanded weight: each takes as long as the
-larger of its arithmetic and its traffic, and the smaller time wins.  Two numbers go in.  ``RIDGE`` is what a GPU with
-tensor cores can compute per byte that it can read (A100 156, H100 295, H200 206 FLOP/B in bfloat16, by their data
-sheets).  ``SHARE`` is the part of the dense product's rate that the kernels are taken to reach where they are bound by
-arithmetic; it is an assumption, on the low side, and no measurement.  In float32 without TF32 the kernels do not run on
-tensor cores and the rule never takes them.  Sparse tensor cores and cuSPARSELt are taken where they were measured as
-faster, and nowhere else; cuSPARSELt, where one of its algorithms was verified for just these sizes (``_cusparselt``).
+larger of its arithmetic and its traffic, and the smaller time wins.  The rule has two parameters.  ``RIDGE`` is the
+number of operations that a GPU with tensor cores can compute per byte that it can read (A100 156, H100 295, H200 206
+FLOP/B in bfloat16, by their data sheets).  ``SHARE`` is the part of the dense product's rate that the kernels are
+assumed to reach where they are bound by arithmetic; it is a low estimate and not measured.  In float32 without TF32 the
+kernels do not run on tensor cores, and the rule never takes them.  Sparse tensor cores and cuSPARSELt are taken only
+where they were measured as faster, and cuSPARSELt only with an algorithm that was verified for exactly these sizes
+(``_cusparselt``).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SHARE = {"forward": 0.5, "grad_input": 0.5, "grad_input_columns": 0.4, "grad_wei
 def way(
     op: str, M: int, N: int, K: int, dtype: torch.dtype, gpu: str, among: tuple[str, ...] = ("triton", "expanded")
 ) -> str:
-    """The way to take, out of ``among``, which always has "expanded".
+    """The way to take out of ``among``, which must contain "expanded".
 
     Args:
         op: "forward", "grad_input", "grad_input_columns" or "grad_weight".
@@ -41,13 +42,13 @@ def way(
     return "triton" if "triton" in among and roofline(op, M, N, K, dtype) else "expanded"
 
 
-def sparse(op: str, M: int, N: int, K: int, dtype: torch.dtype, gpu: str) -> bool:
-    """Whether an operator that is called outside of compiled code takes the Triton kernel."""
+def takes_triton(op: str, M: int, N: int, K: int, dtype: torch.dtype, gpu: str) -> bool:
+    """Whether an operator takes the Triton kernel where it is called outside of compiled code."""
     return way(op, M, N, K, dtype, gpu) == "triton"
 
 
 def roofline(op: str, M: int, N: int, K: int, dtype: torch.dtype) -> bool:
-    """The rule, in units of the time that one byte takes."""
+    """Whether the Triton kernel should win by the rule; times are in units of the time that one byte takes."""
     if dtype is torch.float32:
         return False
     arithmetic = 2 * M * N * K / RIDGE
@@ -62,6 +63,6 @@ def roofline(op: str, M: int, N: int, K: int, dtype: torch.dtype) -> bool:
 
 
 def fingerprint(gpu: str) -> str:
-    """Of the table that decides; what was compiled under another one is not taken from a cache."""
+    """Identifies the table that decides, so that code compiled under another one is not taken from a cache."""
     table = gpu_tuning.load(gpu)
     return "roofline" if table is None else table.digest()

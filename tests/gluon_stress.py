@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from slope_compile.kernels import gluon_choices, gluon_configs, gluon_products, gpu_self_test, reference
+from slope_compile.kernels import gluon_configs, gluon_products, gpu_self_test, reference
 from slope_compile.kernels.gluon_configs import Config, WgmmaSp
 from slope_compile.kernels.metadata import pack_mask
 
@@ -50,12 +50,14 @@ def runs(device: torch.device, capability: tuple[int, int]) -> Iterator[tuple[st
             truth = reference.forward(x.double(), values.double(), pattern, bias.double(), 2, 4)
             truth = (truth + t.double() @ b.double().t()).to(dtype)
             given = (x, values, pattern, bias, (t, b))
-            yield f"{config} {dtype}", functools.partial(gluon_choices.product(config), *given), truth
-            yield f"{config} {dtype} split", functools.partial(_split, config, given), truth
+            yield f"{config} {dtype}", functools.partial(_product, config, given), truth
+            yield f"{config} {dtype} split", functools.partial(_product, config, given, 3), truth
 
 
-def _split(
-    config: Config, given: tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], splits: int = 3
+def _product(
+    config: Config,
+    given: tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]],
+    splits: int | None = None,
 ) -> Tensor:
     if isinstance(config, WgmmaSp):
         return gluon_products.wgmma_sp(*given, config, splits)

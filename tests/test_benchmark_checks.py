@@ -65,16 +65,16 @@ def test_products_are_checked_in_every_way() -> None:
 
 
 def test_a_forced_way_is_taken_and_given_back() -> None:
-    before = gpu_rules.sparse, cpu_rules.sparse, gpu_rules.way, gpu_rules.fingerprint
+    before = gpu_rules.takes_triton, cpu_rules.sparse, gpu_rules.way, gpu_rules.fingerprint
     call = ("forward", 1, 4, 4, torch.float32, "GPU")
     with correctness.forced("mma_sp"):
-        assert gpu_rules.sparse(*call) is True
+        assert gpu_rules.takes_triton(*call) is True
         assert gpu_rules.way(*call, ("triton", "mma_sp", "expanded")) == "mma_sp"
         assert gpu_rules.way(*call, ("triton", "expanded")) == "expanded", "where it cannot be"
         assert gpu_rules.fingerprint("GPU") == "forced mma_sp"
     with correctness.forced("expanded"):
         assert cpu_rules.sparse("forward", 64, 768, 768, torch.float32, "avx2") is False
-    assert (gpu_rules.sparse, cpu_rules.sparse, gpu_rules.way, gpu_rules.fingerprint) == before
+    assert (gpu_rules.takes_triton, cpu_rules.sparse, gpu_rules.way, gpu_rules.fingerprint) == before
     assert {setting.way for setting in model_checks.SETTINGS} == {None, *gpu_rules.WAYS}, "every way in a model"
     assert all(2 * setting.tokens <= 8 for setting in model_checks.SETTINGS if setting.way == "few")
 

@@ -363,7 +363,7 @@ def test_every_choice_computes_the_product_that_it_is_listed_under(monkeypatch: 
     monkeypatch.setattr(gpu_ops, "available", lambda _: False)  # so that the ways compute their definitions
     monkeypatch.setattr(gpu_calls, "can", lambda way, *_: way in ("triton", "expanded"))
     monkeypatch.setattr(gluon_choices, "choices", lambda *_, **__: gluon_configs.MMA_SP[:2])
-    monkeypatch.setattr(gluon_choices, "product", product)
+    monkeypatch.setattr(choices, "_gluon_product", product)
     problem = Problem.draw(40, 64, 128, "bfloat16", CPU)
     truths = problem.truths() | {"low_rank": choices.low_rank_truth(problem, 0.0156)}
     found = [

@@ -34,7 +34,7 @@ else:
 @pytest.fixture(params=["kernel", "dense"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of every product, whatever the rule would say; on CPU tensors the device is said to be fit."""
-    monkeypatch.setattr(gpu_rules, "sparse", lambda *_: request.param == "kernel")
+    monkeypatch.setattr(gpu_rules, "takes_triton", lambda *_: request.param == "kernel")
     if DEVICE == "cpu":
         monkeypatch.setattr(gpu_ops, "available", lambda _: True)
         monkeypatch.setattr(gpu_ops, "name", lambda _: "CPU")

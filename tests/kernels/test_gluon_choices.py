@@ -50,7 +50,6 @@ def test_what_is_supported(
 ) -> None:
     found = gluon_products.unsupported(kernel, capability, dtype, *sizes)
     assert found is None if reason is None else reason in str(found)
-    assert gluon_products.supports(kernel, capability, dtype, *sizes) == (reason is None)
 
 
 def test_what_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,14 +96,6 @@ def test_products_that_are_tested_alike_are_tested_once(monkeypatch: pytest.Monk
                 way = "wgmma_sp" if isinstance(config, WgmmaSp) else "mma_sp"
                 assert gpu_calls.can(way, "forward", 4096, N, 64, BF16, CUDA, R, str(config))
     assert len(tested) == len(set(tested)) == 2 * len(MMA_SP) + 8 * len(WGMMA_SP)
-
-
-def test_the_product_of_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gluon_products, "mma_sp", lambda *args: ("mma", *args))
-    monkeypatch.setattr(gluon_products, "wgmma_sp", lambda *args: ("wgmma", *args))
-    x = torch.zeros(1)
-    assert gluon_choices.product(MMA_SP[1])(x, x, x, None, (x, x)) == ("mma", x, x, x, None, (x, x), MMA_SP[1])
-    assert gluon_choices.product(WGMMA_SP[1])(x, x, x, x, None) == ("wgmma", x, x, x, x, None, WGMMA_SP[1])
 
 
 FAULTS = (
@@ -190,7 +181,7 @@ def test_nothing_takes_it_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gluon_products, "wgmma_sp", refused)
     monkeypatch.setattr(gpu_ops, "triton_products", taken)
     monkeypatch.setattr(gpu_ops, "usable", lambda *args: True)
-    monkeypatch.setattr(gpu_ops, "_sparse", lambda *args: True)
+    monkeypatch.setattr(gpu_ops, "_takes_triton", lambda *args: True)
     p = draw(Pattern(2, 4), Shape((1,), 64, 16), BF16)
     assert gpu_ops.linear(p.x, p.values, p.pattern, p.bias, 2, 4) is p.x
 

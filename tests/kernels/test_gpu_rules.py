@@ -24,9 +24,9 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_the_kernels_win_where_the_weight_is_what_is_read(op: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        assert gpu_rules.sparse(op, 1, 4096, 4096, dtype, "some GPU")
-        assert not gpu_rules.sparse(op, 1 << 16, 4096, 4096, dtype, "some GPU")
-    assert not gpu_rules.sparse(op, 1, 4096, 4096, torch.float32, "some GPU")
+        assert gpu_rules.takes_triton(op, 1, 4096, 4096, dtype, "some GPU")
+        assert not gpu_rules.takes_triton(op, 1 << 16, 4096, 4096, dtype, "some GPU")
+    assert not gpu_rules.takes_triton(op, 1, 4096, 4096, torch.float32, "some GPU")
 
 
 def test_the_column_mask_is_among_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
