@@ -42,6 +42,7 @@ from torch import Tensor
 
 from slope_compile.dtypes import dtype_name
 from slope_compile.kernels import cache_files, reference, triton_products
+from slope_compile.kernels._versions import writing
 from slope_compile.kernels.masks import random_mask
 from slope_compile.kernels.metadata import pack_mask
 from slope_compile.log import log
@@ -257,18 +258,18 @@ class Packed:
         if not any(found and (dtype, N, K) == weight for (dtype, _, N, K), found in known(values.device).items()):
             raise ValueError(f"cuSPARSELt: no algorithm was verified for weights [{self.N}, {self.K}], {values.dtype}")
         self.buffer = pack(values.detach(), pattern)
-        self._version = values._version
+        self._written = writing(values)
 
     def refresh(self, values: Tensor, pattern: Tensor, always: bool = False) -> None:
         """Update the operand if the values changed in place, or ``always``, for changes without a new version."""
-        if values._version == self._version and not always:
+        if writing(values) == self._written and not always:
             return
         with torch.no_grad():
             if in_place(values.device, values.dtype):
                 self.buffer.view(-1)[: values.numel()].copy_(values.reshape(-1))
             else:
                 self.buffer.copy_(pack(values.detach(), pattern))
-        self._version = values._version
+        self._written = writing(values)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``Y [M, N] = X W^T + bias``."""

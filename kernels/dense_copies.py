@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_compile.kernels import reference
+from slope_compile.kernels._versions import writing
 
 
 @dataclasses.dataclass
@@ -70,7 +71,7 @@ def kept(values: Tensor, pattern: Tensor, keep: int, group: int, after: int = 1)
     """The kept copy; None until more than ``after`` forward products in a row have seen the same values."""
     if values.is_inference():  # has no version counter
         return None
-    state, use = (values._version, values.data_ptr()), _uses.get(pattern)
+    state, use = writing(values), _uses.get(pattern)
     if use is None or use.values() is not values or use.state != state:
         _uses[pattern] = _Use(weakref.ref(values), state)
         return None

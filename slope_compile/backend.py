@@ -87,8 +87,8 @@ def _calling(
         if not tracing(args):
             for pruned in read:
                 pruned.before_call()
-            for weight, state in states:
-                state.follow(weight)
+            for weight, state, path in states:
+                state.before_call(weight, path)
             before_training_forward([*(find() for find in stored), *(find(args) for find in columns)])
         return compiled(*args, *(get() for get in extra))
 

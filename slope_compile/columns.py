@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_compile.errors import ConversionError
 from slope_compile.kernels import ops
+from slope_compile.kernels._versions import writing
 from slope_compile.layers import linear_layers
 from slope_compile.passes.graph import Region, attribute, regions
 from slope_compile.pattern import Pattern
@@ -104,7 +105,7 @@ class StoredColumns:
         weight with steps of its own is not counted with other models' shards.
         """
         own = _steps.setdefault(self.weight, 0)
-        return self.weight._version, own, 0 if own else _steps_of_shards
+        return writing(self.weight)[0], own, 0 if own else _steps_of_shards
 
 
 def before_training_forward(stored: Iterable[StoredColumns]) -> None:

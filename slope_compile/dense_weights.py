@@ -54,8 +54,8 @@ class DynamoWeights:
         self.stored: list[Callable[[], StoredColumns]] = []
         self.read: list[PrunedWeight] = []
         """Weights that the graph reads dense."""
-        self.states: list[tuple[Tensor, DenseState]] = []
-        """Weights that the graph compresses."""
+        self.states: list[tuple[Tensor, DenseState, str]] = []
+        """Weights that the graph compresses, with their paths in this model."""
         self._prune: list[tuple[Tensor, DenseState, nn.Module | None]] = []
         self._models: dict[nn.Module, tuple[nn.Module, str]] = {}
         self._rulings: dict[nn.Module, dict[str, Decision]] = {}
@@ -130,7 +130,7 @@ class DynamoWeights:
             first = state.values(weight)
             state.column_mask = ops.pick_columns(first, state.pattern, keep, group)
             state.column_age = torch.full((1,), -1, dtype=torch.int64, device="cpu")
-        self.states.append((weight, state))
+        self.states.append((weight, state, self.path(node)))
         pattern = self._input(node, "pattern", lambda: state.pattern)
         with self.graph.inserting_before(before):
             dense = emit(self.graph, torch.ops.aten.t.default, (node,), like=node) if transposed else node

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from slope_compile._transforms import inside_transform
 from slope_compile.config import LayerConfig
 from slope_compile.kernels import ops, reference
+from slope_compile.kernels._versions import writing
 from slope_compile.kernels.masks import choose_mask, seeded_generator
 from slope_compile.kernels.metadata import check_pattern, pack_mask, packed_width, unpack_mask
 from slope_compile.log import log
@@ -47,6 +48,8 @@ class SparseWeight(nn.Module):
         self.place: Place | None = None
         self.stores_columns = layer.stores_columns_for(shape[0])
         self.register_buffer("pattern", pattern)
+        self._checked: tuple[int, int] | None = None if pattern.is_inference() else writing(pattern)
+        """Version and address of the pattern when it was last known to be legal."""
         self.register_buffer("column_mask", None)
         self.register_buffer("column_age", None)
 
@@ -56,9 +59,20 @@ class SparseWeight(nn.Module):
             self.column_mask = ops.pick_columns(values.detach(), self.pattern, self.nm.keep, self.nm.group)
             self.column_age = torch.full((1,), -1, dtype=torch.int64, device="cpu")
 
+    def _check(self) -> None:
+        """Check a pattern that was written to: averaging a model's buffers turns bits into other bits."""
+        if type(self.pattern) is not Tensor or self.pattern.is_inference() or self.pattern.is_meta:
+            return
+        state = writing(self.pattern)
+        if state != self._checked:
+            check_pattern(self.pattern, self.shape[1], self.nm, "pattern" if self.place is None else self.place.path)
+            self._checked = state
+
     def forward(self, values: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and self.place is not None:  # in this order: no guard on the place
-            in_python(self.place)
+        if not torch.compiler.is_compiling():
+            self._check()
+            if self.place is not None:  # in this order: no guard on the place
+                in_python(self.place)
         if inside_transform():
             weight = reference.expand(values, self.pattern, self.nm.keep, self.nm.group)
         else:

@@ -9,6 +9,9 @@ leaves a zero with zero gradient and zero state where it is.  Three things get i
 - Gradients from elsewhere (the model called outside of what was compiled, a penalty on the weights), and optimizers
   that are not elementwise.  After the first step of a weight, and every :data:`EVERY` steps then, the pruned positions
   are checked.  If one is not zero, a warning is logged and the weight is pruned after each step from then on.
+- Something else is loaded into the weight.  Before each training call of a compiled function, a weight that was written
+  to since the last one, and not by a step of a ``torch.optim`` optimizer, is checked, and pruned again if need be.
+  Where that happens before every call (other optimizers), every :data:`EVERY` times.
 - The model moves to another device: patterns are moved to the device of their weights at the next call.
 """
 
@@ -26,13 +29,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_compile.kernels import ops
+from slope_compile.kernels._versions import writing
 from slope_compile.kernels.metadata import packed_width, unpack_mask
 from slope_compile.log import log
 from slope_compile.optimizers import check_loaded_state
 from slope_compile.pattern import Pattern
 
 EVERY = 100
-"""Optimizer steps from one check of the pruned positions to the next."""
+"""Optimizer steps, or writes of others, from one check of the pruned positions to the next."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -46,9 +50,13 @@ class DenseState:
     column_mask: Tensor | None = None
     column_age: Tensor | None = None
     written: tuple[int, int] | None = None
-    """:func:`_writing` of the weight when it was last seen pruned."""
+    """:func:`~slope_compile.kernels._versions.writing` of the weight when it was last seen pruned."""
     steps: int = 0
     """Optimizer steps since the weight was pruned."""
+    stepped: tuple[int, int] | None = None
+    """The same of the weight after its last step, or at its last training call."""
+    strangers: int = 0
+    """Training calls that found the weight written to by something else than a step."""
     moves: bool = False
     """Whether something moved the pruned positions, so that they have to be cleared after each step."""
     masked: list[weakref.ref[Tensor]] = dataclasses.field(default_factory=list)
@@ -60,6 +68,21 @@ class DenseState:
             self.pattern = self.pattern.to(weight.device)
             if self.column_mask is not None:
                 self.column_mask = self.column_mask.to(weight.device)
+
+    @torch.no_grad()
+    def before_call(self, weight: Tensor, path: str) -> None:
+        """What a training function does first: the metadata follows the weight, and what was loaded is pruned."""
+        self.follow(weight)
+        if weight.is_inference():  # has no version counter
+            return
+        before, self.stepped = self.stepped, writing(weight)
+        if before is None or before == self.stepped:
+            return
+        self.strangers += 1
+        if self.strangers % EVERY == 1 and not self.fits(weight):
+            log.warning("backend 'slope' prunes %s again, in place: something was written to it", path)
+            self.prune(weight)
+            self.stepped = writing(weight)
 
     def kept(self, shape: torch.Size) -> Tensor:
         """bool, in the weight's own orientation: ``[N, K]``, or ``[K, N]`` if transposed."""
@@ -111,18 +134,13 @@ class PrunedWeight:
     @torch.no_grad()
     def before_call(self) -> None:
         """Prune the weight again if something that is not pruned was written to it."""
-        if self.state.written == _writing(self.weight):
+        if self.state.written == writing(self.weight):
             return
         # Writing only where it is needed: a backward that is still to come may have saved the weight.
         if not self.state.fits(self.weight):
             log.info("backend 'slope' prunes %s again, in place: something was written to it", self.path)
             self.weight.copy_(self.state.masked_weight(self.weight))
-        self.state.written = _writing(self.weight)
-
-
-def _writing(weight: Tensor) -> tuple[int, int]:
-    """Version and address of a weight: another one after something was written to it or put in its place."""
-    return weight._version, weight.data_ptr()
+        self.state.written = writing(self.weight)
 
 
 _states = WeakTensorKeyDictionary()
@@ -143,7 +161,7 @@ def state_of(weight: Tensor, nm: Pattern, model: nn.Module | None, path: str) ->
     if state is None and model is not None:
         before = _places.get(model, {}).get(path)
         if before is not None and before.nm == nm and before.is_for(weight):
-            moved = dataclasses.replace(before, written=None, masked=[])
+            moved = dataclasses.replace(before, written=None, stepped=None, masked=[])
             if moved.fits(weight):
                 state = moved
                 _remember(weight, state, model)
@@ -160,7 +178,8 @@ def prune(weight: Tensor, state: DenseState, model: nn.Module | None) -> None:
         state.prune(weight)
     _remember(weight, state, model)
     if not weight.is_inference():
-        state.written = _writing(weight)
+        state.written = writing(weight)
+        state.stepped = state.written
 
 
 def _remember(weight: Tensor, state: DenseState, model: nn.Module | None) -> None:
@@ -219,8 +238,10 @@ def _after_step(optimizer: Optimizer, *_: object) -> None:
     looked_at = []
     for weight, state in _pruned(optimizer):
         state.steps += 1
+        state.stepped = writing(weight)
         if state.moves:
             state.prune(weight)
+            state.stepped = writing(weight)
         elif state.steps % EVERY == 1:
             looked_at.append((weight, state))
     largest = _largest_outside(looked_at)
@@ -230,6 +251,7 @@ def _after_step(optimizer: Optimizer, *_: object) -> None:
     for weight, state in (looked_at[i] for i in moved):
         state.moves = True
         state.prune(weight)
+        state.stepped = writing(weight)
     worst = max(moved, key=lambda i: largest[i])
     log.warning(
         "backend 'slope': %s moved pruned weights of %d layers away from zero (farthest: %r, to %.3g). They are pruned "

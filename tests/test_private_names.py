@@ -45,7 +45,7 @@ PRIVATE_NAMES = {
     "from_tensor": "passes/graph kernels/_gluon",  # a fake mode's, and that of Gluon's tensor descriptors
     "_cdata": "slope_compile/_storage",
     "_parameters": "slope_compile/_module_state",
-    "_version": "slope_compile/columns slope_compile/pruned_weights kernels/dense_copies kernels/_cusparselt",
+    "_version": "kernels/_versions",
     "_orig_mod": "slope_compile/_dynamo slope_compile/rules",
     **dict.fromkeys(
         ("_dynamo_source", "_dynamo_static_input_type", "_param_name_to_source", "_backend_id"),

@@ -251,6 +251,28 @@ def test_new_data_for_inference_is_pruned() -> None:
     assert outside(model, masks) == 0
 
 
+@pytest.mark.parametrize("after_a_step", [True, False])
+def test_new_data_in_training_is_pruned(after_a_step: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A dense checkpoint that is loaded into a model in training: the first call finds it, the steps do not mind."""
+    model, other = net(), net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    run = compiled(model)
+    one_step(run, optimizer)
+    if not after_a_step:
+        run(batch())
+    masks = masks_of_pruned(model)
+    model.load_state_dict(other.state_dict())
+    assert outside(model, masks) > 0
+    caplog.clear()
+    one_step(run, optimizer)
+    assert outside(model, masks) == 0
+    assert all(f"prunes {path} again" in caplog.text for path in SPARSE)
+    caplog.clear()
+    for _ in range(2):
+        one_step(run, optimizer)
+    assert not caplog.text
+
+
 def test_metadata_goes_to_the_device_of_the_weight() -> None:
     """A Parameter that keeps its identity on the way to a GPU, with meta tensors in its place."""
     state = DenseState(
