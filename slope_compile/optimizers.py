@@ -39,9 +39,28 @@ def optimizers_with_state(weights: Sequence[Tensor]) -> list[Optimizer]:
     holders = gc.get_referrers(*weights)
     if not any(isinstance(holder, dict) and any(isinstance(key, Tensor) for key in holder) for holder in holders):
         return []
+    return [optimizer for optimizer in _live() if any(weight in optimizer.state for weight in weights)]
+
+
+def left_out(some: Sequence[Tensor], of: Sequence[Tensor]) -> tuple[list[Tensor], list[Optimizer]]:
+    """Which of ``some`` trainable parameters no live optimizer has, and the optimizers that have any ``of`` the others.
+
+    Both are empty where no optimizer can be seen: one that is no ``torch.optim.Optimizer``, or that has copies.
+    """
+    given = {id(p) for p in of}
+    having = {}
+    for optimizer in _live():
+        held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+        if held & given:
+            having[optimizer] = held
+    everything = set().union(*having.values())
+    missing = [p for p in some if p.requires_grad and id(p) not in everything]
+    return (missing, list(having)) if having else ([], [])
+
+
+def _live() -> list[Optimizer]:
     # type() rather than isinstance(), which would run __class__ of lazy proxies.
-    optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
-    return [optimizer for optimizer in optimizers if any(weight in optimizer.state for weight in weights)]
+    return [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
 
 
 @functools.cache

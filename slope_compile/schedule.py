@@ -21,6 +21,7 @@ from slope_compile.distributed import adapters_will_fail, data_parallel
 from slope_compile.errors import ConversionError, ScheduleError
 from slope_compile.graph_state import ADAPTER_A, ADAPTER_B
 from slope_compile.log import log
+from slope_compile.optimizers import left_out
 from slope_compile.parametrizations import LowRank
 from slope_compile.sparsify import add_adapters_
 
@@ -125,6 +126,8 @@ class AdapterSchedule:
         self.lr_scale = lr_scale
         self.warmup_steps = warmup_steps
         self.step_count = 0
+        self._looked = False
+        """Whether the first step has looked at what surrounds the model."""
         self._prepare(config)
         if optimizer is not None:
             _ScaledUpdates(self, optimizer)
@@ -146,11 +149,14 @@ class AdapterSchedule:
         """Count one optimizer step; call it after ``optimizer.step()``.
 
         Raises:
-            ScheduleError: the model is wrapped in a DistributedDataParallel that would fail when the adapters come on.
+            ScheduleError: at the first step: the model is wrapped in a DistributedDataParallel that would fail when the
+            adapters come on, or no optimizer has the adapters.
         """
         was = self.active
-        if not self.step_count:
+        if not self._looked:
+            self._looked = True
             self._check_wrappers()
+            self._check_optimizers()
         self.step_count += 1
         if self.active and not was:
             self._apply()
@@ -205,6 +211,21 @@ class AdapterSchedule:
                 reason = adapters_will_fail(wrapper)
                 if reason is not None:
                     raise ScheduleError(f"AdapterSchedule: {reason}")
+
+    def _check_optimizers(self) -> None:
+        """Raise at the first step where no optimizer would train the adapters once they are on."""
+        if self.start_step >= self.total_steps:
+            return
+        missing, optimizers = left_out(self.adapter_parameters(), list(self.model.parameters()))
+        if missing:
+            names = {id(p): name for name, p in self.model.named_parameters()}
+            first = names.get(id(missing[0]), "unnamed")
+            raise ScheduleError(
+                f"AdapterSchedule: {type(optimizers[0]).__name__} trains the model, but not {len(missing)} parameters "
+                f"of its adapters (first: {first!r}); make the optimizer after sparsify_ (way A: after the schedule), "
+                "or call optimizer.add_param_group({'params': schedule.adapter_parameters()}), or freeze them "
+                "(requires_grad_(False)) to leave them as they are"
+            )
 
     def adapter_parameters(self) -> list[Tensor]:
         """A and B of every adapter."""

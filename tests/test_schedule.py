@@ -316,6 +316,29 @@ def test_arguments_that_cannot_be_used(arguments: dict[str, Any], message: str) 
         slope.AdapterSchedule(prepared(), **arguments)
 
 
+@pytest.mark.parametrize("remedy", ["", "add", "freeze", "never", "another"])
+def test_an_optimizer_without_the_adapters(remedy: str) -> None:
+    """Made before ``sparsify_``, which the weights do not mind: it would never train the adapters."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    slope.sparsify_(model, CONFIG)
+    schedule = slope.AdapterSchedule(model, total_steps=4, start_step=4 if remedy == "never" else 2)
+    adapters = schedule.adapter_parameters()
+    others = [torch.optim.SGD(adapters, lr=0.1)] if remedy == "another" else []
+    if remedy == "add":
+        optimizer.add_param_group({"params": adapters})
+    if remedy == "freeze":
+        for parameter in adapters:
+            parameter.requires_grad_(False)
+    if remedy:
+        schedule.step()
+        assert schedule.step_count == 1
+        return
+    with pytest.raises(slope.ScheduleError, match=r"SGD trains the model, but not .*A'\); make the optimizer after"):
+        schedule.step()
+    assert (schedule.step_count, others) == (0, [])
+
+
 def test_models_without_adapters() -> None:
     plain = slope.SlopeConfig()
     sparse = net()
