@@ -130,6 +130,8 @@ class _Judge:
         if layer.parametrizations and not (self.adapters_stay and layer.parametrizations == [layer.low_rank]):
             names = ", ".join(type(p).__name__ for p in layer.parametrizations)
             return Reason.PARAMETRIZED, f"{names}; remove it before converting"
+        if type(weight) is Tensor:
+            return Reason.COMPUTED, "a hook makes it from other parameters (prune.remove ends torch.nn.utils.prune)"
         if type(weight) is not nn.Parameter:
             return Reason.SUBCLASS, type(weight).__name__
         if self.paths[id(layer.module)] > 1:

@@ -44,10 +44,13 @@ def is_head(path: str, N: int, vocabularies: frozenset[int], last: bool) -> bool
 
     True when its name is one of ``HEAD_NAMES``, or when it stands outside every repeated block (its path has no number
     followed by further names) and is the model's last linear or produces one feature per row of an embedding.  Inside
-    blocks the number of features is no evidence: a position table often has as many rows as the model has features.
+    blocks the number of features is no evidence (a position table often has as many rows as the model has features),
+    nor is the name "output" (RWKV's ``blocks.3.attention.output``); both together are.
     """
-    name = path.rpartition(".")[2]
-    return name in HEAD_NAMES or (not in_block(path) and (last or N in vocabularies))
+    name, per_row = path.rpartition(".")[2], N in vocabularies
+    if in_block(path):
+        return name in HEAD_NAMES and (per_row or name != "output")
+    return name in HEAD_NAMES or last or per_row
 
 
 def fits(dtype: torch.dtype, shape: tuple[int, int], settings: LayerConfig) -> tuple[Reason, str]:

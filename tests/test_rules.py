@@ -43,6 +43,8 @@ GPT2_MEDIUM = frozenset({50257, 1024})
         pytest.param("net.4", 10, NO_EMBEDDING, True, True, id="last_of_a_sequential"),
         pytest.param("layers.3.mlp.down", 64, NO_EMBEDDING, True, False, id="last_linear_of_a_backbone"),
         pytest.param("layers.3.mlp.up", 64, NO_EMBEDDING, False, False, id="ordinary"),
+        pytest.param("blocks.3.attention.output", 64, GPT2_MEDIUM, False, False, id="by_name_in_a_block"),
+        pytest.param("layers.61.shared_head.head", 50257, GPT2_MEDIUM, False, True, id="for_tokens_in_a_block"),
         pytest.param("bert.pooler.dense", 64, NO_EMBEDDING, False, False, id="bert_pooler_is_pruned"),
     ],
 )
