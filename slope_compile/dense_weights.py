@@ -30,7 +30,7 @@ from slope_compile.kernels import ops
 from slope_compile.layers import decide, linear_layers
 from slope_compile.log import log
 from slope_compile.parametrizations import choose_pattern
-from slope_compile.passes.graph import emit, give_value
+from slope_compile.passes.graph import emit, give_value, regions
 from slope_compile.passes.weights import CompressedWeight
 from slope_compile.pruned_weights import DenseState, PrunedWeight, prune, state_of
 from slope_compile.report import Decision, Reason
@@ -38,6 +38,9 @@ from slope_compile.rules import is_router, layer_path, plain_path
 
 _warned: weakref.WeakKeyDictionary[nn.Module, SlopeConfig] = weakref.WeakKeyDictionary()
 """Model -> the configuration that :func:`_warn` has warned about."""
+
+
+UNPREPARED = "its graph has weights that were made sparse beforehand, and this one was not among them"
 
 
 class DynamoWeights:
@@ -59,10 +62,14 @@ class DynamoWeights:
         self._prune: list[tuple[Tensor, DenseState, nn.Module | None]] = []
         self._models: dict[nn.Module, tuple[nn.Module, str]] = {}
         self._rulings: dict[nn.Module, dict[str, Decision]] = {}
+        self._prepared: dict[nn.Module, bool] = {}
         self._judged: list[Node] = []
         self._named: list[Node] = []
         self._settled = True
         """Whether ``sparsify_`` has decided on all that was judged."""
+        calls = (node.target for region in regions(module) for node in region.graph.nodes)
+        self._among_prepared = any(target in (ops.expand, ops.linear) for target in calls)
+        """Whether the graph has weights that ``sparsify_`` or ``transform`` made sparse."""
 
     def tensor(self, node: Node) -> Tensor | None:
         value = self.inputs.get(node)
@@ -76,12 +83,19 @@ class DynamoWeights:
     def ruling(self, node: Node) -> Decision | None:
         self._judged.append(node)
         origin = self._origin(node)
-        if origin is None or origin.root is None:
+        model = None if origin is None else origin.root
+        prepared = model is not None and self._is_prepared(model)
+        if model is not None and model not in self._rulings and (prepared or not self._among_prepared):
+            self._rulings[model] = self._decide(model)
+        if origin is not None and model in self._rulings and origin.layer in self._rulings[model]:
+            return self._rulings[model][origin.layer]
+        if prepared or self._among_prepared:
+            # Adapters of a transformed graph, what was left dense there, a teacher beside a prepared model: what
+            # becomes sparse has been chosen, and these were not.
+            return Decision(self.path(node), False, Reason.EXCLUDED, tuple(self.inputs[node].shape), detail=UNPREPARED)
+        if model is None:
             self._settled = False
-            return None
-        if origin.root not in self._rulings:
-            self._rulings[origin.root] = self._decide(origin.root)
-        return self._rulings[origin.root].get(origin.layer)
+        return None
 
     def owned(self, node: Node) -> bool:
         origin = self._origin(node)
@@ -103,9 +117,14 @@ class DynamoWeights:
         model, path = self._models[origin.root]
         return _dynamo.Origin(model, f"{path}.{origin.name}" if path else origin.name)
 
+    def _is_prepared(self, model: nn.Module) -> bool:
+        if model not in self._prepared:
+            self._prepared[model] = any(layer.sparse for layer in linear_layers(model))
+        return self._prepared[model]
+
     def _decide(self, model: nn.Module) -> dict[str, Decision]:
         decisions = [decision for _, decision in decide(model, self.config, adapters_stay=True)]
-        if any(layer.sparse for layer in linear_layers(model)):
+        if self._is_prepared(model):
             decisions = [_settled(decision) for decision in decisions]
         else:
             self._settled = False

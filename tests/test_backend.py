@@ -21,7 +21,7 @@ from masked import assert_same_gradients, masked_copy, masks_of, masks_of_prepar
 from recording import compiled, compiled_way, every_way, record
 from recording import fresh_dynamo as fresh_dynamo
 from tolerances import assert_same
-from toy import DENSE, SPARSE, gradients, loss_of, step, token_ids, toy
+from toy import DENSE, SPARSE, Toy, gradients, loss_of, step, token_ids, toy
 
 no_gradients = pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 
@@ -407,3 +407,30 @@ def test_guards_of_torch_2_11_keep_no_addresses(how: str) -> None:
         else:
             slope.explain(model, token_ids())
         assert torch._dynamo.config.use_recursive_dict_tags_for_guards == (torch.__version__ >= "2.12")
+
+
+def test_a_dense_model_beside_a_prepared_one_is_left_alone() -> None:
+    """A frozen teacher, in the graph of its student; and a matrix of the student's own that no linear layer owns."""
+
+    class Student(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, self.head.out_features))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            y: Tensor = super().forward(ids) @ self.weight.t()
+            return y
+
+    teacher, student = toy().requires_grad_(False), Student()
+    slope.sparsify_(student)
+    ids = token_ids()
+    expected = (student(ids).sum() - teacher(ids).sum()).detach()
+
+    def difference(ids: Tensor) -> Any:
+        return student(ids).sum() - teacher(ids).sum()
+
+    run = torch.compile(difference, backend="slope", options={"compiler": "eager"})
+    for _ in range(2):
+        torch.testing.assert_close(run(ids), expected)
+    assert all(bool((p != 0).all()) for name, p in teacher.named_parameters() if name.endswith("weight"))
+    assert bool((student.weight != 0).all())
