@@ -6,11 +6,13 @@ Recognised, with ``w`` a weight expression (a parameter, ``slope.expand`` of one
 2. ``x @ w.T``, ``matmul``, ``mm`` with the weight on the right, in either orientation
 3. ``addmm(b, x, w.T)`` (Hugging Face's Conv1D: ``addmm(b, x, w)`` with w ``[K, N]``), alpha = beta = 1
 4. ``einsum("...k,nk->...n", x, w)`` and the other equations that are a linear with the weight second
-5. a ``call_module`` of ``nn.Linear`` without hooks (a symbolically traced graph)
+5. ``bmm(x, w)`` with one weight for the whole batch, as decompositions of ``torch.export`` write a linear whose
+   activation is not contiguous: ``w`` is a parameter that was expanded to ``[B, K, N]``
+6. a ``call_module`` of ``nn.Linear`` without hooks (a symbolically traced graph)
 
 Products of two parameters (the ``B @ A`` of an adapter) are no linears: nothing there is an activation.  A linear whose
-spelling does not say that it is one (2. and 4.) is marked as :data:`BARE`, so that *select* can be more careful: scores
-against a table of relative positions look the same.
+spelling does not say that it is one (2., 4. and 5.) is marked as :data:`BARE`, so that *select* can be more careful:
+scores against a table of relative positions look the same.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ LINEAR = torch.ops.aten.linear.default
 _LINEARS = (torch.nn.functional.linear, LINEAR)
 _MATMULS = (torch.matmul, torch.mm, operator.matmul, torch.ops.aten.mm.default, torch.ops.aten.matmul.default)
 _ADDMMS = (torch.addmm, torch.ops.aten.addmm.default)
+_BMMS = (torch.bmm, torch.ops.aten.bmm.default)
+_BROADCASTS = (torch.ops.aten.expand.default, torch.ops.aten.view.default)
 _EINSUMS = (torch.einsum, torch.functional.einsum, torch.ops.aten.einsum.default)
 
 
@@ -75,7 +79,10 @@ class Normalize(Rewrite):
             linear = emit(region.graph, LINEAR, (x, base, bias), like=node)
         if not spelled and bias is None:
             linear.meta[BARE] = True
+        operands = node.all_input_nodes
         replace(node, linear)
+        for operand in operands:
+            _erase_broadcast(region, operand)
         erase_unused(region, weight)
         return 1
 
@@ -147,6 +154,8 @@ def _function_call(node: Node) -> Found | None:
             return None
     elif node.target in _EINSUMS and not node.kwargs:
         return _einsum(node)
+    elif node.target in _BMMS and len(node.args) == 2 and not node.kwargs:
+        return _bmm(node)
     else:
         return None
     if not (isinstance(x, Node) and isinstance(weight, Node) and (bias is None or isinstance(bias, Node))):
@@ -200,3 +209,25 @@ def _einsum(node: Node) -> Found | None:
     if not (isinstance(x, Node) and isinstance(weight, Node)):
         return None
     return x, weight, second[0] == k, None
+
+
+def _bmm(node: Node) -> Found | None:
+    x, batched = node.args
+    if not (isinstance(x, Node) and isinstance(batched, Node)):
+        return None
+    weight = batched
+    while weight.op == "call_function" and weight.target in _BROADCASTS and isinstance(weight.args[0], Node):
+        weight = weight.args[0]
+    one, many = value(weight), value(batched)
+    if not (isinstance(one, torch.Tensor) and isinstance(many, torch.Tensor)) or weight is batched:
+        return None
+    return (x, weight, True, None) if one.dim() == 2 and one.shape == many.shape[1:] else None
+
+
+def _erase_broadcast(region: Region, node: Node) -> None:
+    """Erase what expanded a weight, so that it does not count as another reader of it."""
+    while node.op == "call_function" and node.target in _BROADCASTS and not node.users:
+        source = node.args[0]
+        region.graph.erase_node(node)
+        assert isinstance(source, Node)
+        node = source

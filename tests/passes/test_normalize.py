@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.fx import GraphModule, Node, symbolic_trace
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from graphs import Parameters, attribute_graph, checked_run, context, dynamo_graph, nodes, rows
+from graphs import Parameters, attribute_graph, checked_run, context, dynamo_graph, exported, nodes, rows
 from recording import DENSE_PRODUCTS, targets
 from slope_compile.config import SlopeConfig
 from slope_compile.dense_weights import DynamoWeights
@@ -21,6 +22,7 @@ from slope_compile.options import EXPORT_FUSIONS
 from slope_compile.passes.context import Context
 from slope_compile.passes.graph import is_transpose
 from slope_compile.passes.normalize import LINEAR, Normalize
+from slope_compile.passes.select import Select
 from slope_compile.report import Reason
 
 N, K = 16, 8
@@ -353,3 +355,38 @@ def test_product_of_parameters_is_no_linear(source: str) -> None:
     linears = nodes(graph_module, LINEAR)
     assert len(linears) == 1
     assert "weight" not in str(linears[0].args[0])
+
+
+class Strided(nn.Module):
+    """Decompositions make a batched product of a linear whose activation is not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(K, N), nn.Linear(N, K)
+        self.other = nn.Parameter(torch.randn(3, K, N))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x.transpose(0, 1))) + torch.bmm(x, self.other).mean()
+        return y
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_decomposed_linear_of_a_strided_activation(dynamic: bool) -> None:
+    module, x = Strided(), torch.randn(3, 5, K)
+    shapes: Any = ({1: Dim("tokens")},) if dynamic else None
+    program = exported(module, x, dynamic_shapes=shapes).run_decompositions()
+    graph_module = program.module()
+    assert isinstance(graph_module, GraphModule)
+    assert nodes(graph_module, torch.ops.aten.bmm.default), "or this test shows nothing"
+    within = context(graph_module)
+    Normalize(within)(graph_module)
+    Select(within)(graph_module)
+    linears = nodes(graph_module, LINEAR)
+    assert len(linears) == 2
+    assert [str(n.args[1]) for n in nodes(graph_module, torch.ops.aten.bmm.default)] == ["other"]
+    reasons = {d.weight: d.reason for d in within.report}
+    assert reasons == {"first": Reason.SELECTED, "second": Reason.SELECTED, "other": Reason.EXPERTS}
+    graph_module.recompile()
+    for tokens in (5, 7 if dynamic else 5):
+        x = torch.randn(3, tokens, K)
+        torch.testing.assert_close(graph_module(x), module(x))
