@@ -70,7 +70,8 @@ class SparseWeight(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            self._check()
+            if not inside_transform():  # tensors there have no memory of their own
+                self._check()
             if self.place is not None:  # in this order: no guard on the place
                 in_python(self.place)
         if inside_transform():

@@ -68,6 +68,14 @@ def schedule(**arguments: Any) -> slope.AdapterSchedule:
     return slope.AdapterSchedule(given.pop("model"), **given)
 
 
+def optimizer_without_adapters() -> None:
+    model = blocks()
+    optimizer = torch.optim.SGD(model.parameters())
+    slope.sparsify_(model, slope.SlopeConfig(adapter_rank=2))
+    schedule(model=model).step()
+    del optimizer
+
+
 def graph() -> Any:
     return attribute_graph(blocks(), torch.randn(2, 8))
 
@@ -217,6 +225,7 @@ ERROR_CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "start_after_the_end": (lambda: schedule(start_step=11), "start_step total_steps 10 11"),
     "lr_scale": (lambda: schedule(lr_scale=0.0), "lr_scale positive 0.0"),
     "no_optimizer": (lambda: schedule(lr_scale=2.0), "lr_scale optimizer="),
+    "optimizer_first": (optimizer_without_adapters, "AdapterSchedule SGD .A sparsify_ add_param_group"),
     "unused_adapters": (wrapped_adapters, "DistributedDataParallel find_unused_parameters=True"),
     "state": (wrong_state, "total_steps AdapterSchedule"),
     "config_twice": (lambda: schedule(config=CONFIG), "config leave"),
