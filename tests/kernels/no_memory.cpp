@@ -1,19 +1,10 @@
 // Calls of the kernels whose threads get no memory.  Linked with -Wl,--wrap=aligned_alloc; run under ThreadSanitizer.
 #include <cstdio>
 
+#include "cpu_abi.h"
 #include "fuzz_cpu.h"
 
 extern "C" {
-void slope_cpu_set_parallel(void* torch_parallel_for);
-int slope_cpu_forward(int dtype, int threads, const void* x, int64_t x_stride_m, int64_t x_stride_k, const void* values,
-                      const uint8_t* pattern, const void* bias, const void* down, const void* up, int64_t R, void* y,
-                      int64_t M, int64_t N, int64_t K);
-int slope_cpu_grad_input(int dtype, int threads, const void* grad, int64_t g_stride_m, int64_t g_stride_n,
-                         const void* values, const uint8_t* pattern, const uint8_t* column_mask, void* dx, int64_t M,
-                         int64_t N, int64_t K);
-int slope_cpu_grad_weight(int dtype, int threads, const void* grad, int64_t g_stride_m, int64_t g_stride_n,
-                          const void* x, int64_t x_stride_m, int64_t x_stride_k, const uint8_t* pattern, void* dv,
-                          int accumulate, int64_t M, int64_t N, int64_t K);
 void* __real_aligned_alloc(size_t alignment, size_t size);
 
 // Only the calling thread has memory: the others meet their first allocation in every call.
