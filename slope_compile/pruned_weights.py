@@ -54,7 +54,7 @@ class DenseState:
     steps: int = 0
     """Optimizer steps since the weight was pruned."""
     stepped: tuple[int, int] | None = None
-    """The same of the weight after its last step, or at its last training call."""
+    """The same of the weight after its last step or pruning, or at its last training call."""
     strangers: int = 0
     """Training calls that found the weight written to by something else than a step."""
     moves: bool = False
@@ -82,7 +82,6 @@ class DenseState:
         if self.strangers % EVERY == 1 and not self.fits(weight):
             log.warning("backend 'slope' prunes %s again, in place: something was written to it", path)
             self.prune(weight)
-            self.stepped = writing(weight)
 
     def kept(self, shape: torch.Size) -> Tensor:
         """bool, in the weight's own orientation: ``[N, K]``, or ``[K, N]`` if transposed."""
@@ -116,6 +115,8 @@ class DenseState:
         weight.copy_(self.masked_weight(weight))
         if weight.grad is not None and weight.grad.layout == torch.strided:
             weight.grad.masked_fill_(~self.kept(weight.shape), 0)
+        if not weight.is_inference():  # has no version counter
+            self.stepped = writing(weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +178,7 @@ def prune(weight: Tensor, state: DenseState, model: nn.Module | None) -> None:
     with torch.inference_mode(weight.is_inference()):
         state.prune(weight)
     _remember(weight, state, model)
-    if not weight.is_inference():
-        state.written = writing(weight)
-        state.stepped = state.written
+    state.written = state.stepped
 
 
 def _remember(weight: Tensor, state: DenseState, model: nn.Module | None) -> None:
@@ -241,7 +240,6 @@ def _after_step(optimizer: Optimizer, *_: object) -> None:
         state.stepped = writing(weight)
         if state.moves:
             state.prune(weight)
-            state.stepped = writing(weight)
         elif state.steps % EVERY == 1:
             looked_at.append((weight, state))
     largest = _largest_outside(looked_at)
@@ -251,7 +249,6 @@ def _after_step(optimizer: Optimizer, *_: object) -> None:
     for weight, state in (looked_at[i] for i in moved):
         state.moves = True
         state.prune(weight)
-        state.stepped = writing(weight)
     worst = max(moved, key=lambda i: largest[i])
     log.warning(
         "backend 'slope': %s moved pruned weights of %d layers away from zero (farthest: %r, to %.3g). They are pruned "

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from prepared import SPARSE, Net, assert_equals_masked_dense, keep_mask, masked_weights, net, sparse_layers
 from problems import draw_mask, kept, packed
@@ -165,19 +164,6 @@ def test_a_corrupt_pattern_is_refused_before_it_is_used(damage: Callable[[Tensor
     with pytest.raises(PatternError, match=r"blocks\.1\.down.* do not keep exactly 2 of 4"):
         model.load_state_dict(state)
     assert torch.equal(sparse_of(model, "blocks.1.down").pattern, before)
-
-
-def test_averaged_buffers_are_refused() -> None:
-    """Averages of bits are other bits; parameters alone are to be averaged."""
-    model, x = prepared(), batch()
-    right = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    wrong = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    for _ in range(2):
-        right.update_parameters(model)
-        wrong.update_parameters(model)
-    torch.testing.assert_close(right(x), model(x))
-    with pytest.raises(PatternError, match=r"blocks\.\d\.\w+: \d+ of .* do not keep exactly 2 of 4"):
-        wrong(x)
 
 
 def test_missing_patterns_are_torchs_own_strict_error() -> None:
