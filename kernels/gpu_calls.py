@@ -38,8 +38,12 @@ from slope_compile.kernels import (
     reference,
     triton_products,
 )
+from slope_compile.kernels._replays import Operands, Replays
 from slope_compile.kernels.gluon_configs import MmaSp, WgmmaSp
 from slope_compile.kernels.self_tests import trusted
+
+REPLAYED = frozenset(("triton", "few", "mma_sp", "wgmma_sp"))
+"""The ways that launch kernels of this package only."""
 
 
 def can(
@@ -143,7 +147,7 @@ def linear(
     tile: str = "",
 ) -> Tensor:
     """``out [M, N] = X W^T + bias``."""
-    return _linear(x, values, pattern, bias, None, out, way, tile)
+    return _call(_linear, (x, values, pattern, bias, None, None, out), way, tile)
 
 
 def linear_low_rank(
@@ -159,40 +163,12 @@ def linear_low_rank(
     tile: str = "",
 ) -> Tensor:
     """``out [M, N] = X W^T + bias + down up^T``, down ``[M, R]``, up ``[N, R]``."""
-    return _linear(x, values, pattern, bias, (down, up), out, way, tile)
-
-
-def _linear(
-    x: Tensor,
-    values: Tensor,
-    pattern: Tensor,
-    bias: Tensor | None,
-    low_rank: tuple[Tensor, Tensor] | None,
-    out: Tensor,
-    way: str | None,
-    tile: str,
-) -> Tensor:
-    branch = low_rank or (None, None)
-    fits = operands.forward_fits(x, values, pattern, bias, *branch)
-    if not gpu_ops.usable(2, 4, x, values, pattern, bias, *branch) or not fits:
-        return out.copy_(reference.forward(x, values, pattern, bias, 2, 4, *branch))
-    N, K = values.shape[0], values.shape[1] * 2
-    way = way or _way("forward", x, N, K, 0 if low_rank is None else low_rank[1].shape[1])
-    if way == "triton":
-        return triton_products.forward(x, values, pattern, bias, low_rank, out=out)
-    if way == "expanded":
-        return _dense(x, triton_products.expand(values, pattern).t(), bias, out, low_rank)
-    return _sparse_operand(way, x, values, pattern, bias, out, low_rank, tile)
+    return _call(_linear, (x, values, pattern, bias, down, up, out), way, tile)
 
 
 def grad_input(grad: Tensor, values: Tensor, pattern: Tensor, *, out: Tensor, way: str | None = None) -> Tensor:
     """``out [M, K] = dY W``, exact.  Its sum runs along N and the pattern along K: no way on sparse tensor cores."""
-    if not gpu_ops.usable(2, 4, grad, values, pattern) or not operands.grad_input_fits(grad, values, pattern):
-        return out.copy_(reference.grad_input(grad, values, pattern, 2, 4))
-    way = way or _way("grad_input", grad, values.shape[0], values.shape[1] * 2)
-    if way == "triton":
-        return triton_products.grad_input(grad, values, pattern, out=out)
-    return _dense(grad, triton_products.expand(values, pattern), None, out)
+    return _call(_grad_input, (grad, values, pattern, out), way)
 
 
 def grad_input_columns(
@@ -206,10 +182,71 @@ def grad_input_columns(
     tile: str = "",
 ) -> Tensor:
     """``out [M, K] = dY W^{R,C}``, double-pruned."""
+    return _call(_grad_input_columns, (grad, values, pattern, column_mask, out), way, tile)
+
+
+def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, *, out: Tensor, way: str | None = None) -> Tensor:
+    """``out [N, K / 2]``: ``dY^T X`` at the kept positions."""
+    return _call(_grad_weight, (grad, x, pattern, out), way)
+
+
+_replays = Replays()
+"""Calls of all models: what is recorded depends on nothing but the kinds of their operands."""
+
+
+def _call(product: Callable[..., Tensor], operands: Operands, way: str | None, *tile: str) -> Tensor:
+    """By a way that is named, calls of the kernels are replayed; the ways of libraries are no launches of ours."""
+    out = operands[-1]
+    if way in REPLAYED and out is not None and out.is_cuda and out.dtype in gluon_products.DTYPES:
+        return _replays.call(product, operands, way, *tile)
+    return product(*operands, way, *tile)
+
+
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    out: Tensor,
+    way: str | None,
+    tile: str,
+) -> Tensor:
+    fits = operands.forward_fits(x, values, pattern, bias, down, up)
+    if not gpu_ops.usable(2, 4, x, values, pattern, bias, down, up) or not fits:
+        return out.copy_(reference.forward(x, values, pattern, bias, 2, 4, down, up))
+    low_rank = None if down is None or up is None else (down, up)
+    if way is None:
+        way = _way("forward", x, values.shape[0], values.shape[1] * 2, 0 if up is None else up.shape[1])
+        return _call(_linear, (x, values, pattern, bias, down, up, out), way, tile)
+    if way == "triton":
+        return triton_products.forward(x, values, pattern, bias, low_rank, out=out)
+    if way == "expanded":
+        return _dense(x, triton_products.expand(values, pattern).t(), bias, out, low_rank)
+    return _sparse_operand(way, x, values, pattern, bias, out, low_rank, tile)
+
+
+def _grad_input(grad: Tensor, values: Tensor, pattern: Tensor, out: Tensor, way: str | None) -> Tensor:
+    if not gpu_ops.usable(2, 4, grad, values, pattern) or not operands.grad_input_fits(grad, values, pattern):
+        return out.copy_(reference.grad_input(grad, values, pattern, 2, 4))
+    if way is None:
+        way = _way("grad_input", grad, values.shape[0], values.shape[1] * 2)
+        return _call(_grad_input, (grad, values, pattern, out), way)
+    if way == "triton":
+        return triton_products.grad_input(grad, values, pattern, out=out)
+    return _dense(grad, triton_products.expand(values, pattern), None, out)
+
+
+def _grad_input_columns(
+    grad: Tensor, values: Tensor, pattern: Tensor, column_mask: Tensor, out: Tensor, way: str | None, tile: str
+) -> Tensor:
     fits = operands.grad_input_fits(grad, values, pattern, column_mask)
     if not gpu_ops.usable(2, 4, grad, values, pattern, column_mask) or not fits:
         return out.copy_(reference.grad_input_columns(grad, values, pattern, column_mask, 2, 4))
-    way = way or _way("grad_input_columns", grad, values.shape[0], values.shape[1] * 2)
+    if way is None:
+        way = _way("grad_input_columns", grad, values.shape[0], values.shape[1] * 2)
+        return _call(_grad_input_columns, (grad, values, pattern, column_mask, out), way, tile)
     if way == "triton":
         return triton_products.grad_input(grad, values, pattern, column_mask, out=out)
     if way == "expanded" or values.shape[0] % 4:  # groups of four rows need N in fours
@@ -218,11 +255,11 @@ def grad_input_columns(
     return _sparse_operand(way, grad, column_values, column_pattern, None, out, tile=tile)
 
 
-def grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, *, out: Tensor, way: str | None = None) -> Tensor:
-    """``out [N, K / 2]``: ``dY^T X`` at the kept positions."""
+def _grad_weight(grad: Tensor, x: Tensor, pattern: Tensor, out: Tensor, way: str | None) -> Tensor:
     if not gpu_ops.usable(2, 4, grad, x, pattern) or not operands.grad_weight_fits(grad, x, pattern):
         return out.copy_(reference.grad_weight(grad, x, pattern, 2, 4))
-    way = way or _way("grad_weight", x, grad.shape[1], x.shape[1])
+    if way is None:
+        return _call(_grad_weight, (grad, x, pattern, out), _way("grad_weight", x, grad.shape[1], x.shape[1]))
     if way == "triton":
         return triton_products.grad_weight(grad, x, pattern, out=out)
     return triton_products.compress(grad.t() @ x, pattern, out=out)

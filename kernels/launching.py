@@ -12,9 +12,11 @@ for kernels in tests.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,6 +25,40 @@ from torch import Tensor
 
 MOST = 4096
 """The most kinds of launches that a kernel remembers; token counts that never repeat must not fill the memory."""
+
+
+Grid = tuple[int, int, int]
+Watch = Callable[[Any, Grid, tuple[Any, ...]], None]
+"""Called after a launch with the compiled kernel, the grid, and all arguments; with None for a kernel if the launch
+cannot be repeated."""
+
+
+class _Watching(threading.local):
+    by: Watch | None = None
+
+
+_watching = _Watching()
+
+
+def watched() -> bool:
+    """Whether the launches of this thread are watched."""
+    return _watching.by is not None
+
+
+@contextlib.contextmanager
+def watch(by: Watch) -> Iterator[None]:
+    """Watch the launches of this thread."""
+    _watching.by = by
+    try:
+        yield
+    finally:
+        _watching.by = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    kernel: Any
+    constants: tuple[Any, ...]
 
 
 class Kernels:
@@ -45,7 +81,7 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.warmup = kernel.warmup
-        self._known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+        self._known: dict[tuple[Any, ...], _Compiled] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return functools.partial(self._launch, grid, None)
@@ -64,20 +100,30 @@ class Launcher:
             arguments: in the order of the kernel's parameters, constants apart: tensors, numbers, descriptors of tiles.
             options: the constants, which are the last parameters, and Triton's options.
         """
+        blocks: Grid = (*grid, 1, 1)[:3]  # type: ignore[assignment]  # of one to three numbers
         key = (_device(arguments), *map(_kind, arguments), *options.items())
         known = self._known.get(key)
         if known is not None:
-            compiled, constants = known
-            compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
-            return
-        if check is not None:
-            check()
-        compiled = self.kernel[grid](*arguments, **options)
-        if key[0] is not None and hasattr(compiled, "packed_metadata"):
-            if len(self._known) >= MOST:
-                self._known.clear()
-            left = self.kernel.params[len(arguments) :]
-            self._known[key] = compiled, tuple(options.get(p.name, p.default) for p in left)
+            known.kernel[blocks](*arguments, *known.constants)
+        else:
+            if check is not None:
+                check()
+            known = self._found(key, self.kernel[grid](*arguments, **options), options, len(arguments))
+        if _watching.by is not None:
+            if known is None:
+                _watching.by(None, blocks, ())
+            else:
+                _watching.by(known.kernel, blocks, (*arguments, *known.constants))
+
+    def _found(self, key: tuple[Any, ...], kernel: Any, options: dict[str, Any], given: int) -> _Compiled | None:
+        """Remember what Triton launched, if it can be launched again without Triton."""
+        if key[0] is None or not hasattr(kernel, "packed_metadata"):
+            return None
+        if len(self._known) >= MOST:
+            self._known.clear()
+        constants = tuple(options.get(p.name, p.default) for p in self.kernel.params[given:])
+        found = self._known[key] = _Compiled(kernel, constants)
+        return found
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:

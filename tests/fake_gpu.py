@@ -1,8 +1,9 @@
 """A fake GPU for the host side of Triton: kernels are compiled for sm_90, and launches are only recorded.
 
 ``python tests/fake_gpu.py`` launches each kind of kernel on CPU tensors twice and prints both launches: the first
-goes through Triton, the second through the cache of :class:`Launcher`.  It runs in its own process, because Triton has
-one driver per process.
+goes through Triton, the second through the cache of :class:`Launcher`.  Likewise it prints what products launch when
+they are called and when they are replayed, with other operands.  It runs in its own process, because Triton has one
+driver per process.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from slope_compile.kernels import few_tokens, gluon_configs, gluon_products, launching, triton_products
+from slope_compile.kernels import (
+    few_tokens,
+    gluon_configs,
+    gluon_products,
+    gpu_calls,
+    gpu_ops,
+    launching,
+    triton_products,
+)
+from slope_compile.kernels._replays import Replays
 
 LAUNCHED: list[list[str]] = []
 
@@ -60,11 +70,16 @@ class _Driver:
         return torch.device("cpu")
 
 
+_NAMES: dict[int, str] = {}
+"""Address -> name of an operand or of scratch memory; without names, a tensor is printed with its address."""
+
+
 def _text(argument: Any) -> str:
     if isinstance(argument, Tensor):
-        return f"{argument.dtype} at {argument.data_ptr()}"
+        address = argument.data_ptr()
+        return _NAMES.setdefault(address, f"scratch {len(_NAMES)}") if _NAMES else f"{argument.dtype} at {address}"
     if hasattr(argument, "block_shape"):
-        return f"tiles {list(argument.block_shape)} of {list(argument.shape)} at {argument.base.data_ptr()}"
+        return f"tiles {list(argument.block_shape)} of {list(argument.shape)} at {_text(argument.base)}"
     return repr(argument) if isinstance(argument, int | tuple) or argument is None else type(argument).__name__
 
 
@@ -84,9 +99,43 @@ def calls(M: int, N: int, K: int) -> dict[str, Callable[[], object]]:
     }
 
 
+def products(M: int, N: int, K: int, R: int) -> dict[str, Callable[[Replays], object]]:
+    """Products as compiled code calls them, each call with new operands."""
+
+    def called(product: Callable[..., Tensor], *settings: str, **sizes: tuple[int, ...]) -> Callable[[Replays], object]:
+        def call(replays: Replays) -> object:
+            bits = ("pattern", "column_mask")
+            given = {n: torch.zeros(s, dtype=torch.uint8 if n in bits else torch.half) for n, s in sizes.items() if s}
+            _NAMES.clear()
+            _NAMES.update({tensor.data_ptr(): name for name, tensor in given.items()})
+            return replays.call(product, tuple(given.get(name) for name in sizes), *settings)
+
+        return call
+
+    x, grad, weight = (M, K), (M, N), {"values": (N, K // 2), "pattern": (N, K // 8)}
+    made: dict[str, Callable[[Replays], object]] = {}
+    for way, rank in (("triton", R), ("few", 0), ("mma_sp", R), ("mma_sp", 0), ("wgmma_sp", R), ("wgmma_sp", 0)):
+        low_rank: dict[str, tuple[int, ...]] = {"down": (M, rank), "up": (N, rank)} if rank else {"down": (), "up": ()}
+        made[f"linear {way} {rank}"] = called(
+            gpu_calls._linear, way, "", x=x, **weight, bias=(N,), **low_rank, out=grad
+        )
+        if way != "few" and rank:
+            made[f"grad_input_columns {way}"] = called(
+                gpu_calls._grad_input_columns, way, "", grad=grad, **weight, column_mask=(N, K // 16), out=x
+            )
+    made["grad_input triton"] = called(gpu_calls._grad_input, "triton", grad=grad, **weight, out=x)
+    made["grad_weight triton"] = called(
+        gpu_calls._grad_weight, "triton", grad=grad, x=x, pattern=weight["pattern"], out=weight["values"]
+    )
+    return made
+
+
 def main() -> None:
     triton.runtime.driver.set_active(_Driver())
     launching._device = lambda arguments: 0
+    gluon_products.processors = lambda device: 132  # type: ignore[assignment]
+    for module, name in ((gpu_ops, "available"), (gpu_ops, "trusted"), (gpu_calls, "can")):
+        setattr(module, name, lambda *_: True)
     report: dict[str, list[list[list[str]]]] = {}
     # Sizes that differ in what Triton compiles in.
     for name, call in (calls(1, 64, 128) | calls(40, 72, 144)).items():
@@ -95,6 +144,15 @@ def main() -> None:
             LAUNCHED.clear()
             call()
             report[name].append(list(LAUNCHED))
+    split = {name: call for name, call in products(1, 64, 8192, 0).items() if name == "linear mma_sp 0"}
+    for name, product in (products(8, 256, 512, 16) | {f"{name} split": call for name, call in split.items()}).items():
+        replays = Replays()
+        report[f"replayed {name}"] = []
+        for _ in range(2):
+            LAUNCHED.clear()
+            product(replays)
+            report[f"replayed {name}"].append(list(LAUNCHED))
+        assert [type(known).__name__ for known in replays._known.values()] == ["_Calls"], name
     json.dump(report, sys.stdout)
 
 

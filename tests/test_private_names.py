@@ -26,6 +26,7 @@ PRIVATE_MODULES = {
     "torch._subclasses": "slope_compile/_dynamo",
     "torch.fx._lazy_graph_module": "slope_compile/_dynamo",
     "torch.fx.experimental": "passes/_hidden_linears passes/_symbols",
+    "torch.utils._python_dispatch": "kernels/_replays",
 }
 """Private module of torch -> the files that may use it.  A new torch can break these alone."""
 

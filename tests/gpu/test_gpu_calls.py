@@ -192,6 +192,26 @@ def test_nothing_is_read_back_and_nothing_stays(way: str, op: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_op
+@pytest.mark.parametrize("way", sorted(gpu_calls.REPLAYED))
+def test_replayed_calls(way: str, op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other operands of the same kind; a call that is replayed looks at nothing again."""
+    M, N, groups = (4, 64, 96) if op == "forward" else (48, 64, 24)  # few tokens share the sum
+    cases = [Case(op, draw(TWO_FOUR, Shape((M,), N, groups), dtype)) for _ in range(5)]
+    cases[0].skip_unless(way)
+    for case in cases[:3]:
+        case.check(way)
+
+    def looked_again(*_: object) -> bool:
+        raise AssertionError("the call is not replayed")
+
+    monkeypatch.setattr(gpu_ops, "usable", looked_again)
+    for case in cases[3:]:
+        case.check(way)
+
+
+@pytest.mark.gpu
 @every_op
 @every_way
 def test_a_cuda_graph_holds_it(way: str, op: str) -> None:

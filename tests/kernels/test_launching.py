@@ -27,9 +27,9 @@ def test_what_is_launched_again_is_what_triton_launches() -> None:
         command, capture_output=True, text=True, timeout=600, check=True, env=os.environ | {"PYTHONPATH": found}
     )
     report = json.loads(done.stdout)
-    assert len(report) == 12
+    assert len(report) == 12 + 12
     for name, (first, again) in report.items():
-        assert len(first) == 1, name
+        assert len(first) == 1 + ("columns mma" in name or "columns wgmma" in name or "split" in name), name
         assert first == again, name
     launched = {name: first[0] for name, (first, _) in report.items()}
     assert launched["forward 1"] != launched["forward 40"]
