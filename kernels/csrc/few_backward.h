@@ -239,22 +239,54 @@ int grad_input_few(int threads, Matrix<T> a, const T* values, const uint8_t* pat
   return 0;
 }
 
-// The kept ones of some neighbouring activations, in order.
+// Some neighbouring columns of a row of W: picks the kept ones of their activations.  A sum of what it picks for several
+// tokens is put in order once, at the end.
 #if defined(__AVX512F__)
 constexpr int OUTER_STEP = 32;
-inline Vec kept_of_step(const float* x, const uint8_t* p) {
+struct KeptOfStep {
   uint32_t bits;
-  std::memcpy(&bits, p, sizeof bits);
-  const __m512 low = _mm512_mask_compress_ps(_mm512_castsi512_ps(fresh_zero()), __mmask16(bits), _mm512_loadu_ps(x));
-  const __m512 zero = _mm512_castsi512_ps(fresh_zero());
-  const __m512 high = _mm512_mask_compress_ps(zero, __mmask16(bits >> 16), _mm512_loadu_ps(x + 16));
-  return (Vec)_mm512_insertf32x8(low, _mm512_castps512_ps256(high), 1);
-}
+  explicit KeptOfStep(const uint8_t* p) { std::memcpy(&bits, p, sizeof bits); }
+  Vec operator()(const float* x) const {
+    const __m512 low = _mm512_mask_compress_ps(_mm512_castsi512_ps(fresh_zero()), __mmask16(bits), _mm512_loadu_ps(x));
+    const __m512 zero = _mm512_castsi512_ps(fresh_zero());
+    const __m512 high = _mm512_mask_compress_ps(zero, __mmask16(bits >> 16), _mm512_loadu_ps(x + 16));
+    return (Vec)_mm512_insertf32x8(low, _mm512_castps512_ps256(high), 1);
+  }
+  static Vec in_order(Vec sums) { return sums; }
+};
+#elif defined(__AVX2__)
+constexpr int OUTER_STEP = 16;
+// The two kept columns of each nibble of a byte, twice.
+alignas(32) inline constexpr std::array<std::array<uint32_t, 8>, 256> KEPT_TWICE = [] {
+  std::array<std::array<uint32_t, 8>, 256> at{};
+  for (int byte = 0; byte < 256; byte++)
+    for (int i = 0; i < 8; i++) at[byte][i] = tables.kept[byte >> 4 * (i / 4) & 15][i % 2];
+  return at;
+}();
+
+// Four groups of four columns.  A permutation within 128 bits is a fraction of one across them: of each group the kept
+// pair goes to both halves of its 128 bits, and the halves are taken in turn from the first and the last eight columns.
+struct KeptOfStep {
+  __m256i first, last;
+  explicit KeptOfStep(const uint8_t* p)
+      : first(_mm256_load_si256((const __m256i*)KEPT_TWICE[p[0]].data())),
+        last(_mm256_load_si256((const __m256i*)KEPT_TWICE[p[1]].data())) {}
+  Vec8 operator()(const float* x) const {  // groups 0, 2, 1, 3
+    const __m256 low = _mm256_permutevar_ps(_mm256_loadu_ps(x), first);
+    return (Vec8)_mm256_blend_ps(low, _mm256_permutevar_ps(_mm256_loadu_ps(x + 8), last), 0xCC);
+  }
+  static Vec8 in_order(Vec8 sums) { return (Vec8)_mm256_permute4x64_pd((__m256d)sums, 0xD8); }
+};
 #else
 constexpr int OUTER_STEP = 16;
-inline Vec8 kept_of_step(const float* x, const uint8_t* p) {
-  return SLOPE_SHUFFLE(gather8(load8(x), p[0]), gather8(load8(x + 8), p[1]), 0, 1, 2, 3, 8, 9, 10, 11);
-}
+struct KeptOfStep {
+  const uint8_t* p;
+  explicit KeptOfStep(const uint8_t* p) : p(p) {}
+  Vec8 operator()(const float* x) const {
+    return SLOPE_SHUFFLE(gather8(load8(x), p[0]), gather8(load8(x + 8), p[1]), 0, 1, 2, 3, 8, 9, 10, 11);
+  }
+  static Vec8 in_order(Vec8 sums) { return sums; }
+};
 #endif
 
 // One row of dV: sums over M rows of x [M, K] at the kept positions, times g[m * N].
@@ -264,9 +296,11 @@ inline void outer_row(T* to, const float* g, int64_t N, const float* x, const ui
   for (int m = 0; m < M; m++) factors[m] = g[m * N];
   int64_t k = 0;
   for (; k + OUTER_STEP <= K; k += OUTER_STEP) {
-    auto s = kept_of_step(x + k, p + k / 8) * factors[0];
+    const KeptOfStep kept(p + k / 8);
+    auto s = kept(x + k) * factors[0];
 #pragma GCC unroll 8
-    for (int m = 1; m < M; m++) s += kept_of_step(x + m * K + k, p + k / 8) * factors[m];
+    for (int m = 1; m < M; m++) s += kept(x + m * K + k) * factors[m];
+    s = KeptOfStep::in_order(s);
     Vec8 parts[OUTER_STEP / 16];
     static_assert(sizeof parts == sizeof s);
     std::memcpy(parts, &s, sizeof s);
