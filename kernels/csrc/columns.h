@@ -123,7 +123,7 @@ void expand(int threads, const U* values, const uint8_t* pattern, const uint8_t*
         if (8 * j + 8 <= K) {
           if constexpr (sizeof(U) == 4)
             store8(reinterpret_cast<float*>(to),
-                   expand8(keep4(load_values(reinterpret_cast<const float*>(v)), also), byte));
+                   expand_from(reinterpret_cast<const float*>(v), byte, also));
           else
             expand_byte(to, v, byte, 4, also);
         } else {

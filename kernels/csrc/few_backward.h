@@ -83,10 +83,10 @@ inline void expand_tile(float* w, const T* values, const uint8_t* pattern, const
 #endif
     if (k0 + STRETCH <= K) {
       for (int c = 0; c < STRETCH; c += 16) {
-        const uint8_t kept = also != nullptr ? also[c / 16] : 255;
-        const Vec4 low = load_values(v + c / 2), high = load_values(v + c / 2 + 4);
-        store8(w + c, expand8(also != nullptr ? keep4(low, kept & 15) : low, p[c / 8]));
-        store8(w + c + 8, expand8(also != nullptr ? keep4(high, kept >> 4) : high, p[c / 8 + 1]));
+        const T *low = v + c / 2, *high = low + 4;
+        const uint8_t first = p[c / 8], last = p[c / 8 + 1], kept = also != nullptr ? also[c / 16] : 255;
+        store8(w + c, also != nullptr ? expand_from(low, first, kept & 15) : expand_from(low, first));
+        store8(w + c + 8, also != nullptr ? expand_from(high, last, kept >> 4) : expand_from(high, last));
       }
       continue;
     }
@@ -144,22 +144,26 @@ inline void add_rows_directly(float* sums, int64_t stride, const float* g, const
     for (int m = 0; m < M; m++) factors[m][r] = g[m * N + n0 + r];
   }
   // Eight columns from k on; `half` of a byte of the mask.
-  auto add = [&](int64_t k, int half, auto load) {
+  auto add = [&](int64_t k, int half, auto whole) {
     Vec8 s[M];
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++) s[m] = load8(sums + m * stride + k);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      Vec4 four = load(v[r] + k / 2);
-      if (MASKED) four = keep4(four, also[r][k / 16] >> 4 * half & 15);
-      const Vec8 row = expand8(four, p[r][k / 8]);
+      const T* from = v[r] + k / 2;
+      const uint8_t byte = p[r][k / 8], kept = MASKED ? also[r][k / 16] >> 4 * half & 15 : 15;
+      Vec8 row;
+      if constexpr (!whole)
+        row = expand8(keep4(load_values(from, 2), kept), byte);
+      else
+        row = MASKED ? expand_from(from, byte, kept) : expand_from(from, byte);
 #pragma GCC unroll 4
       for (int m = 0; m < M; m++) s[m] += row * factors[m][r];
     }
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++) store8(sums + m * stride + k, s[m]);
   };
-  auto add_whole = [&](int64_t k, int half) { add(k, half, [](const T* from) { return load_values(from); }); };
+  auto add_whole = [&](int64_t k, int half) { add(k, half, std::true_type()); };
   const int64_t end = std::min(K, k1);
   int64_t k = k0;  // a multiple of STRETCH
   for (; k + STRETCH <= end; k += STRETCH) {
@@ -172,7 +176,7 @@ inline void add_rows_directly(float* sums, int64_t stride, const float* g, const
     }
   }
   for (; k + 8 <= end; k += 8) add_whole(k, k / 8 % 2);
-  if (k < end) add(k, k / 8 % 2, [](const T* from) { return load_values(from, 2); });
+  if (k < end) add(k, k / 8 % 2, std::false_type());
 }
 
 template <class T, int M>

@@ -31,7 +31,7 @@ template <class T> const float* float_rows(Scratch& scratch, Matrix<T> a, int64_
 typedef Vec Lane;  // 16 columns a step: two bytes of metadata
 #else
 typedef Vec8 Lane;  // 8 columns a step
-template <class T> inline Vec8 expand_step(const T* v, const uint8_t* p) { return expand8(load_values(v), *p); }
+template <class T> inline Vec8 expand_step(const T* v, const uint8_t* p) { return expand_from(v, *p); }
 #endif
 
 // A step of a dot product: weights expanded, activations loaded, sums in Lanes.

@@ -334,7 +334,7 @@ template <class T> struct ColumnLists {
 #endif
       for (int j = 0; j < bytes; j++) {
         const bool whole = o0 + 8 * j + 8 <= K;
-        store8(&dense[n][8 * j], expand8(whole ? load_values(v + 4 * j) : load_values(v + 4 * j, 2), p[j]));
+        store8(&dense[n][8 * j], whole ? expand_from(v + 4 * j, p[j]) : expand8(load_values(v + 4 * j, 2), p[j]));
       }
     }
     transpose_bits(kept);
