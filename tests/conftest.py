@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,22 @@ After that the process cannot use the GPU any more, so these tests run last."""
 
 _broke_the_gpu: list[str] = []
 """The test after which it did not answer."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """The garbage collector leaves alone what was imported for the tests.
+
+    That is hundreds of thousands of objects.  Going through all of them again and again, which tracing a model makes
+    the collector do, would take a third of the time.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,6 +71,10 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
             except RuntimeError as error:
                 _broke_the_gpu.append(item.nodeid)
                 pytest.fail(f"{item.nodeid} leaves the GPU unusable: {str(error).splitlines()[0]}", pytrace=False)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # as modules are taken down at the end, what they hold is to go too
 
 
 def pytest_configure() -> None:
