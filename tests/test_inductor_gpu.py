@@ -334,20 +334,24 @@ def test_generated_kernels_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "relu" in "".join(found[0].kernels)
 
 
-def test_generated_kernels_compute_the_product(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("M", "N", "K", "bias"), [(37, 76, 140, True), pytest.param(64, 64, 128, False, marks=pytest.mark.slow)]
+)
+def test_generated_kernels_compute_the_product(
+    M: int, N: int, K: int, bias: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Run by Triton's interpreter, in a process of its own, on awkward sizes and with the epilogues fused in."""
     kernels = []
-    for (M, N, K), bias in (((37, 76, 140), True), ((64, 64, 128), False)):
-        torch._dynamo.reset()
-        for program in programs(monkeypatch, functools.partial(call, One(N, K, bias), M, N, K)):
-            for name, text in program.kernels.items():
-                if "def tile_of" in text:
-                    kernels.append({"name": name, "source": text, "M": M, "N": N, "K": K, "bias": bias})
-        torch._dynamo.reset()
-        (program,) = programs(monkeypatch, functools.partial(call_turned, Turned(N, K, bias), M, K))
-        ((name, text),) = program.kernels.items()  # the copy is in it
-        kernels.append({"name": name, "source": text, "M": M, "N": N, "K": K, "bias": bias, "turned": True})
-    assert len(kernels) == 2 * (3 + 1)
+    sizes = {"M": M, "N": N, "K": K, "bias": bias}
+    for program in programs(monkeypatch, functools.partial(call, One(N, K, bias), M, N, K)):
+        for name, text in program.kernels.items():
+            if "def tile_of" in text:
+                kernels.append({"name": name, "source": text, **sizes})
+    torch._dynamo.reset()
+    (program,) = programs(monkeypatch, functools.partial(call_turned, Turned(N, K, bias), M, K))
+    ((name, text),) = program.kernels.items()  # the copy is in it
+    kernels.append({"name": name, "source": text, **sizes, "turned": True})
+    assert len(kernels) == 3 + 1
     (tmp_path / "kernels.json").write_text(json.dumps(kernels))
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "interpret_generated.py", tmp_path / "kernels.json"],

@@ -10,9 +10,24 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
+import torch
+
 
 def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def slow_interpreted() -> list[pytest.MarkDecorator]:
+    """The marks of a case that is quick on a GPU and takes the interpreter seconds."""
+    return [pytest.mark.slow] if interpreting() else []
+
+
+def dtypes(*quick: torch.dtype) -> pytest.MarkDecorator:
+    """Every dtype; all but these are slow for the interpreter, which does much the same for each."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    params = [pytest.param(d, id=name, marks=[] if d in quick else slow_interpreted()) for d, name in names.items()]
+    return pytest.mark.parametrize("dtype", params)
 
 
 def close_gaps() -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from problems import Problem, Shape, column_mask, draw, draw_columns, every_dtype, kept, packed
+from problems import Problem, Shape, column_mask, draw, draw_columns, kept, packed
 from slope_compile.kernels import gpu_calls, gpu_ops, gpu_rules
 from slope_compile.pattern import Pattern
 from tolerances import relative_error, rounding
-from triton_interpreter import close_gaps, interpreting
+from triton_interpreter import close_gaps, dtypes, interpreting
 from watching import Watch
 
 if interpreting():
@@ -29,6 +29,7 @@ else:
 TWO_FOUR = Pattern(2, 4)
 OPS = ("forward", "grad_input", "grad_input_columns", "grad_weight")
 every_way = pytest.mark.parametrize("way", gpu_rules.WAYS)
+every_dtype = dtypes(torch.float32, torch.bfloat16)
 every_op = pytest.mark.parametrize("op", OPS)
 
 

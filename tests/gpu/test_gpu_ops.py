@@ -21,7 +21,7 @@ from slope_compile.kernels import (
 )
 from slope_compile.pattern import Pattern
 from tolerances import UNIT_ROUNDOFF, relative_error
-from triton_interpreter import close_gaps, interpreting
+from triton_interpreter import close_gaps, dtypes, interpreting
 
 if interpreting():
     close_gaps()
@@ -127,7 +127,7 @@ def test_a_first_call_leaves_nothing_in_the_memory_of_a_graph(monkeypatch: pytes
     assert all(block["state"] != "active_allocated" for block in blocks)
 
 
-@every_dtype
+@dtypes(torch.bfloat16)
 def test_the_self_test_passes(dtype: torch.dtype) -> None:
     assert gpu_self_test.passes(torch.device(DEVICE), dtype)
 

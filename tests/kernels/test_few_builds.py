@@ -24,7 +24,9 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("build", [*EACH, *OTHERS], ids=str)
+@pytest.mark.parametrize(
+    "build", [*EACH, *OTHERS[:2], *(pytest.param(build, marks=pytest.mark.slow) for build in OTHERS[2:])], ids=str
+)
 def test_the_machine_code(build: Build) -> None:
     result = compile_offline(build)
     assert not result.problems(build)

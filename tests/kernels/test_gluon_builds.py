@@ -26,14 +26,19 @@ BF16, FP16 = torch.bfloat16, torch.float16
     "build",
     [
         Build(MMA_SP[-1], BF16, 80, aligned=True),
-        Build(MMA_SP[-1], FP16, 90, aligned=True, split=True),
-        Build(MMA_SP[-2], BF16, 120, aligned=False, low_rank=True),
-        Build(MMA_SP[0], BF16, 100, aligned=False, ones=True),
         Build(None, FP16, 80, aligned=False),
         Build(WGMMA_SP[0], FP16, 90, aligned=False, low_rank=True),
-        Build(WGMMA_SP[1], BF16, 90, aligned=True, split=True),
         Build(WGMMA_SP[1], BF16, 90, aligned=True, halves=True),
-        Build(WGMMA_SP[-1], BF16, 90, aligned=True, low_rank=True),
+        Build(MMA_SP[-2], BF16, 120, aligned=False, low_rank=True),
+        *(
+            pytest.param(build, marks=pytest.mark.slow)
+            for build in (
+                Build(MMA_SP[-1], FP16, 90, aligned=True, split=True),
+                Build(MMA_SP[0], BF16, 100, aligned=False, ones=True),
+                Build(WGMMA_SP[1], BF16, 90, aligned=True, split=True),
+                Build(WGMMA_SP[-1], BF16, 90, aligned=True, low_rank=True),
+            )
+        ),
     ],
     ids=str,
 )
