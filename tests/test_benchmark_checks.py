@@ -226,7 +226,7 @@ def test_slow(): time.sleep({})
 
 @pytest.mark.parametrize(
     ("limit", "last", "counts", "said"),
-    [(60, 0, {"passed": 2, "failed": 1}, "test_wrong"), (10, 60, {"passed": 1, "failed": 1}, "not over after 10 s")],
+    [(60, 0, {"passed": 2, "failed": 1}, "test_wrong"), (6, 60, {"passed": 1, "failed": 1}, "not over after 6 s")],
 )
 def test_the_suites_own_tests(tmp_path: Path, limit: float, last: int, counts: dict[str, int], said: str) -> None:
     """Of a run that is cut off, what it had shown counts."""

@@ -43,13 +43,17 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def corpus() -> stdlib_text.Corpus:
-    return stdlib_text.load()
+@pytest.fixture(autouse=True, scope="module")
+def corpus() -> Iterator[stdlib_text.Corpus]:
+    """Read once for all jobs, most of whose time reading would be."""
+    read, found = stdlib_text.load, stdlib_text.load()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stdlib_text, "load", lambda *folder: read(*folder) if folder else found)
+        yield found
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(corpus: stdlib_text.Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results folder of a job that ran to its end, eagerly."""
     out = tmp_path_factory.mktemp("uninterrupted")
     assert pretrain.main([*TINY, "--no-compile", "--out", str(out)]) == 0
