@@ -22,8 +22,8 @@ from toy import DENSE, SPARSE, step, token_ids, toy
 
 
 def pruned(model: nn.Module, **fields: Any) -> dict[str, Tensor]:
-    """Compile and run a model once; its masks."""
-    compiled(model, options=fields)(token_ids())
+    """Compile and run a model once; its masks.  They come before the compiler, so none is needed."""
+    compiled(model, "eager", options=fields)(token_ids())
     return masks_of_pruned(model)
 
 
@@ -77,7 +77,7 @@ def test_random_masks_are_those_of_sparsify(seed: int) -> None:
 
 def test_said_once(caplog: pytest.LogCaptureFixture) -> None:
     model = toy()
-    run = compiled(model)
+    run = compiled(model, "eager")
     with caplog.at_level(logging.WARNING, "slope_compile"):
         run(token_ids())
         run(token_ids(2, 3))
@@ -92,7 +92,7 @@ def test_said_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_rules_without_effect_are_said_once_each(caplog: pytest.LogCaptureFixture) -> None:
     """A model that stays dense because of a slip of the pen must not do so in silence."""
-    run = compiled(toy(), options={"include": (r"layers\..*", "head")})
+    run = compiled(toy(), "eager", options={"include": (r"layers\..*", "head")})
     with caplog.at_level(logging.WARNING, "slope_compile"):
         run(token_ids())
         run(token_ids(2, 3))
@@ -105,7 +105,7 @@ def test_rules_without_effect_are_said_once_each(caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.slow
 def test_adapters_that_will_not_come_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    run = compiled(toy(), options={"adapter_rank": 4})
+    run = compiled(toy(), "eager", options={"adapter_rank": 4})
     with caplog.at_level(logging.WARNING, "slope_compile"):
         run(token_ids())
         run(token_ids(2, 3))
@@ -142,7 +142,7 @@ def test_pruned_weights_stay_pruned(make_optimizer: Callable[[Any], torch.optim.
     """The optimizer is made from the dense model, before anything is pruned."""
     model = toy()
     optimizer = make_optimizer(model.parameters())
-    run = compiled(model)
+    run = compiled(model, "eager")
     step(run, token_ids())
     masks = masks_of_pruned(model)
     started = copy.deepcopy(model)
@@ -192,7 +192,7 @@ def test_a_resumed_checkpoint_finds_its_masks() -> None:
         for path in SPARSE:
             model.get_parameter(f"{path}.weight")[0, :8] = 0
     fresh.load_state_dict(model.state_dict())
-    step(compiled(fresh), token_ids())
+    step(compiled(fresh, "eager"), token_ids())
     for path, mask in masks.items():
         assert torch.equal(fresh.get_parameter(f"{path}.weight"), model.get_parameter(f"{path}.weight"))
         grad = fresh.get_parameter(f"{path}.weight").grad
@@ -292,7 +292,7 @@ def test_conv1d() -> None:
 def test_a_copy_is_a_model_of_its_own() -> None:
     """Its weights have the pattern already and keep it; training one leaves the other alone."""
     model, ids = toy(), token_ids()
-    run = compiled(model)
+    run = compiled(model, "eager")
     step(run, ids)
     masks = masks_of_pruned(model)
     copied = copy.deepcopy(model)
@@ -302,7 +302,7 @@ def test_a_copy_is_a_model_of_its_own() -> None:
             weight = copied.get_parameter(f"{path}.weight")
             weight.mul_(torch.rand_like(weight) + 1)
     before = copy.deepcopy(model.state_dict())
-    step(compiled(copied), ids)
+    step(compiled(copied, "eager"), ids)
     assert all(torch.equal(masks[path], mask) for path, mask in masks_of_pruned(copied).items())
     reference = masked_copy(copied, masks, picked_now)
     reference.zero_grad()
@@ -314,7 +314,7 @@ def test_a_copy_is_a_model_of_its_own() -> None:
 def test_a_parameter_that_is_replaced_is_pruned_too() -> None:
     """A new Parameter in the place of a known one: the compiled graph is not reused for it."""
     model = toy()
-    run = compiled(model)
+    run = compiled(model, "eager")
     run(token_ids())
     layer = model.get_submodule("blocks.0.up")
     layer.weight = replacement = nn.Parameter(torch.randn_like(model.get_parameter("blocks.0.up.weight")))

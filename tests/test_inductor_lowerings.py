@@ -72,12 +72,18 @@ def operators(code: list[str]) -> int:
     return len(re.findall(r"torch\.ops\.slope\.\w+\.default\(", "\n".join(code)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backward", ["double_pruned", "exact"])
+@pytest.mark.parametrize(
+    ("backward", "dtype"),
+    [
+        *[("double_pruned", torch.float32), ("double_pruned", torch.bfloat16), ("exact", torch.float16)],
+        pytest.param("double_pruned", torch.float16, marks=pytest.mark.slow),
+        *(pytest.param("exact", dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+)
 def test_products_are_called_directly(backward: str, dtype: torch.dtype) -> None:
     model = prepared(dtype=dtype, backward=backward, column_refresh="never")
     x = torch.randn(3, 5, 16, dtype=dtype)
-    expected = results(compiled(model), model, x)
+    expected = results(compiled(model, "eager"), model, x)
     torch._dynamo.reset()
     found, code = run_and_get_code(results, compiled(model, "inductor"), model, x)
     into_input = "grad_input_columns" if backward == "double_pruned" else "grad_input"
@@ -90,7 +96,7 @@ def test_products_are_called_directly(backward: str, dtype: torch.dtype) -> None
         torch.testing.assert_close(value, expected[name], rtol=1e-4 + tolerance, atol=1e-5 + 2 * tolerance, msg=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tokens", [(3, 5), *(pytest.param(t, marks=pytest.mark.slow) for t in [(1, 1), (7, 6)])])
 def test_adapters_are_added_up_inside_the_products(tokens: tuple[int, int], dtype: torch.dtype) -> None:
     model = prepared(dtype=dtype, adapter_rank=3, column_refresh="never")
@@ -99,7 +105,7 @@ def test_adapters_are_added_up_inside_the_products(tokens: tuple[int, int], dtyp
         for adapter in adapters_of(model):
             adapter.B.normal_()
     x = torch.randn(*tokens, 16, dtype=dtype)
-    expected = results(compiled(model, options={"fusions": []}), model, x)
+    expected = results(compiled(model, "eager", options={"fusions": []}), model, x)
     torch._dynamo.reset()
     found, code = run_and_get_code(results, compiled(model, "inductor"), model, x)
     assert calls(code).count("linear_low_rank_2") == 2
@@ -116,7 +122,7 @@ def test_adapters_are_added_up_inside_the_products(tokens: tuple[int, int], dtyp
 
 def test_any_number_of_tokens() -> None:
     model = prepared()
-    run, reference = compiled(model, "inductor", dynamic=True), compiled(model)
+    run, reference = compiled(model, "inductor", dynamic=True), compiled(model, "eager")
     for shape in ((3, 5), (1, 1), (7, 2), (0, 4)):
         x = torch.randn(*shape, 16)
         expected, found = results(reference, model, x), results(run, model, x)
@@ -140,7 +146,7 @@ def test_max_autotune_measures_both_ways(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(_inductor_lowerings, "autotune_select_algorithm", watched)
     model, x = prepared(), torch.randn(3, 5, 16)
-    expected = results(compiled(model), model, x)
+    expected = results(compiled(model, "eager"), model, x)
     for way in ("2to4", "expanded"):
         taken[0] = way
         torch._dynamo.reset()
@@ -174,7 +180,7 @@ def test_the_autotuner_measures_with_a_column_mask_like_a_real_one() -> None:
 )
 def test_the_operator_where_a_direct_call_cannot_be(fields: dict[str, Any], options: dict[str, Any]) -> None:
     model, x = prepared(**fields), torch.randn(3, 5, 16)
-    expected = results(compiled(model), model, x)
+    expected = results(compiled(model, "eager"), model, x)
     torch._dynamo.reset()
     found, code = run_and_get_code(results, compiled(model, "inductor", options=options), model, x)
     assert calls(code) == []

@@ -35,13 +35,13 @@ def break_inside_blocks(model: Toy) -> Callable[[], None]:
 
 def compile_blocks(model: Toy, **options: Any) -> Toy:
     for block in model.blocks:
-        block.compile(backend=slope.slope, options={"compiler": "aot_eager", **options})
+        block.compile(backend=slope.slope, options={"compiler": "eager", **options})
     return model
 
 
 def wrap_blocks(model: Toy, **options: Any) -> Toy:
     for i, block in enumerate(list(model.blocks)):
-        model.blocks[i] = compiled(block, options=options)
+        model.blocks[i] = compiled(block, "eager", options=options)
     return model
 
 
@@ -100,7 +100,7 @@ def test_one_graph_for_alike_models_keeps_each_its_own_columns(monkeypatch: pyte
     models.append(copy.deepcopy(models[0]))
     holder = types.SimpleNamespace(model=models[0])
     run = torch.compile(
-        lambda ids: holder.model(ids), backend=slope.slope, options={"compiler": "aot_eager"}, fullgraph=True
+        lambda ids: holder.model(ids), backend=slope.slope, options={"compiler": "eager"}, fullgraph=True
     )
     ids = token_ids()
     for model in models:
@@ -161,7 +161,7 @@ def test_block_by_block_in_a_wrapper_goes_by_the_paths_of_the_model() -> None:
     dense = toy()
     break_inside_blocks(dense)
     model = copy.deepcopy(dense)
-    wrapper = Wrapper(compiled(model))
+    wrapper = Wrapper(compiled(model, "eager"))
     step(wrapper, token_ids())
     prepared = copy.deepcopy(dense)
     slope.sparsify_(prepared)
@@ -171,8 +171,15 @@ def test_block_by_block_in_a_wrapper_goes_by_the_paths_of_the_model() -> None:
     assert all(torch.equal(actual[path], expected[path]) for path in SPARSE)
 
 
-@pytest.mark.parametrize("backward", ["exact", "double_pruned"])
-@every_way
+@pytest.mark.parametrize(
+    ("way", "backward"),
+    [
+        pytest.param("A", "double_pruned", id="A_dense-double_pruned"),
+        pytest.param("B", "exact", id="B_prepared-exact"),
+        pytest.param("A", "exact", id="A_dense-exact", marks=pytest.mark.slow),
+        pytest.param("B", "double_pruned", id="B_prepared-double_pruned", marks=pytest.mark.slow),
+    ],
+)
 def test_activation_checkpointing(way: str, backward: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The linears stand in the bodies of ``tag_activation_checkpoint`` calls."""
     recording = record(monkeypatch)
@@ -203,7 +210,7 @@ class Encoder(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("backward", ["exact", "double_pruned"])
+@pytest.mark.parametrize("backward", [pytest.param("exact", marks=pytest.mark.slow), "double_pruned"])
 def test_breaks_inside_containers_of_pytorch(backward: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepared layers get graphs of their own where a break leaves the container to Python."""
     if backward == "double_pruned" and torch.__version__ < "2.12":

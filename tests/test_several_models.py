@@ -26,7 +26,7 @@ def test_models_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch) -> No
     runs = []
     for way, fields in settings:
         dense = toy()
-        model, run = compiled_way(way, dense, fields=fields)
+        model, run = compiled_way(way, dense, "eager", fields)
         runs.append((dense, model, run, fields))
     ids = token_ids()
     references = []
