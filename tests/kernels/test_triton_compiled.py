@@ -38,8 +38,8 @@ def acceptable(build: Build) -> bool:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_configuration(kernel: str, arch: int, ends: bool) -> None:
     chosen = [b for b in builds((arch,), (torch.bfloat16,), (True,)) if b.kernel == kernel]
-    assert len(chosen) > 2
-    assert all(acceptable(build) for build in (chosen[:: len(chosen) - 1] if ends else chosen))
+    assert chosen
+    assert all(acceptable(build) for build in ([chosen[0], *chosen[1:][-1:]] if ends else chosen))
 
 
 @pytest.mark.slow
