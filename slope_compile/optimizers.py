@@ -1,4 +1,7 @@
-"""Finds live optimizers that hold state for given weights, and rejects loaded state of the wrong shape.
+"""What optimizers and compressed weights have to do with each other.
+
+Finds live optimizers that hold state for given weights, rejects loaded state of the wrong shape, and names optimizers
+that take the compressed values for the layer's matrix.
 
 ``Optimizer.load_state_dict`` assigns state by the order of parameters, which differs in a prepared model, and accepts
 moments of any shape.  With a dense weight's moments on a compressed weight, a fused optimizer silently reads part of
@@ -15,10 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from slope_compile.errors import ConversionError
+from slope_compile.log import log
+from slope_compile.parametrizations import SparseWeight
 
 ELEMENTWISE = frozenset(
     (
@@ -27,6 +33,9 @@ ELEMENTWISE = frozenset(
     )
 )  # fmt: skip
 """Names of state that the optimizers of ``torch.optim`` keep for each element of a weight."""
+
+WHOLE_MATRIX = ("muon", "shampoo", "soap", "adafactor")
+"""Parts of the names of optimizers whose steps depend on where an element is in its matrix."""
 
 _looked_at: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
 """Optimizer -> its state when it was last checked; loading a state replaces the object."""
@@ -73,9 +82,17 @@ def check_loaded_state() -> None:
 
 
 def _check(optimizer: Optimizer, *_: object) -> None:
-    # Optimizers of others may keep moments of any shape under these names (projected ones, say).
-    if _looked_at.get(optimizer) is optimizer.state or not type(optimizer).__module__.startswith("torch.optim"):
+    if _looked_at.get(optimizer) is optimizer.state:
         return
+    if optimizer not in _looked_at:
+        _warn_of_whole_matrices(optimizer)
+    # Optimizers of others may keep moments of any shape under these names (projected ones, say).
+    if type(optimizer).__module__.startswith("torch.optim"):
+        _check_shapes(optimizer)
+    _looked_at[optimizer] = optimizer.state
+
+
+def _check_shapes(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for weight in group["params"]:
             for name, value in optimizer.state.get(weight, {}).items():
@@ -86,7 +103,25 @@ def _check(optimizer: Optimizer, *_: object) -> None:
                         "another way, or not at all; prepare this one as it was (sparsify_ with the same SlopeConfig) "
                         "before states are loaded, or go on with a new optimizer"
                     )
-    _looked_at[optimizer] = optimizer.state
+
+
+def _warn_of_whole_matrices(optimizer: Optimizer) -> None:
+    """Say so where an optimizer that treats a matrix as a whole has compressed weights."""
+    name = type(optimizer).__name__
+    if not any(part in name.lower() for part in WHOLE_MATRIX):
+        return
+    compressed = {
+        id(o.original)
+        for o in gc.get_objects()
+        if issubclass(type(o), ParametrizationList) and any(isinstance(p, SparseWeight) for p in o)
+    }
+    found = [p for group in optimizer.param_groups for p in group["params"] if id(p) in compressed]
+    if found:
+        log.warning(
+            "%s treats a matrix as a whole, but %d of its weights (%r, ...) are the compressed values of sparse "
+            "layers, in which columns have moved: how such a run trains has not been studied; give these weights to an "
+            "elementwise optimizer (AdamW, SGD) to be safe", name, len(found), _path(found[0]),
+        )  # fmt: skip
 
 
 def _path(parameter: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -97,3 +98,34 @@ def test_factored_moments_and_optimizers_of_others_may_have_any_shape() -> None:
             optimizer.zero_grad()
             model(torch.ones(3, 8)).square().mean().backward()
             optimizer.step()
+
+
+class Shampoo(torch.optim.SGD):
+    """An optimizer of others, by its name one that looks at whole matrices."""
+
+
+@pytest.mark.parametrize("make", [torch.optim.Muon, torch.optim.Adafactor, lambda p: Shampoo(p, lr=0.1)])
+@pytest.mark.parametrize("prepared", [True, False])
+def test_an_optimizer_of_whole_matrices_is_named_once(
+    prepared: bool, make: Callable[[Any], torch.optim.Optimizer], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Compressed weights are no matrices of the layer's form; dense ones are, beside a prepared model too."""
+    other, model = made(True), made(prepared)
+    optimizer = make([p for p in model.parameters() if p.ndim == 2])
+    with caplog.at_level(logging.WARNING, "slope_compile"):
+        for _ in range(2):
+            step(model, optimizer)
+        copied = copy.deepcopy(optimizer.state_dict())
+        optimizer.load_state_dict(copied)
+        step(model, optimizer)
+    said = [r.getMessage() for r in caplog.records if "as a whole" in r.getMessage()]
+    assert len(said) == prepared
+    assert all(f"'{PATH}.parametrizations.weight.original'" in text for text in said)
+    del other
+
+
+def test_elementwise_optimizers_are_not_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "slope_compile"):
+        for make in OPTIMIZERS.values():
+            trained(True, make)
+    assert not caplog.records
