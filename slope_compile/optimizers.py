@@ -54,8 +54,8 @@ def optimizers_with_state(weights: Sequence[Tensor]) -> list[Optimizer]:
 def left_out(some: Sequence[Tensor], of: Sequence[Tensor]) -> tuple[list[Tensor], list[Optimizer]]:
     """Which of ``some`` trainable parameters no live optimizer has, and the optimizers that have any ``of`` the others.
 
-    Both are empty where no optimizer can be seen: one that is no ``torch.optim.Optimizer``, that has copies, or that was
-    there when the program called ``gc.freeze()``.
+    Both are empty where no optimizer can be seen: one that is no ``torch.optim.Optimizer``, that has copies, or that
+    was there when the program called ``gc.freeze()``.
     """
     given = {id(p) for p in of}
     having = {}
