@@ -24,10 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slope_compile.kernels import launching
-from slope_compile.kernels.launching import Grid, device_of
-
-MOST = 4096
-"""The most kinds of calls that are remembered; token counts that never repeat must not fill the memory."""
+from slope_compile.kernels.launching import MOST, Grid, device_of
 
 ATTEMPTS = 3
 """How often a kind of call is watched.  The first call also tests the kernels, which is more than launching them."""

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 MOST = 4096
-"""The most kinds of launches that a kernel remembers; token counts that never repeat must not fill the memory."""
+"""The most kinds of launches, or of calls that are replayed, that are remembered; token counts that never repeat must
+not fill the memory."""
 
 
 Grid = tuple[int, int, int]
@@ -110,10 +111,8 @@ class Launcher:
                 check()
             known = self._found(key, self.kernel[grid](*arguments, **options), options, len(arguments))
         if _watching.by is not None:
-            if known is None:
-                _watching.by(None, blocks, ())
-            else:
-                _watching.by(known.kernel, blocks, (*arguments, *known.constants))
+            kernel, constants = (None, ()) if known is None else (known.kernel, known.constants)
+            _watching.by(kernel, blocks, (*arguments, *constants))
 
     def _found(self, key: tuple[Any, ...], kernel: Any, options: dict[str, Any], given: int) -> _Compiled | None:
         """Remember what Triton launched, if it can be launched again without Triton."""
